@@ -1,0 +1,270 @@
+"""MegatronActor: one policy on any layout. Scores sequences, takes optimizer steps, hands out and keeps its weights.
+
+Every method is collective: all ranks call it with the same arguments, and get the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoints_convert.mapping import Architecture
+from parallel import actor_checkpoint
+from parallel.capabilities import Capabilities
+from parallel.layout import ParallelLayout
+from parallel.logprobs import token_logprobs
+from parallel.mcore import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    Float16Module,
+    finalize_model_grads,
+    get_forward_backward_func,
+)
+from parallel.model import HiddenStateModel, build_model_chunks, transformer_config
+from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer, set_learning_rate
+from parallel.packing import MicroBatch, TokenSequence, build_micro_batch, plan_replicas
+from parallel.process_groups import ProcessGroups
+from parallel.reduction import MetricSum
+from parallel.sequence_shard import SequenceShard
+from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSettings:
+    """How the actor computes; what it optimises comes with each update."""
+
+    dtype: torch.dtype
+    recompute: str
+    max_tokens_per_micro_batch: int
+    logprob_chunk_tokens: int
+    temperature: float
+    optimizer: OptimizerSettings
+    megatron_options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTokens:
+    """What a loss function sees of one micro-batch on one rank. T: this rank's packed tokens, padding (masked) included."""
+
+    logprobs_T: Tensor  # fp32, carries the gradient
+    entropy_T: Tensor  # fp32, detached
+    loss_mask_T: Tensor  # bool
+    streams: Mapping[str, Tensor]  # fp32 [T] each
+    shard: SequenceShard
+    global_tokens: int  # trained tokens of the whole mini-batch
+    global_sequences: int  # its sequences with at least one trained token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """loss: this micro-batch's share of the mini-batch loss; shares add up. metrics: sums and counts that add up too."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+LossFunction = Callable[[LocalTokens], LossOutput]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """One optimizer step. Equal on all ranks."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    learning_rate: float
+    policy_version: int  # after the step
+    num_tokens: int  # trained tokens
+    metrics: Mapping[str, Tensor]  # fp64 sums over the mini-batch
+
+
+class MegatronActor:
+    """See the module. Build it after `process_groups.initialize`, then `load_hugging_face` or `load`."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layout: ParallelLayout,
+        groups: ProcessGroups,
+        capabilities: Capabilities,
+        settings: ActorSettings,
+    ) -> None:
+        """Raises ValueError for a model that the layout cannot hold, and for an unknown Megatron option."""
+        layout.check_model(architecture)
+        self.architecture = architecture
+        self.layout = layout
+        self.policy_version = 0  # optimizer steps applied
+        self._groups = groups
+        self._settings = settings
+        self._device = torch.device(capabilities.device_type)
+        optimizer_options = {name: value for name, value in settings.megatron_options.items() if name in OPTIMIZER_FIELDS}
+        model_options = {name: value for name, value in settings.megatron_options.items() if name not in OPTIMIZER_FIELDS}
+        self._config = transformer_config(
+            architecture, layout, capabilities, dtype=settings.dtype, recompute=settings.recompute, options=model_options
+        )
+        self._modules: list[HiddenStateModel] = build_model_chunks(
+            architecture, layout, self._config, device_type=capabilities.device_type
+        )
+        self._local = local_parameters(self._modules, architecture, layout, groups)
+        mark_tensor_parallel(self._local, architecture)
+        wrapped = [Float16Module(self._config, module) if settings.dtype == torch.bfloat16 else module for module in self._modules]
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
+        self._chunks = [
+            DistributedDataParallel(self._config, ddp_config, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)
+        ]
+        # The loss is already divided by its global denominator; Megatron is not to divide by a token count as well.
+        self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
+        self._optimizer = build_optimizer(self._chunks, settings.optimizer, dtype=settings.dtype, options=optimizer_options)
+        self._exporter = WeightExporter(self._local, architecture, layout, groups)
+        self._forward_backward = get_forward_backward_func()
+        self._sum_metrics = MetricSum(source_rank=layout.first_rank_of_last_stage, control_group=groups.control, device=self._device)
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def load_hugging_face(self, read: Callable[[str], Tensor]) -> None:
+        """Take weights from a Hugging Face checkpoint; read(name) returns one tensor. The optimizer's master copy follows."""
+        load_weights(self._local, self.architecture, self.layout, self._groups, read)
+        self._optimizer.reload_model_params()
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and tensors, streamed to rank 0 bucket by bucket. Other ranks must iterate and get nothing."""
+        return iter(self._exporter)
+
+    def save(self, directory: Path) -> None:
+        """Model and optimizer as a Megatron torch_dist checkpoint in an existing, empty directory. Loads onto other layouts."""
+        actor_checkpoint.save(directory, self._modules, self._optimizer)
+
+    def load(self, directory: Path, *, policy_version: int) -> None:
+        """The counterpart of `save`. policy_version: optimizer steps that the saved weights have behind them."""
+        actor_checkpoint.load(directory, self._modules, self._optimizer)
+        self.policy_version = policy_version
+
+    # -- forward and backward -----------------------------------------------------------------------------------------
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """Log-probabilities under the current weights, no gradient: one fp32 CPU tensor [num_tokens - 1] per sequence."""
+        scored: dict[int, Tensor] = {}
+
+        def keep(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
+            logprobs_T, _ = self._score(micro_batch, hidden, module, with_entropy=False)
+            if micro_batch.indices:
+                scored.update(zip(micro_batch.indices, micro_batch.shard.assemble(logprobs_T), strict=True))
+            return logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
+
+        with torch.no_grad():
+            self._run(self._micro_batches(sequences), keep, forward_only=True)
+        sizes = [sequence.num_positions for sequence in sequences]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
+        place = self._groups.coordinates
+        if place.tp == 0 and place.cp == 0:  # one rank speaks for each replica
+            parts = flat.split(sizes)
+            for index, logprobs in scored.items():
+                parts[index].copy_(logprobs)
+        dist.all_reduce(flat)
+        return list(flat.cpu().split(sizes))
+
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
+        """Forward, backward, clip, step over one mini-batch.
+
+        Raises ValueError for a mini-batch without a trained token; FloatingPointError when the gradient is not finite (no
+        step is taken, on any rank).
+        """
+        global_tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
+        global_sequences = sum(bool(sequence.loss_mask.any()) for sequence in minibatch)
+        if global_tokens == 0:
+            raise ValueError(f"minibatch: none of its {len(minibatch)} sequences has a trained token")
+        totals: dict[str, Tensor] = {}
+
+        def compute_loss(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
+            logprobs_T, entropy_T = self._score(micro_batch, hidden, module, with_entropy=True)
+            assert entropy_T is not None
+            out = loss_fn(
+                LocalTokens(
+                    logprobs_T=logprobs_T,
+                    entropy_T=entropy_T,
+                    loss_mask_T=micro_batch.loss_mask_T,
+                    streams=micro_batch.streams,
+                    shard=micro_batch.shard,
+                    global_tokens=global_tokens,
+                    global_sequences=global_sequences,
+                )
+            )
+            for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
+                totals[name] = totals[name] + value if name in totals else value
+            return out.loss, torch.zeros((), dtype=torch.int), None
+
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        self._run(self._micro_batches(minibatch), compute_loss, forward_only=False)
+        speaks = self._groups.is_last_stage and self._groups.coordinates.tp == 0
+        sums = self._sum_metrics(totals if speaks else None)
+
+        set_learning_rate(self._optimizer, learning_rate, weight_decay=self._settings.optimizer.weight_decay)
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm} in the update after policy version {self.policy_version}; not stepped")
+        self._optimizer.step()
+        self.policy_version += 1
+        return UpdateReport(
+            loss=float(sums.pop("loss")),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            policy_version=self.policy_version,
+            num_tokens=global_tokens,
+            metrics=sums,
+        )
+
+    def _score(
+        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return token_logprobs(
+            module.head_input(hidden),
+            module.head_weight(),
+            micro_batch.labels_T,
+            temperature=self._settings.temperature,
+            tp_group=self._groups.tp,
+            chunk_tokens=self._settings.logprob_chunk_tokens,
+            vocab_size=self.architecture.vocab_size,
+            with_entropy=with_entropy,
+        )
+
+    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
+        lengths = [sequence.num_positions for sequence in sequences]
+        plan = plan_replicas(lengths, self.layout, max_tokens=self._settings.max_tokens_per_micro_batch)
+        return [
+            build_micro_batch(sequences, indices, self.layout, cp_group=self._groups.cp, device=self._device)
+            for indices in plan[self._groups.coordinates.dp]
+        ]
+
+    def _run(self, micro_batches: list[MicroBatch], finish: Callable[..., tuple[Tensor, Tensor, None]], *, forward_only: bool) -> None:
+        """Megatron's schedule over the micro-batches. finish(micro_batch, hidden, module) runs on the last stage."""
+
+        def forward_step(batches: Iterator[MicroBatch], chunk: DistributedDataParallel, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
+            micro_batch = next(batches)
+            hidden = chunk(
+                input_ids=micro_batch.token_ids_T[None],
+                position_ids=micro_batch.shard.position_T[None],
+                attention_mask=None,
+                packed_seq_params=micro_batch.packed_seq_params,
+            )
+            return hidden, lambda output: finish(micro_batch, output, self._modules[-1])
+
+        iterators = [iter(micro_batches) for _ in self._chunks]
+        self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if self.layout.vpp is not None else iterators[0],
+            model=self._chunks if self.layout.vpp is not None else self._chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=max(micro_batch.shard.num_local_tokens for micro_batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

@@ -1,0 +1,217 @@
+"""Log-probabilities and entropies of chosen tokens from hidden states, without ever holding [tokens, vocabulary].
+
+The output projection, softmax and selection run over a chunk of tokens at a time and the backward pass computes the logits again. Under
+tensor parallelism each rank holds a block of the vocabulary's rows; three numbers per token are exchanged in forward (two collectives in
+all, whatever the number of chunks) and nothing in backward.
+
+Shapes: T tokens, H hidden, V this rank's vocabulary rows, c tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows of a bf16 weight that are widened to fp32 at a time where the device has no bf16 product with an fp32 result.
+_WIDENED_ROWS = 8192
+
+
+def token_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float,
+    tp_group: dist.ProcessGroup | None,
+    chunk_tokens: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(hidden @ weight.T / temperature)[label] and the entropy of the same distribution, natural log.
+
+    hidden_TH: every token on every rank of `tp_group` (gathered under sequence parallelism). weight_VH: this rank's rows, rank r holding
+        rows [r * V, (r + 1) * V) of the vocabulary; both fp32, or both bf16. labels_T: int64 global token ids; each must be in [0,
+        vocab_size), padding included.
+    vocab_size: true size; rows at and beyond it (padding of the embedding) have probability 0 and gradient 0.
+    tp_group: None, or a group of one: no collective.
+    chunk_tokens: tokens whose [c, V] fp32 logits are held at a time (two such buffers).
+    -> (logprobs fp32 [T] with gradient, entropy fp32 [T] without, or None if not with_entropy).
+
+    Logits, softmax and weight gradient are accumulated in fp32 also for bf16 inputs: near -5 neighbouring bf16 log-probs differ by 0.03. In
+    backward the gradient of the logits is rounded to the inputs' dtype before the two products, as mixed precision does everywhere.
+    The gradient of hidden_TH is this rank's share: summing it over `tp_group` is the caller's (Megatron's copy or gather region does it).
+    Raises ValueError for disagreeing shapes and dtypes, a label outside the vocabulary, temperature <= 0 or chunk_tokens < 1.
+    """
+    _check_shapes(hidden_TH, weight_VH, labels_T)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected more than 0")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
+    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    tp_rank = 0 if tp_group is None else dist.get_rank(tp_group)
+    if not 1 <= vocab_size <= tp_size * len(weight_VH):
+        raise ValueError(
+            f"vocab_size is {vocab_size}; {tp_size} ranks with {len(weight_VH)} rows each hold 1 to {tp_size * len(weight_VH)}"
+        )
+    if len(labels_T):
+        smallest, largest = (int(x) for x in torch.stack(labels_T.aminmax()).tolist())
+        if smallest < 0 or largest >= vocab_size:
+            raise ValueError(f"labels_T spans {smallest} to {largest}; expected token ids in [0, {vocab_size})")
+
+    first_row = tp_rank * len(weight_VH)
+    num_rows = min(max(vocab_size - first_row, 0), len(weight_VH))
+    logprobs_T, entropy_T = _TokenLogprobs.apply(
+        hidden_TH,
+        weight_VH,
+        labels_T - first_row,
+        num_rows,
+        float(temperature),
+        tp_group if tp_size > 1 else None,
+        chunk_tokens,
+        with_entropy,
+    )
+    return logprobs_T, entropy_T
+
+
+def _check_shapes(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> None:
+    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1] or labels_T.shape != hidden_TH.shape[:1]:
+        raise ValueError(
+            f"expected hidden [T, H], weight [V, H] and labels [T]; "
+            f"got {list(hidden_TH.shape)}, {list(weight_VH.shape)}, {list(labels_T.shape)}"
+        )
+    if hidden_TH.dtype != weight_VH.dtype or hidden_TH.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"hidden and weight must both be float32 or both bfloat16; got {hidden_TH.dtype} and {weight_VH.dtype}")
+    if labels_T.dtype != torch.int64:
+        raise ValueError(f"labels_T must be int64, got {labels_T.dtype}")
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Labels are relative to this rank's first row, so a label of another rank lies outside [0, num_rows)."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        local_labels_T: Tensor,
+        num_rows: int,
+        temperature: float,
+        tp_group: dist.ProcessGroup | None,
+        chunk_tokens: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        used_VH = weight_VH[:num_rows]
+        parts = [
+            _local_softmax_parts(hidden_cH, used_VH, labels_c, temperature, with_entropy)
+            for hidden_cH, labels_c in zip(hidden_TH.split(chunk_tokens), local_labels_T.split(chunk_tokens), strict=True)
+        ]
+        max_T, parts_3T = (torch.cat(x, dim=-1) for x in zip(*parts, strict=True))
+        if tp_group is not None:
+            max_T, parts_3T = _combine(max_T, parts_3T, tp_group)
+        label_logit_T, exp_sum_T, weighted_sum_T = parts_3T
+        log_sum_T = max_T + exp_sum_T.log()
+
+        ctx.save_for_backward(hidden_TH, weight_VH, local_labels_T, log_sum_T)
+        ctx.num_rows, ctx.temperature, ctx.chunk_tokens = num_rows, temperature, chunk_tokens
+        # H = log sum exp(l) - E[l], with every logit measured from the maximum to keep the difference small.
+        entropy_T = exp_sum_T.log() - weighted_sum_T / exp_sum_T if with_entropy else None
+        if entropy_T is not None:
+            ctx.mark_non_differentiable(entropy_T)
+        return label_logit_T - log_sum_T, entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T: Tensor, _grad_entropy: Tensor | None):
+        hidden_TH, weight_VH, local_labels_T, log_sum_T = ctx.saved_tensors
+        used_VH = weight_VH[: ctx.num_rows]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device) if needs_weight else None
+
+        for start in range(0, len(hidden_TH), ctx.chunk_tokens):
+            rows = slice(start, start + ctx.chunk_tokens)
+            hidden_cH, grad_c = hidden_TH[rows], grad_T[rows] / ctx.temperature
+            grad_cV = _logits(hidden_cH, used_VH, ctx.temperature)
+            grad_cV.sub_(log_sum_T[rows, None]).exp_().mul_(-grad_c[:, None])
+            mine_c, label_c = _own_labels(local_labels_T[rows], ctx.num_rows)
+            if ctx.num_rows:
+                grad_cV.scatter_add_(1, label_c[:, None], (grad_c * mine_c)[:, None])
+            grad_cV = grad_cV.to(hidden_TH.dtype)
+            if grad_hidden_TH is not None:
+                torch.mm(grad_cV, used_VH, out=grad_hidden_TH[rows])
+            if grad_weight_VH is not None:
+                _add_product(grad_weight_VH[: ctx.num_rows], grad_cV.t(), hidden_cH)
+
+        grad_weight = grad_weight_VH.to(weight_VH.dtype) if grad_weight_VH is not None else None
+        return grad_hidden_TH, grad_weight, None, None, None, None, None, None
+
+
+def _local_softmax_parts(
+    hidden_cH: Tensor, weight_VH: Tensor, labels_c: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of one chunk: the largest logit m, fp32 [c], and [3, c]: the label's logit (0 if another rank's), sum exp(l - m)
+    and sum exp(l - m) (l - m). A rank without a single true row has m = -inf and zeros."""
+    num_tokens = len(hidden_cH)
+    if not len(weight_VH):
+        zeros_3c = torch.zeros(3, num_tokens, device=hidden_cH.device)
+        return torch.full((num_tokens,), -torch.inf, device=hidden_cH.device), zeros_3c
+    logits_cV = _logits(hidden_cH, weight_VH, temperature)
+    mine_c, label_c = _own_labels(labels_c, len(weight_VH))
+    label_logit_c = torch.where(mine_c, logits_cV.gather(1, label_c[:, None])[:, 0], 0.0)
+    max_c = logits_cV.amax(1)
+    shifted_cV = logits_cV.sub_(max_c[:, None])
+    if with_entropy:
+        exp_cV = shifted_cV.exp()
+        weighted_c = torch.linalg.vecdot(exp_cV, shifted_cV)
+    else:
+        exp_cV = shifted_cV.exp_()
+        weighted_c = torch.zeros_like(max_c)
+    return max_c, torch.stack([label_logit_c, exp_cV.sum(1), weighted_c])
+
+
+def _combine(max_T: Tensor, parts_3T: Tensor, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Join the shares of all ranks: the maximum, and sums re-expressed against it. Two collectives."""
+    common_T = max_T.clone()
+    dist.all_reduce(common_T, op=dist.ReduceOp.MAX, group=tp_group)
+    label_logit_T, exp_sum_T, weighted_sum_T = parts_3T
+    # A rank without rows has max -inf and sums 0; its shift must not become 0 * -inf.
+    shift_T = torch.where(max_T == -torch.inf, 0.0, max_T - common_T)
+    scale_T = shift_T.exp()
+    summed_3T = torch.stack([label_logit_T, exp_sum_T * scale_T, (weighted_sum_T + exp_sum_T * shift_T) * scale_T])
+    dist.all_reduce(summed_3T, group=tp_group)
+    return common_T, summed_3T
+
+
+def _own_labels(labels_c: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Which labels lie in this rank's rows, and the labels with the others moved to row 0."""
+    mine_c = (labels_c >= 0) & (labels_c < num_rows)
+    return mine_c, labels_c.where(mine_c, 0)
+
+
+def _logits(hidden_cH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
+    """hidden @ weight.T / temperature in fp32, a fresh buffer [c, V]."""
+    if hidden_cH.dtype == torch.float32:
+        logits_cV = hidden_cH @ weight_VH.t()
+    elif hidden_cH.is_cuda:
+        logits_cV = torch.mm(hidden_cH, weight_VH.t(), out_dtype=torch.float32)
+    else:
+        logits_cV = torch.empty(len(hidden_cH), len(weight_VH), device=hidden_cH.device)
+        wide_cH = hidden_cH.float()
+        for rows, out in zip(weight_VH.split(_WIDENED_ROWS), logits_cV.split(_WIDENED_ROWS, dim=1), strict=True):
+            out.copy_(wide_cH @ rows.float().t())
+    return logits_cV if temperature == 1.0 else logits_cV.div_(temperature)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b with an fp32 total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        for rows, a_rows in zip(total.split(_WIDENED_ROWS), a.split(_WIDENED_ROWS), strict=True):
+            rows.add_(torch.mm(a_rows, b, out_dtype=torch.float32))
+    else:
+        wide_b = b.float()
+        for rows, a_rows in zip(total.split(_WIDENED_ROWS), a.split(_WIDENED_ROWS), strict=True):
+            rows.addmm_(a_rows.float(), wide_b)

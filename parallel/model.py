@@ -1,0 +1,193 @@
+"""Hugging Face architecture -> this rank's Megatron-Core GPTModel, ending in hidden states instead of logits.
+
+The output layer's product with the vocabulary is the largest tensor of an RL step; `logprobs.py` computes what the loss
+needs of it in chunks, so the model must hand out what goes into that layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints_convert.mapping import Architecture
+from parallel.attention import PackedAttention
+from parallel.capabilities import Capabilities
+from parallel.layout import ParallelLayout
+from parallel.mcore import (
+    GPTModel,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_gpt_layer_local_spec,
+    get_num_layers_to_build,
+    parallel_state,
+)
+from parallel.norm import RMSNorm
+
+_TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
+
+
+def check_options(options: Mapping[str, Any], known: frozenset[str], fixed: Mapping[str, Any], *, section: str) -> None:
+    """Refuse an option that the installed Megatron-Core does not know, or that this project decides itself.
+
+    Raises ValueError naming the key and the nearest known one.
+    """
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"{section}.{name}: the installed megatron-core has no such option; nearest: {near}")
+        if name in fixed:
+            raise ValueError(f"{section}.{name}: decided by the layout, the model or the actor (here {fixed[name]!r}); remove it")
+
+
+def transformer_config(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    capabilities: Capabilities,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    options: Mapping[str, Any],
+) -> TransformerConfig:
+    """Megatron's model configuration. `options` may set whatever is not decided here.
+
+    recompute: "none", "selective" (core attention) or "full" (every layer).
+    Raises ValueError naming an unknown or already decided option.
+    """
+    a = architecture
+    on_cpu = capabilities.device_type == "cpu"
+    fixed: dict[str, Any] = {
+        "num_layers": a.num_hidden_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.intermediate_size,
+        "num_attention_heads": a.num_attention_heads,
+        "num_query_groups": a.num_key_value_heads,
+        "kv_channels": a.head_dim,
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": a.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.sequence_parallel,
+        # Packed micro-batches differ in length, so stages tell each other the shape.
+        "variable_seq_lengths": layout.pp > 1,
+        # The interleaved schedule gives wrong numbers, silently, with batched point-to-point communication.
+        "batch_p2p_comm": layout.vpp is None,
+        "overlap_p2p_comm": layout.vpp is not None,
+        # The loss already carries its global denominator: Megatron must neither average over ranks nor over micro-batches.
+        "calculate_per_token_loss": True,
+        # Parameters come from a checkpoint; random numbers need no GPU.
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+    }
+    if a.num_experts is not None:
+        fixed |= {
+            "num_moe_experts": a.num_experts,
+            "moe_router_topk": a.num_experts_per_tok,
+            "moe_ffn_hidden_size": a.moe_intermediate_size,
+            "moe_router_score_function": "softmax",
+            # Softmax over the chosen experts only equals softmax over all, renormalised: Qwen3's norm_topk_prob.
+            "moe_router_pre_softmax": not a.norm_topk_prob,
+            "moe_grouped_gemm": False,
+        }
+    if recompute == "full":
+        fixed |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute == "selective":
+        fixed |= {"recompute_granularity": "selective"}
+    if on_cpu:  # fused kernels are CUDA
+        fixed |= dict.fromkeys(
+            (
+                "masked_softmax_fusion",
+                "bias_activation_fusion",
+                "bias_dropout_fusion",
+                "persist_layer_norm",
+                "apply_rope_fusion",
+                "gradient_accumulation_fusion",
+            ),
+            False,
+        )
+    else:
+        fixed |= {"persist_layer_norm": False, "gradient_accumulation_fusion": capabilities.apex_version is not None}
+    check_options(options, _TRANSFORMER_FIELDS, fixed, section="megatron")
+    defaults = {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.0}
+    return TransformerConfig(**{**defaults, **fixed, **options})
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns the output layer's input: [T/(tp if sequence parallel), 1, hidden]."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [vocab/tp, hidden]; the embedding's when tied. Last stage only."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        assert weight is not None
+        return weight
+
+    def head_input(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states of all local tokens, [T, hidden], on every tensor-parallel rank; backward sums over those ranks."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
+        return hidden_states.squeeze(1).to(self.head_weight().dtype)
+
+
+def _local_layer_spec(architecture: Architecture) -> Any:
+    spec = get_gpt_layer_local_spec(num_experts=architecture.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    return spec
+
+
+def build_model_chunks(
+    architecture: Architecture, layout: ParallelLayout, config: TransformerConfig, *, device_type: str
+) -> list[HiddenStateModel]:
+    """This rank's model chunks, one per virtual pipeline stage (one without), uninitialised. Needs Megatron's process groups."""
+    chunks = []
+    layer_spec = _local_layer_spec(architecture)
+    for index in range(layout.vpp or 1):
+        vp_stage = index if layout.vpp is not None else None
+        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        chunk = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm),
+            vocab_size=architecture.vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=vp_stage,
+        )
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                # 0.16.1 reduces expert gradients as dense ones when ep=1 and etp != tp: right logits, wrong gradients.
+                parameter.allreduce = False
+        chunks.append(chunk.to(device_type))
+    return chunks

@@ -1,0 +1,202 @@
+"""Segmented scans against a plain loop over tokens: one rank, cp 2, 4 and 8 by the pure functions, cp 2 and 4 on gloo processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from parallel.prefix_scan import (
+    PrefixMin,
+    PrefixSum,
+    SequenceMax,
+    SequenceMean,
+    SequenceSum,
+    fold,
+    gather_summaries,
+    in_sequence_order,
+    local_scan,
+    scan,
+)
+from parallel.sequence_shard import SequenceShard
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLS = ("min", "sum", "exclusive_sum", "sequence_sum", "sequence_mean", "sequence_max")
+
+
+def requests_for(x_T: Tensor, mask_T: Tensor) -> list:
+    return [
+        PrefixMin(x_T, mask_T),
+        PrefixSum(x_T, mask_T),
+        PrefixSum(x_T, mask_T, exclusive=True),
+        SequenceSum(x_T, mask_T),
+        SequenceMean(x_T, mask_T),
+        SequenceMax(x_T, mask_T),
+    ]
+
+
+def reference(x: list[float], mask: list[bool]) -> dict[str, list[float] | float]:
+    """One sequence, token by token, in Python's float64."""
+    prefix_min, inclusive, exclusive, seen = [], [], [], []
+    for value, kept in zip(x, mask, strict=True):
+        prefix_min.append(min(seen) if seen else 0.0)
+        exclusive.append(math.fsum(seen))
+        if kept:
+            seen.append(value)
+        inclusive.append(math.fsum(seen))
+    return {
+        "min": prefix_min,
+        "sum": inclusive,
+        "exclusive_sum": exclusive,
+        "sequence_sum": math.fsum(seen),
+        "sequence_mean": math.fsum(seen) / len(seen) if seen else 0.0,
+        "sequence_max": max(seen) if seen else 0.0,
+    }
+
+
+def simulated_scan(lengths: list[int], cp_size: int, xs: list[Tensor], masks: list[Tensor]) -> list[list[Tensor]]:
+    """What `cp_size` ranks would return, per request: S tensors of the true lengths, or one [S]. No process, no collective."""
+    shards = [SequenceShard.zigzag(lengths, rank, cp_size, None) for rank in range(cp_size)]
+    requests = [requests_for(shard.local(xs, fill=math.nan), shard.local(masks, fill=False)) for shard in shards]
+    local = [local_scan(shard, request) for shard, request in zip(shards, requests, strict=True)]
+    summaries = torch.stack([torch.cat([one.summary for one in rank], dim=-1) for rank in local])
+    chunks = in_sequence_order(summaries) if cp_size > 1 else summaries[0]
+    answers = [fold(shard, request, rank, chunks) for shard, request, rank in zip(shards, requests, local, strict=True)]
+    prefix = [shards[0].join([rank[i] for rank in answers]) for i in range(3)]
+    for i in range(3, 6):
+        assert all(torch.equal(rank[i], answers[0][i]) for rank in answers), "per-sequence answers are the same on every rank"
+    return [*prefix, *(list(answers[0][i]) for i in range(3, 6))]
+
+
+def assert_equals_reference(answers: list[list[Tensor]], xs: list[Tensor], masks: list[Tensor]) -> None:
+    for s, (x, mask) in enumerate(zip(xs, masks, strict=True)):
+        expected = reference(x.double().tolist(), mask.tolist())
+        magnitude = float(x.double().abs()[mask].sum())
+        for i, name in enumerate(CALLS):
+            got, want = answers[i][s].double(), torch.tensor(expected[name], dtype=torch.float64)
+            if name in ("min", "sequence_max"):
+                assert torch.equal(got, want), f"{name} of sequence {s} must be exact"
+            else:
+                # A chunk's total is rounded to fp32 once, and the answer once more: 2^-24 of the magnitudes each.
+                torch.testing.assert_close(got, want, rtol=2**-23, atol=2**-22 * magnitude, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    cp_size=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 2**31),
+    kept=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+    scale=st.sampled_from([1e-4, 1.0, 200.0]),
+)
+def test_scan_equals_stepping_token_by_token(lengths: list[int], cp_size: int, seed: int, kept: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    xs = [scale * torch.randn(length, generator=generator) for length in lengths]
+    masks = [torch.rand(length, generator=generator) < kept for length in lengths]
+    assert_equals_reference(simulated_scan(lengths, cp_size, xs, masks), xs, masks)
+
+
+def test_golden_prefix_min_restarts_skips_masked_tokens_and_is_not_capped() -> None:
+    x_T = torch.tensor([-9.0, 2.0, 3.0, -9.0, 1.0, 5.0, 4.0, -1.0])
+    mask_T = torch.tensor([False, True, True, False, True, True, True, True])
+    (prefix_min_T,) = scan(SequenceShard.whole([5, 3]), [PrefixMin(x_T, mask_T)])
+    assert prefix_min_T.tolist() == [0.0, 0.0, 2.0, 2.0, 2.0, 0.0, 5.0, 4.0]
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_what_stands_at_masked_tokens_changes_nothing(garbage: float, cp_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [13, 3, 9]
+    xs = [torch.randn(length, generator=generator) for length in lengths]
+    masks = [torch.rand(length, generator=generator) < 0.6 for length in lengths]
+    clean = simulated_scan(lengths, cp_size, xs, masks)
+    dirty = simulated_scan(lengths, cp_size, [x.where(m, garbage) for x, m in zip(xs, masks, strict=True)], masks)
+    for a, b in zip(clean, dirty, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_long_packed_row_does_not_cost_the_last_sequence_its_digits() -> None:
+    lengths = [60_000, 60_000, 5]
+    generator = torch.Generator().manual_seed(0)
+    xs = [1.0 + torch.rand(60_000, generator=generator), 1.0 + torch.rand(60_000, generator=generator), 1e-4 * torch.ones(5)]
+    shard = SequenceShard.whole(lengths)
+    x_T = torch.cat(xs)
+    (sum_T,) = scan(shard, [PrefixSum(x_T, torch.ones_like(x_T, dtype=torch.bool))])
+    expected = torch.full((5,), float(torch.tensor(1e-4)), dtype=torch.float64).cumsum(0)
+    torch.testing.assert_close(sum_T[-5:].double(), expected, rtol=1e-6, atol=0.0)  # an fp32 running sum is 0.01 wrong here
+
+
+def test_infinity_at_an_unmasked_token_stays_in_its_sequence_for_sequence_results() -> None:
+    x_T = torch.tensor([math.inf, 1.0, 2.0, 3.0])
+    ones_T = torch.ones(4, dtype=torch.bool)
+    total_S, top_S = scan(SequenceShard.whole([2, 2]), [SequenceSum(x_T, ones_T), SequenceMax(x_T, ones_T)])
+    assert total_S.tolist() == [math.inf, 5.0] and top_S.tolist() == [math.inf, 3.0]
+
+
+def test_the_local_scan_orders_every_kind_of_float() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    x_T = torch.tensor([3e38, 1.0, tiny / 4, 0.0, -0.0, -tiny / 4, -tiny, -1.0, -3e38, -1.0])
+    (prefix_min_T,) = scan(SequenceShard.whole([10]), [PrefixMin(x_T, torch.ones(10, dtype=torch.bool))])
+    assert torch.equal(prefix_min_T[1:], x_T.cummin(0).values[:-1])
+
+
+def test_results_carry_no_gradient_and_no_request_costs_nothing() -> None:
+    shard = SequenceShard.whole([3])
+    x_T, mask_T = torch.zeros(3, requires_grad=True), torch.ones(3, dtype=torch.bool)
+    assert not any(answer.requires_grad for answer in scan(shard, requests_for(x_T, mask_T)))
+    assert scan(SequenceShard.zigzag([3], 0, 2, None), []) == []
+
+
+@pytest.mark.parametrize(
+    ("x_T", "mask_T", "message"),
+    [
+        (torch.zeros(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bool), r"request 0 \(PrefixMin\): x_T must be torch.float32"),
+        (torch.zeros(4), torch.ones(3, dtype=torch.bool), r"x_T must be torch.float32 of shape \(3,\), got torch.float32 of shape \(4,\)"),
+        (torch.zeros(3), torch.ones(3), "mask_T must be torch.bool"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_collective(x_T: Tensor, mask_T: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scan(SequenceShard.whole([3]), [PrefixMin(x_T, mask_T)])
+
+
+def test_a_shard_cut_without_a_group_cannot_scan() -> None:
+    shard = SequenceShard.zigzag([4], 0, 2, None)
+    with pytest.raises(ValueError, match="has no process group"):
+        gather_summaries(shard, torch.zeros(2, 1, 1))
+
+
+@pytest.mark.ranks
+def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(tmp_path: Path) -> None:
+    """cp 2 (two groups) and cp 4 in one launch of four processes, with short, all-masked and one-token sequences."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [37, 1, 6, 18, 2, 64]
+    xs = [torch.randn(length, generator=generator) for length in lengths]
+    masks = [torch.rand(length, generator=generator) < 0.6 for length in lengths]
+    masks[3] = torch.zeros(18, dtype=torch.bool)
+    torch.save({"lengths": lengths, "xs": xs, "masks": masks}, tmp_path / "input.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, str(Path(__file__).with_name("scan_ranks.py")), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    for cp_size in (2, 4):
+        for rank in range(4):
+            out = torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True)
+            assert out["collectives_of_scan"] == ["all_gather_into_tensor"]
+            assert out["numbers_sent"] == 2 * len(lengths) * 7, "chunks x sequences x columns"
+            assert_equals_reference(out["answers"], xs, masks)
