@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,9 +109,7 @@ class MegatronActor:
         self._config = transformer_config(
             architecture, layout, capabilities, dtype=settings.dtype, recompute=settings.recompute, options=model_options
         )
-        self._modules: list[HiddenStateModel] = build_model_chunks(
-            architecture, layout, self._config, device_type=capabilities.device_type
-        )
+        self._modules: list[HiddenStateModel] = build_model_chunks(architecture, layout, self._config, device_type=capabilities.device_type)
         self._local = local_parameters(self._modules, architecture, layout, groups)
         mark_tensor_parallel(self._local, architecture)
         wrapped = [Float16Module(self._config, module) if settings.dtype == torch.bfloat16 else module for module in self._modules]
@@ -124,7 +122,9 @@ class MegatronActor:
         self._optimizer = build_optimizer(self._chunks, settings.optimizer, dtype=settings.dtype, options=optimizer_options)
         self._exporter = WeightExporter(self._local, architecture, layout, groups)
         self._forward_backward = get_forward_backward_func()
-        self._sum_metrics = MetricSum(source_rank=layout.first_rank_of_last_stage, control_group=groups.control, device=self._device)
+        source_rank = layout.first_rank_of_last_stage
+        self._sum_metrics = MetricSum(source_rank=source_rank, control_group=groups.control, device=self._device)
+        self._sum_statistics = MetricSum(source_rank=source_rank, control_group=groups.control, device=self._device)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -170,42 +170,42 @@ class MegatronActor:
         dist.all_reduce(flat)
         return list(flat.cpu().split(sizes))
 
+    def sum_statistics(self, minibatch: Sequence[TokenSequence], statistics_fn: Callable[[LocalTokens], Tensor]) -> Tensor:
+        """Forward only: what statistics_fn makes of every micro-batch, added up over the mini-batch. fp64 on the CPU, on all ranks.
+
+        For the few objectives that must know the whole mini-batch before any gradient. statistics_fn returns one shape always.
+        """
+        counts = _count(minibatch)
+        totals: dict[str, Tensor] = {}
+
+        def add(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
+            local = self._local_tokens(micro_batch, hidden, module, counts)
+            _add_to(totals, {"statistics": statistics_fn(local)})
+            return local.logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
+
+        with torch.no_grad():
+            self._run(self._micro_batches(minibatch), add, forward_only=True)
+        return self._sum_statistics(totals if self._speaks else None)["statistics"]
+
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
         """Forward, backward, clip, step over one mini-batch.
 
         Raises ValueError for a mini-batch without a trained token; FloatingPointError when the gradient is not finite (no
         step is taken, on any rank).
         """
-        global_tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
-        global_sequences = sum(bool(sequence.loss_mask.any()) for sequence in minibatch)
-        if global_tokens == 0:
-            raise ValueError(f"minibatch: none of its {len(minibatch)} sequences has a trained token")
+        counts = _count(minibatch)
         totals: dict[str, Tensor] = {}
 
         def compute_loss(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            logprobs_T, entropy_T = self._score(micro_batch, hidden, module, with_entropy=True)
-            assert entropy_T is not None
-            out = loss_fn(
-                LocalTokens(
-                    logprobs_T=logprobs_T,
-                    entropy_T=entropy_T,
-                    loss_mask_T=micro_batch.loss_mask_T,
-                    streams=micro_batch.streams,
-                    shard=micro_batch.shard,
-                    global_tokens=global_tokens,
-                    global_sequences=global_sequences,
-                )
-            )
-            for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
-                totals[name] = totals[name] + value if name in totals else value
+            out = loss_fn(self._local_tokens(micro_batch, hidden, module, counts))
+            _add_to(totals, {"loss": out.loss.detach(), **out.metrics})
             return out.loss, torch.zeros((), dtype=torch.int), None
 
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         self._run(self._micro_batches(minibatch), compute_loss, forward_only=False)
-        speaks = self._groups.is_last_stage and self._groups.coordinates.tp == 0
-        sums = self._sum_metrics(totals if speaks else None)
+        sums = self._sum_metrics(totals if self._speaks else None)
 
         set_learning_rate(self._optimizer, learning_rate, weight_decay=self._settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
@@ -219,8 +219,26 @@ class MegatronActor:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             policy_version=self.policy_version,
-            num_tokens=global_tokens,
+            num_tokens=counts.tokens,
             metrics=sums,
+        )
+
+    @property
+    def _speaks(self) -> bool:
+        """One rank of each tensor-parallel group of the last stage contributes to sums."""
+        return self._groups.is_last_stage and self._groups.coordinates.tp == 0
+
+    def _local_tokens(self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, counts: _Counts) -> LocalTokens:
+        logprobs_T, entropy_T = self._score(micro_batch, hidden, module, with_entropy=True)
+        assert entropy_T is not None
+        return LocalTokens(
+            logprobs_T=logprobs_T,
+            entropy_T=entropy_T,
+            loss_mask_T=micro_batch.loss_mask_T,
+            streams=micro_batch.streams,
+            shard=micro_batch.shard,
+            global_tokens=counts.tokens,
+            global_sequences=counts.sequences,
         )
 
     def _score(
@@ -268,3 +286,21 @@ class MegatronActor:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+class _Counts(NamedTuple):
+    tokens: int
+    sequences: int
+
+
+def _count(minibatch: Sequence[TokenSequence]) -> _Counts:
+    """Trained tokens, and sequences with at least one. Raises ValueError for a mini-batch without any."""
+    tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
+    if tokens == 0:
+        raise ValueError(f"minibatch: none of its {len(minibatch)} sequences has a trained token")
+    return _Counts(tokens, sum(bool(sequence.loss_mask.any()) for sequence in minibatch))
+
+
+def _add_to(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        totals[name] = totals[name] + value if name in totals else value

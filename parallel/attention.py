@@ -81,10 +81,13 @@ class ShardedPackedSeqParams(PackedSeqParams):
             keys = queries
             if shard.cp_size > 1:
                 ranks = [
-                    SequenceShard.zigzag(shard.padded_lengths, rank, shard.cp_size, None, device=shard.device) for rank in range(shard.cp_size)
+                    SequenceShard.zigzag(shard.padded_lengths, rank, shard.cp_size, None, device=shard.device)
+                    for rank in range(shard.cp_size)
                 ]
                 keys = _Grid.of(
-                    torch.cat([other.sequence_id_T for other in ranks]), torch.cat([other.position_T for other in ranks]), shard.num_sequences
+                    torch.cat([other.sequence_id_T for other in ranks]),
+                    torch.cat([other.position_T for other in ranks]),
+                    shard.num_sequences,
                 )
             self._grids = (queries, keys)
         return self._grids

@@ -52,7 +52,8 @@ class Capabilities:
         return [
             f"device: {self.device_name}, {self.cuda_devices} CUDA device(s); collectives over {self.backend}",
             f"torch {self.torch_version}, megatron-core {self.megatron_core_version}",
-            f"TransformerEngine {self.transformer_engine_version or 'absent'}, Apex {self.apex_version or 'absent'}; {self.layer_spec} layer spec",
+            f"TransformerEngine {self.transformer_engine_version or 'absent'}, Apex {self.apex_version or 'absent'}; "
+            f"{self.layer_spec} layer spec",
         ]
 
 

@@ -119,9 +119,7 @@ def _lazy_call(callback: Callable[[], None], **kwargs: Any) -> None:
 def _lazy_init() -> None: ...
 
 
-nvtx = types.SimpleNamespace(
-    range_push=lambda *args: None, range_pop=lambda: None, range=lambda *args: contextlib.nullcontext()
-)
+nvtx = types.SimpleNamespace(range_push=lambda *args: None, range_pop=lambda: None, range=lambda *args: contextlib.nullcontext())
 
 
 def memory_allocated(*args: Any) -> int:

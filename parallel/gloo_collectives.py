@@ -25,7 +25,9 @@ def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(rows - x.size(0), *x.shape[1:])])
 
 
-def gather_along_first_dim(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+def gather_along_first_dim(
+    input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+) -> torch.Tensor:
     """All-gather of parts of unequal length: [rows of this rank, ...] -> [rows of all ranks, ...]."""
     if output_split_sizes is None or group.size() == 1:
         return _gather(input_, group, output_split_sizes, use_global_buffer)

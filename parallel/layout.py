@@ -92,9 +92,7 @@ class ParallelLayout:
         _require(a.num_attention_heads % self.tp == 0, f"tp={self.tp} does not divide {a.num_attention_heads} attention heads")
         _require(a.num_key_value_heads % self.tp == 0, f"tp={self.tp} does not divide {a.num_key_value_heads} key-value heads")
         _require(a.vocab_size % self.tp == 0, f"tp={self.tp} does not divide the vocabulary of {a.vocab_size}")
-        _require(
-            not self.sequence_parallel or a.hidden_size % self.tp == 0, f"tp={self.tp} does not divide hidden size {a.hidden_size}"
-        )
+        _require(not self.sequence_parallel or a.hidden_size % self.tp == 0, f"tp={self.tp} does not divide hidden size {a.hidden_size}")
         if a.num_experts is None:
             _require(self.ep == 1, f"ep={self.ep} needs a mixture-of-experts model, this one is dense")
             _require(self.etp == 1, f"etp={self.etp} needs a mixture-of-experts model, this one is dense")
@@ -106,9 +104,7 @@ class ParallelLayout:
             a.moe_intermediate_size % self.etp == 0, f"etp={self.etp} does not divide expert intermediate size {a.moe_intermediate_size}"
         )
         # Megatron-Core: the router's gradient is wrong otherwise, and it raises in training mode.
-        _require(
-            self.tp == 1 or self.sequence_parallel, f"tp={self.tp} with a mixture-of-experts model needs sequence_parallel=true"
-        )
+        _require(self.tp == 1 or self.sequence_parallel, f"tp={self.tp} with a mixture-of-experts model needs sequence_parallel=true")
 
     def coordinates(self, rank: int) -> RankCoordinates:
         """The place of `rank` (0 <= rank < world_size)."""

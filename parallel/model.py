@@ -147,14 +147,18 @@ class HiddenStateModel(GPTModel):
     def head_input(self, hidden_states: Tensor) -> Tensor:
         """Hidden states of all local tokens, [T, hidden], on every tensor-parallel rank; backward sums over those ranks."""
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
         return hidden_states.squeeze(1).to(self.head_weight().dtype)
 
 
 def _local_layer_spec(architecture: Architecture) -> Any:
-    spec = get_gpt_layer_local_spec(num_experts=architecture.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=architecture.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+    )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules

@@ -120,9 +120,7 @@ def build_micro_batch(
     chosen = [sequences[i] for i in indices] or [_padding_like(sequences[0])]
     lengths = [sequence.num_positions for sequence in chosen]
     shard = SequenceShard.zigzag(lengths, cp_group.rank(), layout.cp, cp_group, multiple_of=layout.sequence_multiple, device=device)
-    streams = {
-        name: shard.local([sequence.streams[name].to(device) for sequence in chosen], fill=0.0) for name in chosen[0].streams
-    }
+    streams = {name: shard.local([sequence.streams[name].to(device) for sequence in chosen], fill=0.0) for name in chosen[0].streams}
     return MicroBatch(
         indices=tuple(indices),
         shard=shard,

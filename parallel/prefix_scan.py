@@ -10,7 +10,8 @@ also those that hold nothing but padding.
 A masked token is the identity of its statistic *before* any arithmetic, so NaN and infinity at masked positions change nothing. A statistic
 of no token at all is 0: as a log ratio, that is the ratio 1 of the empty product.
 
-Shapes: T local packed tokens, S sequences, C columns (one per number that a request exchanges), N local chunks (1, or 2 under zigzag).
+Shapes: T local packed tokens, S sequences, C columns (one per number that a request exchanges), N local chunks (1, or 2 under zigzag), R
+rows of L = _ROW tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from parallel.sequence_shard import SequenceShard
 
 _INF = float("inf")
+_ROW = 512  # tokens of a row of the running minimum: long enough to be few, short enough to be many at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class LocalScan:
     """One request after its local pass."""
 
     summary: Tensor  # fp32 [N, S, columns of this request]: what other ranks must know
-    running_T: Tensor | None  # the scan inside each local chunk (minimum exclusive, sum inclusive); None for per-sequence requests
+    running_T: Tensor  # the inclusive scan inside each local chunk, [T]; empty for per-sequence requests
 
 
 def scan(shard: SequenceShard, requests: Sequence[Request]) -> list[Tensor]:
@@ -129,31 +131,31 @@ def _local(shard: SequenceShard, request: Request) -> LocalScan:
     x_T, mask_T = request.x_T.detach(), request.mask_T
     match request:
         case PrefixMin():
-            chunk_min, running_T = _exclusive_min(shard, _select(x_T, mask_T, _INF))
-            return LocalScan(_columns(shard, chunk_min), running_T)
+            running_T = _running_min(shard, _select(x_T, mask_T, _INF))
+            return LocalScan(_columns(shard, running_T[shard.chunk_starts[1:] - 1]), running_T)
         case PrefixSum():
             running_T = _running_sum(shard, _select(x_T, mask_T, 0.0))
             return LocalScan(_columns(shard, running_T[shard.chunk_starts[1:] - 1]), running_T)
         case SequenceSum():
-            return LocalScan(_columns(shard, _chunk_reduce(shard, _select(x_T, mask_T, 0.0), "sum")), None)
+            return LocalScan(_columns(shard, _chunk_reduce(shard, _select(x_T, mask_T, 0.0), "sum")), x_T[:0])
         case SequenceMean():
             totals = _chunk_reduce(shard, _select(x_T, mask_T, 0.0), "sum")
             counts = _chunk_reduce(shard, mask_T, "sum")
-            return LocalScan(_columns(shard, totals, counts), None)
+            return LocalScan(_columns(shard, totals, counts), x_T[:0])
         case SequenceMax():
-            return LocalScan(_columns(shard, _chunk_reduce(shard, _select(x_T, mask_T, -_INF), "max")), None)
+            return LocalScan(_columns(shard, _chunk_reduce(shard, _select(x_T, mask_T, -_INF), "max")), x_T[:0])
 
 
 def _fold(shard: SequenceShard, request: Request, local: LocalScan, chunks: Tensor) -> Tensor:
     match request:
         case PrefixMin():
-            minimum_T = local.running_T
+            minimum_T = _shift_right(shard, local.running_T, _INF)
             if shard.num_chunks > 1:
                 before_T = _per_token(shard, torch.stack([_min(chunks[:j, :, 0]) for j in shard.chunk_indices]))
                 minimum_T = torch.minimum(before_T, minimum_T)
             return minimum_T.nan_to_num(nan=torch.nan, posinf=0.0, neginf=-_INF)  # no earlier token: +inf, becomes 0
         case PrefixSum():
-            sum_T = _shift_right(shard, local.running_T) if request.exclusive else local.running_T
+            sum_T = _shift_right(shard, local.running_T, 0.0) if request.exclusive else local.running_T
             if shard.num_chunks > 1:
                 sum_T = sum_T + _per_token(shard, torch.stack([chunks[:j, :, 0].double().sum(0) for j in shard.chunk_indices]))
             return sum_T.float()
@@ -183,10 +185,10 @@ def _min(x: Tensor) -> Tensor:
     return x.amin(0) if len(x) else x.new_full(x.shape[1:], _INF)
 
 
-def _shift_right(shard: SequenceShard, x_T: Tensor) -> Tensor:
-    """Inclusive to exclusive sum: every token takes its left neighbour's value, the first of a chunk takes 0."""
+def _shift_right(shard: SequenceShard, x_T: Tensor, first: float) -> Tensor:
+    """Inclusive to exclusive: every token takes its left neighbour's value, the first of a chunk takes `first`."""
     shifted_T = torch.roll(x_T, 1)
-    shifted_T[shard.chunk_starts[:-1]] = 0.0
+    shifted_T[shard.chunk_starts[:-1]] = first
     return shifted_T
 
 
@@ -201,17 +203,37 @@ def _select(x_T: Tensor, mask_T: Tensor, identity: float) -> Tensor:
     return (bits_T ^ identity_bits).bitwise_and_(masked_T).bitwise_xor_(bits_T).view(torch.float32)
 
 
-def _exclusive_min(shard: SequenceShard, x_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum of each local chunk, fp32 [N * S], and over the earlier tokens of the chunk, fp32 [T], +inf for its first. Exact."""
-    rows, nothing = shard.rows, x_T.new_full((1,), _INF)
-    slots_RL = torch.cat([x_T, nothing]).index_select(0, rows.token_of_slot).view(-1, rows.row_length)
-    running_RL = slots_RL.cummin(1).values
-    through_R = _restarting_min(running_RL[:, -1], rows.chunk_of_row)
-    # Each row starts from what the rows of its chunk before it left.
-    before_R = torch.where(rows.chunk_of_row.diff(prepend=rows.chunk_of_row[:1] - 1) == 0, through_R.roll(1), _INF)
-    running_RL = torch.minimum(running_RL, before_R[:, None])
-    exclusive_T = torch.cat([running_RL.view(-1), nothing]).index_select(0, rows.previous_slot_T)
-    return through_R[rows.last_row_of_chunk], exclusive_T
+def _running_min(shard: SequenceShard, x_T: Tensor) -> Tensor:
+    """Inclusive running minimum inside each local chunk, fp32 [T]. Exact; linear in tokens, however many and uneven the chunks are.
+
+    Tokens are folded into rows of _ROW, all of which run at once; then each row takes what its chunk brings along from the rows before.
+    Almost all rows lie inside one chunk. Only those where a chunk starts in mid-row need the slower minimum that can restart.
+    """
+    num_rows = -(-len(x_T) // _ROW)
+    x_RL = torch.nn.functional.pad(x_T, (0, num_rows * _ROW - len(x_T)), value=_INF).view(num_rows, _ROW)
+    running_RL = x_RL.cummin(1).values
+
+    starts = _chunk_starts(shard)
+    mixed = (starts[starts % _ROW != 0] // _ROW).unique_consecutive().to(x_T.device)  # of M rows
+    slot_ML = (mixed[:, None] * _ROW + torch.arange(_ROW, device=x_T.device)).clamp(max=len(x_T) - 1)
+    chunk_ML = shard.chunk_id_T[slot_ML]
+    mixed_ML = _restarting_min(x_RL[mixed].view(-1), chunk_ML.view(-1)).view(-1, _ROW)
+    running_RL[mixed] = mixed_ML
+
+    first_chunk_R = shard.chunk_id_T[::_ROW]
+    last_chunk_R = torch.cat([shard.chunk_id_T[_ROW - 1 :: _ROW], shard.chunk_id_T[-1:]])[:num_rows]
+    through_R = _restarting_min(running_RL[:, -1], last_chunk_R)
+    brought_R = torch.where(first_chunk_R == last_chunk_R.roll(1), through_R.roll(1), _INF)
+    brought_R[0] = _INF
+    running_RL = torch.minimum(running_RL, brought_R[:, None])
+    running_RL[mixed] = torch.minimum(mixed_ML, torch.where(chunk_ML == first_chunk_R[mixed][:, None], brought_R[mixed][:, None], _INF))
+    return running_RL.view(-1)[: len(x_T)]
+
+
+def _chunk_starts(shard: SequenceShard) -> Tensor:
+    """First local token of every local chunk, on the host: reading `shard.chunk_starts` would wait for the device."""
+    lengths = torch.tensor(shard.padded_lengths) // shard.num_chunks
+    return lengths.repeat_interleave(len(shard.chunk_indices)).cumsum(0).roll(1).index_fill(0, torch.tensor(0), 0)
 
 
 def _restarting_min(x: Tensor, group: Tensor) -> Tensor:

@@ -13,13 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from parallel.chunk_rows import ChunkRows, chunk_rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,12 +90,6 @@ class SequenceShard:
     def max_seqlen(self) -> int:
         """Longest padded, un-sharded sequence: Megatron's PackedSeqParams."""
         return max(self.padded_lengths)
-
-    @cached_property
-    def rows(self) -> ChunkRows:
-        """Local chunks laid out in rows of one length, for the scans. Made on first use."""
-        per_chunk = (length // self.num_chunks for length in self.padded_lengths)
-        return chunk_rows([length for length in per_chunk for _ in self.chunk_indices], device=self.device)
 
     @property
     def device(self) -> torch.device:

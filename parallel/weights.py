@@ -155,9 +155,7 @@ def _owners(names_of_rank: Sequence[Sequence[str]], layout: ParallelLayout) -> d
     return owner
 
 
-def _buckets(
-    architecture: Architecture, owner: dict[str, int], element_size: int, bucket_bytes: int
-) -> list[tuple[int, list[Parameter]]]:
+def _buckets(architecture: Architecture, owner: dict[str, int], element_size: int, bucket_bytes: int) -> list[tuple[int, list[Parameter]]]:
     """Runs of parameters of one owner, in the table's order, each of at most bucket_bytes (or one parameter).
 
     Experts of one layer are dealt out by owner, so that their order on several ranks does not break buckets up.
@@ -166,7 +164,12 @@ def _buckets(
     filled = 0
     ordered = sorted(
         enumerate(parameters(architecture)),
-        key=lambda item: (item[1].layer if item[1].layer is not None else _edge(item[0]), item[1].is_expert, owner[item[1].megatron_name], item[0]),
+        key=lambda item: (
+            item[1].layer if item[1].layer is not None else _edge(item[0]),
+            item[1].is_expert,
+            owner[item[1].megatron_name],
+            item[0],
+        ),
     )
     for _, parameter in ordered:
         rank = owner[parameter.megatron_name]

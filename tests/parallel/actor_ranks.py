@@ -1,6 +1,6 @@
 """Run by torchrun from test_actor.py: one actor on some layout scores and trains the sequences of a fixture and keeps what came out.
 
-    torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR '{"ep": 2}'
+torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR '{"ep": 2}'
 """
 
 import json

@@ -39,7 +39,9 @@ def make_model(directory: Path, *, moe: bool, tied: bool) -> torch.nn.Module:
     }
     if moe:
         model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**shape, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1)
+            Qwen3MoeConfig(
+                **shape, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1
+            )
         )
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
@@ -69,7 +71,9 @@ def make_sequences(model: torch.nn.Module, directory: Path) -> list[dict[str, to
         sequences.append(
             {"token_ids": token_ids, "loss_mask": mask, "behaviour_logprobs": behaviour, "advantages": advantage.expand(length - 1).clone()}
         )
-    save_file({f"{name}.{i}": x for i, sequence in enumerate(sequences) for name, x in sequence.items()}, directory / "sequences.safetensors")
+    save_file(
+        {f"{name}.{i}": x for i, sequence in enumerate(sequences) for name, x in sequence.items()}, directory / "sequences.safetensors"
+    )
     return sequences
 
 
@@ -197,7 +201,7 @@ def test_logprobs_gradients_and_steps_equal_transformers(family: dict, layout: s
     assert reports[0]["loss"] == pytest.approx(family["loss"], rel=1e-5)
     gradients = {}
     for name in before:
-        step = (before[name].double() - results[f"after.{name}"].double())
+        step = before[name].double() - results[f"after.{name}"].double()
         gradients[name] = (step / (1 - step.abs())).float()
     expected_gradients = {name: family["gradients"][name] for name in before}
     error, worst = largest_relative_error(gradients, expected_gradients)

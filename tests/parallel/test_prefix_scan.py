@@ -89,9 +89,9 @@ def assert_equals_reference(answers: list[list[Tensor]], xs: list[Tensor], masks
                 torch.testing.assert_close(got, want, rtol=2**-23, atol=2**-22 * magnitude, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=100)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(400, 1400)), min_size=1, max_size=6),
     cp_size=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 2**31),
     kept=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
@@ -102,6 +102,16 @@ def test_scan_equals_stepping_token_by_token(lengths: list[int], cp_size: int, s
     xs = [scale * torch.randn(length, generator=generator) for length in lengths]
     masks = [torch.rand(length, generator=generator) < kept for length in lengths]
     assert_equals_reference(simulated_scan(lengths, cp_size, xs, masks), xs, masks)
+
+
+@pytest.mark.parametrize("lengths", [[512] * 4, [511, 1, 1, 511, 1024], [100, 2000, 3, 3, 3, 1500], [4096], [1] * 1100])
+def test_prefix_min_restarts_wherever_chunks_fall_in_its_rows(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Rising values: whatever leaks from an earlier sequence is smaller and shows.
+    xs = [10.0 * s + torch.rand(length, generator=generator) for s, length in enumerate(lengths)]
+    (prefix_min_T,) = scan(SequenceShard.whole(lengths), [PrefixMin(torch.cat(xs), torch.ones(sum(lengths), dtype=torch.bool))])
+    for got, x in zip(prefix_min_T.split(lengths), xs, strict=True):
+        assert got[0] == 0.0 and torch.equal(got[1:], x.cummin(0).values[:-1])
 
 
 def test_golden_prefix_min_restarts_skips_masked_tokens_and_is_not_capped() -> None:

@@ -1,0 +1,74 @@
+# make help lists what there is.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+CONFIG ?= configs/tiny_moe_cpu.yaml
+ARGS ?=
+
+TRAINER := .venv/.complete
+SERVER := .venv-sglang/.complete
+SOURCES := megatron_minpro parallel rollout checkpoints_convert
+SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
+
+# One thread per process: ranks and servers share the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup setup-gpu train test lint format bench clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
+	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run, with settings that differ from the file"
+
+setup: $(TRAINER) $(SERVER) ## both environments: .venv (trainer, the minpro command) and .venv-sglang (rollout servers)
+
+setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc for TransformerEngine)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet torch==2.13.0
+	.venv/bin/pip install --quiet -e '.[gpu,dev]'
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/pip install --quiet sglang==0.5.23 sglang-router==0.3.2
+	touch $(TRAINER) $(SERVER)
+
+train: setup ## the main job: base model, servers, training, evaluation, plots
+	.venv/bin/minpro train $(CONFIG) $(ARGS)
+
+test: setup ## everything CI runs
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(TRAINER) ## ruff, mypy, shellcheck
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/shellcheck --external-sources $(SHELL_FILES)
+
+format: $(TRAINER) ## let ruff format and fix
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: $(TRAINER) ## measure; prints one JSON line per benchmark
+	.venv/bin/python -m pytest tests/benchmarks -s $(ARGS)
+
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+
+# torch first: the CPU build satisfies every later requirement, and nothing heavier is fetched in its place.
+$(TRAINER): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and f"{sys.executable} is Python {sys.version.split()[0]}; expected 3.11 or 3.12: make setup PYTHON=...")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet torch==2.13.0
+	.venv/bin/pip install --quiet -e '.[dev]'
+	touch $@
+
+# --no-deps: SGLang's own requirements ask for CUDA packages, and for a newer torch than its CPU engine needs.
+$(SERVER): rollout/requirements_cpu.txt
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/pip install --quiet --upgrade pip
+	.venv-sglang/bin/pip install --quiet -r rollout/requirements_cpu.txt
+	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.23 sglang-router==0.3.2
+	touch $@

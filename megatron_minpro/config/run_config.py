@@ -1,0 +1,116 @@
+"""RunConfig: everything one run is, and the rules that tie its sections together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_minpro.config.sections import (
+    ActorConfig,
+    AdvantagesConfig,
+    CheckpointConfig,
+    DebugConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    TrackingConfig,
+)
+from parallel.layout import ParallelLayout
+
+
+class RunConfig(Section):
+    """What is optimised, of which model, on which prompts, sampled how, trained where. Paths are relative to the working directory."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run; its folder is output_dir/name")
+    seed: int = Field(ge=0, description="of prompt order, sampling and dropout")
+    output_dir: str = Field(default="runs", min_length=1, description="folder that holds the run folders")
+    num_global_steps: int = Field(ge=1, description="batches trained")
+    staleness: int = Field(ge=0, description="a batch sampled at global step k is trained at step k + staleness; 0 is on-policy")
+    behaviour_logprobs: Literal["trainer", "engine"] = Field(
+        description="whose log-probabilities are pi_old; trainer: computed under the sampling weights; engine: as sampled"
+    )
+    objective: ObjectiveConfig = Field(description="what is optimised")
+    advantages: AdvantagesConfig = Field(description="from rewards to advantages")
+    reward: RewardConfig = Field(description="how a response is judged")
+    model: ModelConfig = Field(description="which model is trained")
+    prompts: PromptsConfig = Field(description="training prompts")
+    evaluation: EvaluationConfig = Field(description="the held-out measurement")
+    rollout: RolloutConfig = Field(description="where responses come from")
+    actor: ActorConfig = Field(description="how the policy is updated")
+    world_size: int = Field(ge=1, description="trainer ranks")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the model is spread over them")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the state is saved")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="what is written down")
+    debug: DebugConfig = Field(default_factory=DebugConfig, description="checks that cost time")
+    megatron: dict[str, Any] = Field(default_factory=dict, description="passed through to Megatron's TransformerConfig and OptimizerConfig")
+    sglang: dict[str, Any] = Field(default_factory=dict, description="passed through to the SGLang server's arguments")
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> RunConfig:
+        self._check_layout()
+        self._check_mini_batches()
+        self._check_micro_batch()
+        return self
+
+    def _check_layout(self) -> None:
+        layout, dp = self.layout, self.parallel.dp
+        if dp is not None and dp != layout.dp:
+            raise ValueError(
+                f"parallel.dp = {dp}: expected null or what tp, pp and cp leave of world_size = {self.world_size}, {layout.dp}"
+            )
+
+    def _check_mini_batches(self) -> None:
+        prompts, updates = self.rollout.prompts_per_step, self.actor.updates_per_step
+        if prompts % updates != 0:
+            raise ValueError(
+                f"rollout.prompts_per_step = {prompts}: expected a multiple of actor.updates_per_step = {updates}, "
+                "so that every mini-batch holds whole groups"
+            )
+        if self.sequences_per_mini_batch < self.layout.dp:
+            raise ValueError(
+                f"actor.updates_per_step = {updates}: a mini-batch of {self.sequences_per_mini_batch} responses leaves some "
+                f"of the {self.layout.dp} data-parallel ranks without one; expected fewer updates or a smaller world_size"
+            )
+
+    def _check_micro_batch(self) -> None:
+        multiple = self.layout.sequence_multiple
+        longest = self.prompts.max_prompt_tokens + self.rollout.max_new_tokens
+        padded = -(-longest // multiple) * multiple
+        if self.actor.max_tokens_per_micro_batch < padded:
+            raise ValueError(
+                f"actor.max_tokens_per_micro_batch = {self.actor.max_tokens_per_micro_batch}: expected at least {padded}, the longest "
+                f"sequence, padded: prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} "
+                f"+ rollout.max_new_tokens {self.rollout.max_new_tokens}"
+            )
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The trainer's layout; sequence parallelism is on exactly when tp > 1 unless the config says otherwise."""
+        parallel = self.parallel
+        return ParallelLayout(
+            world_size=self.world_size,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            vpp=parallel.vpp,
+            cp=parallel.cp,
+            ep=parallel.ep,
+            etp=parallel.etp,
+            sequence_parallel=parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def sequences_per_mini_batch(self) -> int:
+        """Responses trained by one optimizer step, over all ranks."""
+        return self.rollout.prompts_per_step // self.actor.updates_per_step * self.rollout.group_size

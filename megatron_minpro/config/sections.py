@@ -1,0 +1,239 @@
+"""The sections of a run's configuration. Frozen; an unknown key is an error; what changes the result has no default.
+
+Keys with a default are those that cannot move a trained number: places, ports, time limits, logging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Typed, frozen, closed: a string is no number, 1 is no boolean, NaN is no setting."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """One entry of a registry plus that entry's own options, written side by side: {name: minpro, clip_high: 4.0}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything beside the entry's name; what is left out takes the default published for that entry."""
+        return dict(self.model_extra or {})
+
+
+class ObjectiveConfig(Choice):
+    """What is optimised. The names and options are those of megatron_minpro.objectives.make_objective."""
+
+    name: str = Field(description="of the objective")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> ObjectiveConfig:
+        # Imported here: the registry needs torch, which every other reader of this file can do without.
+        from megatron_minpro.objectives import make_objective
+
+        make_objective(self.name, **self.options)
+        return self
+
+
+class RewardConfig(Choice):
+    """How a response is judged. The names and options are those of megatron_minpro.rewards.make_reward."""
+
+    name: str = Field(description="of the reward, or package.module:function")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> RewardConfig:
+        from megatron_minpro.rewards import make_reward
+
+        make_reward(self.name, **self.options).close()
+        return self
+
+
+class AdvantagesConfig(Choice):
+    """How rewards become advantages. The estimators and options are those of megatron_minpro.advantages.make_advantages."""
+
+    estimator: str = Field(description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; and others")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> AdvantagesConfig:
+        from megatron_minpro.advantages import make_advantages
+
+        make_advantages(self.estimator, **self.options)
+        return self
+
+
+class WarmUpConfig(Section):
+    """How to make the base model when model.path does not exist yet: supervised learning on worked examples of the prompts' own task."""
+
+    architecture: dict[str, Any] = Field(description="fields of the Hugging Face Qwen3MoeConfig or Qwen3Config (chosen by model_type)")
+    tokenizer: str | None = Field(description="folder with a tokenizer to take over; null: one is made for the task")
+    num_steps: int = Field(ge=0, description="supervised optimizer steps; 0 leaves the weights random")
+    batch_size: int = Field(ge=1, description="worked examples per step")
+    learning_rate: float = Field(gt=0, description="peak learning rate, reached after a short warm-up, then cosine to a twentieth of it")
+    seed: int = Field(ge=0, description="of the initial weights and of the worked examples")
+    noise: dict[str, Any] = Field(description="how often and how the worked examples go wrong; {} is the task's own default")
+
+    @model_validator(mode="after")
+    def _noise_is_known(self) -> WarmUpConfig:
+        from megatron_minpro.arithmetic_chains import WorkedExampleNoise
+
+        known = [field.name for field in dataclasses.fields(WorkedExampleNoise)]
+        for key in self.noise:
+            if key not in known:
+                raise ValueError(f"noise.{key} = {self.noise[key]!r}: expected one of {', '.join(known)}")
+        WorkedExampleNoise(**self.noise)
+        return self
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    path: str = Field(min_length=1, description="folder in Hugging Face format: config.json, safetensors, tokenizer")
+    dtype: Dtype = Field(description="of parameters and activations in the trainer; master weights and log-probabilities are float32")
+    warm_up: WarmUpConfig | None = Field(description="how to make the folder when it does not exist; null: it must exist")
+
+
+class PromptsConfig(Section):
+    """Where prompts come from and how a row becomes a prompt; the keys are the arguments of megatron_minpro.prompt_sources.load_prompts."""
+
+    source: str = Field(min_length=1, description="a generator's name, the path of a .jsonl or .parquet file, or a Hugging Face dataset")
+    max_prompt_tokens: int = Field(ge=1, description="longer prompts (after the chat template) are dropped and counted")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the generator; split, name, revision of a Hugging Face dataset")
+    preset: str | None = Field(
+        default=None, description="layout of a well-known data set, such as dapo; the keys below override its values"
+    )
+    question_field: str | None = Field(default=None, description="dotted path of the question in a row (prompt.0.content)")
+    answer_field: str | None = Field(default=None, description="dotted path of the answer in a row (reward_model.ground_truth)")
+    answer_format: str | None = Field(default=None, description="where the answer stands inside its field, such as after_hashes")
+    wrapper: str | None = Field(default=None, description="a wrapper's name, such as dapo, or a text that contains {question}")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> PromptsConfig:
+        from megatron_minpro.prompt_sources import ANSWER_FORMATS, PRESETS, WRAPPERS
+
+        for key, value, known in (("preset", self.preset, PRESETS), ("answer_format", self.answer_format, ANSWER_FORMATS)):
+            if value is not None and value not in known:
+                raise ValueError(f"{key} = {value!r}: expected one of {', '.join(known)}")
+        if self.wrapper is not None and self.wrapper not in WRAPPERS and "{question}" not in self.wrapper:
+            raise ValueError(f"wrapper = {self.wrapper!r}: expected {', '.join(WRAPPERS)} or a text that contains {{question}}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """The held-out measurement of pass@1 and pass@k."""
+
+    prompts: PromptsConfig = Field(description="held-out prompts, same shape as the training prompts")
+    num_prompts: int = Field(ge=1, description="the first so many prompts of the source")
+    samples_per_prompt: int = Field(ge=1, description="responses per prompt; pass@k is estimated for every power of two up to it")
+    temperature: float = Field(gt=0, description="sampling temperature")
+    top_p: float = Field(gt=0, le=1, description="nucleus; the paper evaluates with 0.7")
+    every: int = Field(ge=0, description="also evaluate every so many global steps; 0: only before and after training")
+
+
+class RolloutConfig(Section):
+    """Where responses come from: how many, how long, how sampled, by which servers."""
+
+    servers: int = Field(ge=0, description="server processes to start on this machine; 0 with endpoints")
+    tp: int = Field(ge=1, description="tensor parallelism of each server")
+    prompts_per_step: int = Field(ge=1, description="prompts sampled per global step")
+    group_size: int = Field(ge=2, description="responses per prompt; their rewards are compared with each other")
+    max_new_tokens: int = Field(ge=1, description="a response is cut here, with finish reason length")
+    temperature: float = Field(gt=0, description="sampling temperature; the trainer scores at the same one")
+    top_p: float = Field(description="must be 1: a truncated distribution is not the policy whose log-probabilities are trained")
+    dtype: Dtype = Field(description="of the servers' weights")
+    weight_sync: Literal["collective", "disk"] = Field(description="how new weights travel to the servers")
+    host: str = Field(default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys")
+    base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
+    api_key_path: str | None = Field(default=None, description="one-line file with the key that every request must carry")
+    admin_key_path: str | None = Field(default=None, description="one-line file with the key for changing weights")
+    start_timeout_s: float = Field(default=300.0, gt=0, description="a server must be ready by then")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="one generation request, retries not included")
+    max_retries: int = Field(default=3, ge=0, description="further attempts after a failed request")
+    endpoints: tuple[str, ...] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RolloutConfig:
+        from rollout.server import is_loopback
+
+        if self.top_p != 1.0:
+            raise ValueError(f"top_p = {self.top_p}: expected 1.0, a truncated distribution is not the policy that is trained")
+        if bool(self.servers) == bool(self.endpoints):
+            raise ValueError(f"servers = {self.servers} with {len(self.endpoints)} endpoints: expected servers >= 1 or endpoints, not both")
+        for endpoint in self.endpoints:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError(f"endpoints holds {endpoint!r}: expected http://host:port")
+        if not is_loopback(self.host) and (self.api_key_path is None or self.admin_key_path is None):
+            raise ValueError(f"host = {self.host!r}: expected api_key_path and admin_key_path beside it, others can reach this address")
+        if self.base_port is not None and self.base_port + self.servers - 1 > 65535:
+            raise ValueError(f"base_port = {self.base_port} leaves no room for {self.servers} ports below 65536")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW. The rate rises linearly over the warm-up and stays."""
+
+    learning_rate: float = Field(gt=0, description="after the warm-up")
+    warm_up_steps: int = Field(ge=0, description="in global steps (each is updates_per_step optimizer steps)")
+    weight_decay: float = Field(ge=0, description="decoupled; vectors (norms, biases) are not decayed")
+    betas: tuple[float, float] = Field(strict=False, description="decay of the first and second moment")
+    eps: float = Field(gt=0, description="added to the root of the second moment")
+    gradient_clip: float = Field(gt=0, description="largest global gradient norm")
+
+    @model_validator(mode="after")
+    def _betas_are_decays(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: expected two numbers in [0, 1)")
+        return self
+
+
+class ActorConfig(Section):
+    """How the trained policy is updated."""
+
+    optimizer: OptimizerConfig = Field(description="AdamW and its rate")
+    updates_per_step: int = Field(ge=1, description="mini-batches, so optimizer steps, per global step")
+    max_tokens_per_micro_batch: int = Field(ge=1, description="packed tokens of one forward pass, summed over its context-parallel ranks")
+    recompute: Literal["none", "selective", "full"] = Field(description="which activations the backward pass computes again")
+    logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
+
+
+class ParallelConfig(Section):
+    """How the model is spread over the trainer's ranks. What is legal for which model is decided by parallel.layout."""
+
+    tp: int = Field(default=1, ge=1, description="tensor parallelism")
+    pp: int = Field(default=1, ge=1, description="pipeline stages")
+    vpp: int | None = Field(default=None, ge=2, description="virtual stages per pipeline rank; null: none")
+    cp: int = Field(default=1, ge=1, description="context parallelism")
+    ep: int = Field(default=1, ge=1, description="expert parallelism")
+    etp: int = Field(default=1, ge=1, description="tensor parallelism inside an expert")
+    dp: int | None = Field(default=None, ge=1, description="data parallelism; null: what is left of world_size")
+    sequence_parallel: bool | None = Field(default=None, description="null: on exactly when tp > 1")
+
+
+class CheckpointConfig(Section):
+    """When the run's whole state is saved."""
+
+    every: int = Field(default=10, ge=1, description="global steps between checkpoints; the last step always has one")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept; older ones are deleted")
+
+
+class TrackingConfig(Section):
+    """What is written down while the run goes."""
+
+    tensorboard: bool = Field(default=True, description="event files in RUN/tensorboard")
+    keep_rollouts: bool = Field(default=True, description="every trained response as readable JSON lines in RUN/rollouts")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
+
+
+class DebugConfig(Section):
+    """Checks that cost time."""
+
+    check_weights: bool = Field(default=False, description="after every sync, prove that servers and actor hold equal weights")
+    deterministic: bool = Field(default=True, description="refuse operations whose result depends on timing")

@@ -1,0 +1,136 @@
+"""What is installed, what will be used, what is missing: the facts behind `minpro doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+Verdict = Literal["ok", "absent", "missing"]
+
+# Distribution, and what the run would lack without it.
+_REQUIRED = (
+    ("torch", "everything"),
+    ("megatron-core", "the actor"),
+    ("psutil", "checkpoints"),
+    ("transformers", "tokenizers and exported policies"),
+    ("safetensors", "weights"),
+    ("pydantic", "configurations"),
+    ("math-verify", "the math_verify reward"),
+    ("pyarrow", "parquet prompts"),
+    ("datasets", "prompts by dataset name"),
+    ("tensorboard", "event files"),
+    ("matplotlib", "plots"),
+)
+_OPTIONAL = (
+    ("transformer-engine", "fused layers on GPUs"),
+    ("nvidia-modelopt", "fp8 and nvfp4 export"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the report. missing: a run cannot start without it; absent: something optional."""
+
+    subject: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at this machine and at the two environments, the trainer's and the servers'."""
+    return [*_machine(), *_packages(), *_capabilities(), *_server_environment(), *_tools()]
+
+
+def _machine() -> list[Finding]:
+    python = f"{platform.python_version()} ({sys.executable})"
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    if sys.version_info[:2] in ((3, 11), (3, 12)):
+        interpreter = Finding(subject="python", verdict="ok", detail=python)
+    else:
+        interpreter = Finding(subject="python", verdict="missing", detail=f"{python}; expected 3.11 or 3.12")
+    resources = f"{os.cpu_count()} cores, {memory_gib:.0f} GiB memory, {free_gib:.0f} GiB free on disk"
+    return [interpreter, Finding(subject="machine", verdict="ok", detail=resources)]
+
+
+def _packages() -> list[Finding]:
+    return [
+        *(_package(distribution, purpose, otherwise="missing") for distribution, purpose in _REQUIRED),
+        *(_package(distribution, purpose, otherwise="absent") for distribution, purpose in _OPTIONAL),
+    ]
+
+
+def _package(distribution: str, purpose: str, *, otherwise: Verdict) -> Finding:
+    version = _version(distribution)
+    if version is None:
+        return Finding(subject=distribution, verdict=otherwise, detail=f"needed for {purpose}")
+    return Finding(subject=distribution, verdict="ok", detail=version)
+
+
+def _capabilities() -> list[Finding]:
+    if _version("torch") is None:
+        return []
+    from parallel.capabilities import detect
+
+    return [Finding(subject="trainer", verdict="ok", detail=line) for line in detect().lines()]
+
+
+def _server_environment() -> list[Finding]:
+    from rollout.server import default_server_python
+
+    try:
+        environment = default_server_python().parent.parent
+    except ValueError as error:
+        return [Finding(subject="rollout servers", verdict="missing", detail=str(error))]
+    # Metadata alone: importing sglang takes half a minute.
+    site_packages = [str(path) for path in (environment / "lib").glob("python3.*/site-packages")]
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions(path=site_packages)
+    }
+    return [
+        Finding(subject=name, verdict="ok", detail=f"{found[name]} in {environment}")
+        if name in found
+        else Finding(subject=name, verdict="missing", detail=f"not in {environment}: make setup installs it")
+        for name in ("sglang", "sglang-router")
+    ]
+
+
+def _tools() -> list[Finding]:
+    found = shutil.which("sbatch")
+    detail = found if found is not None else "no sbatch: jobs can be started on this machine only"
+    return [Finding(subject="slurm", verdict="ok" if found else "absent", detail=detail)]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def can_train(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is missing."""
+    return all(finding.verdict != "missing" for finding in findings)
+
+
+def as_table(findings: Sequence[Finding]) -> Table:
+    """For people."""
+    colours = {"ok": "green", "absent": "dim", "missing": "red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        table.add_row(finding.subject, f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.detail)
+    return table
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For programs."""
+    return {"can_train": can_train(findings), "findings": [asdict(finding) for finding in findings]}

@@ -1,0 +1,111 @@
+"""What rank 0 does for all: samples, publishes weights, measures, writes down."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_minpro import held_out
+from megatron_minpro.atomic_files import write_atomically
+from megatron_minpro.config import RunConfig
+from megatron_minpro.prompts import Prompt
+from megatron_minpro.rewards import Reward
+from megatron_minpro.sampler import Sampled, Sampler
+from megatron_minpro.samples import RolloutBatch
+from megatron_minpro.tracking import MetricsWriter, Progress, RolloutLog, RolloutRecord, write_progress
+from rollout.client import GenerationClient
+from rollout.weight_sync import WeightSync, check_equal, expected_checksums
+
+log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class RunDriver:
+    """The `trainer.Driver` of a real run."""
+
+    config: RunConfig
+    run_dir: Path
+    sampler: Sampler
+    client: GenerationClient
+    weight_sync: WeightSync
+    admin_key: str | None
+    tokenizer: Any
+    reward: Reward
+    held_out_prompts: list[Prompt]
+    metrics: MetricsWriter
+    rollouts: RolloutLog | None
+    trained_batches: int = 0
+
+    def sample(self, step: int, *, policy_version: int) -> Sampled:
+        """The batch of one global step; kept for people to read."""
+        self.heartbeat("sample")
+        sampled = self.sampler.sample(step, policy_version=policy_version)
+        if self.rollouts is not None:
+            self.rollouts.write(step, _records(sampled))
+        self.heartbeat("update")
+        return sampled
+
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Weights into every server."""
+        self.weight_sync.publish(policy_version, tensors)
+
+    def check_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Raises ChecksumMismatch unless every server holds exactly these weights."""
+        expected = expected_checksums(tensors, dtype=_DTYPES[self.config.rollout.dtype])
+        for endpoint in self.client.endpoints:
+            check_equal(expected, endpoint, key=self.admin_key)
+        log.info("weights of %d server(s) equal the actor's: %d parameters", len(self.client.endpoints), len(expected))
+
+    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+        """One line of metrics."""
+        self.metrics.write(step, metrics)
+        self.trained_batches = int(metrics["trained_batches"])
+        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name))
+
+    def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
+        """Measure held-out pass@k, keep it as evaluation_<label>.json."""
+        self.heartbeat(f"evaluation {label}")
+        result = held_out.measure(
+            self.held_out_prompts,
+            self.config.evaluation,
+            client=self.client,
+            tokenizer=self.tokenizer,
+            reward=self.reward,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            seed=self.config.seed,
+        )
+        write_atomically(
+            self.run_dir / f"evaluation_{label}.json", json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"
+        )
+        log.info("held out, %s (policy version %d): %s", label, policy_version, result)
+        return result
+
+    def heartbeat(self, phase: str) -> None:
+        """Tell the console what goes on."""
+        write_progress(self.run_dir, Progress(phase=phase, global_step=self.trained_batches))
+
+
+def _records(sampled: Sampled) -> list[RolloutRecord]:
+    return [
+        RolloutRecord(
+            prompt_id=response.prompt.prompt_id,
+            prompt=response.prompt.text,
+            response=response.text,
+            answer=response.prompt.answer,
+            extracted=response.result.extracted,
+            reward=response.result.reward,
+            advantage=sample.advantage,
+            policy_version=sample.policy_versions[1],
+            finish_reason=sample.finish_reason,
+            num_response_tokens=len(sample.response_token_ids),
+        )
+        for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True)
+    ]

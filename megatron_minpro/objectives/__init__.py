@@ -1,0 +1,16 @@
+"""Policy objectives: pure functions of a TokenBatch, one file each. `make_objective(name, **options)` gives one by name."""
+
+from megatron_minpro.objectives.base import NonFiniteTokenError, Objective, ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.metrics import add_metrics, finalize_metrics
+from megatron_minpro.objectives.registry import OBJECTIVES, make_objective
+
+__all__ = [
+    "OBJECTIVES",
+    "NonFiniteTokenError",
+    "Objective",
+    "ObjectiveOutput",
+    "TokenBatch",
+    "add_metrics",
+    "finalize_metrics",
+    "make_objective",
+]

@@ -1,0 +1,118 @@
+"""The records that an objective takes and returns.
+
+Shapes: T local packed tokens (one shard's, padding included), S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parallel.sequence_shard import SequenceShard
+
+
+class NonFiniteTokenError(ValueError):
+    """A trained token has a NaN or infinite log-prob or advantage. One rank may see it alone: the caller must stop all ranks together."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenBatch:
+    """One packed micro-batch, as far as this rank holds it.
+
+    Values where `loss_mask_T` is False are never used, so they may be anything, also NaN. Construction checks everything that can be
+    checked locally and raises ValueError: dtypes, shapes, counts, a mask on padding; and NonFiniteTokenError for a NaN or infinity at a
+    trained token.
+    """
+
+    logprobs_T: Tensor  # fp32, carries the gradient: log pi_theta(o_t)
+    behaviour_logprobs_T: Tensor  # fp32: log pi_old(o_t), pi_old = the policy that sampled o_t
+    advantages_T: Tensor  # fp32
+    loss_mask_T: Tensor  # bool: True where a response token is trained on
+    shard: SequenceShard  # sequence and position of every local token; the scans
+    global_tokens: int  # trained tokens of the whole mini-batch, over DP, CP and micro-batches
+    global_sequences: int  # sequences of the whole mini-batch with at least one trained token
+
+    def __post_init__(self) -> None:
+        shape = (self.shard.num_local_tokens,)
+        expected = {
+            "logprobs_T": torch.float32,
+            "behaviour_logprobs_T": torch.float32,
+            "advantages_T": torch.float32,
+            "loss_mask_T": torch.bool,
+        }
+        for name, dtype in expected.items():
+            x = getattr(self, name)
+            if x.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, got {x.dtype}")
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, one value per local token of the shard, got {tuple(x.shape)}")
+        for name in ("global_tokens", "global_sequences"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}: a mini-batch needs a trained token")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        names = ("logprobs_T", "behaviour_logprobs_T", "advantages_T")
+        finite = torch.stack([torch.isfinite(getattr(self, name).detach()) for name in names])
+        wrong_T = self.loss_mask_T & ~(finite.all(0) & ~self.shard.padding_T)
+        if not wrong_T.any():  # the only wait for the device
+            return
+        t = int(wrong_T.nonzero()[0, 0])
+        where = f"sequence {int(self.shard.sequence_id_T[t])}, position {int(self.shard.position_T[t])}"
+        if self.shard.padding_T[t]:
+            raise ValueError(f"loss_mask_T is True at {where}, which is padding")
+        name = names[int((~finite[:, t]).nonzero()[0, 0])]
+        value = float(getattr(self, name)[t])
+        raise NonFiniteTokenError(
+            f"{name} is {value} at {where} (cp_rank {self.shard.cp_rank}), where loss_mask_T is True; "
+            f"{int(wrong_T.sum())} such tokens on this rank"
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ObjectiveOutput:
+    """What an objective makes of one TokenBatch. Everything adds up over ranks, micro-batches and (metrics) mini-batches."""
+
+    loss: Tensor  # scalar fp32 with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
+    weights_T: Tensor  # fp32, detached: d loss / d logprobs_T = -weights_T * advantages_T / divisor; 0 at masked tokens
+    metrics: dict[
+        str, Tensor
+    ]  # float64; [2] = (sum, count), or [B] = counts of the fixed bins of metrics.py where the key ends in _histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A named objective with all of its options: `objective(batch)` -> ObjectiveOutput. Build it with `make_objective`.
+
+    Where `needs_minibatch_statistics` is True the loss depends on the mini-batch as a whole. The caller then first runs forward only:
+    it sums `minibatch_statistics(batch)` over micro-batches and over the data- and context-parallel ranks, and passes the sum on
+    with every batch: `objective(batch, statistics)`.
+    """
+
+    name: str
+    options: Mapping[str, object]  # complete, published defaults included
+    function: Callable[..., ObjectiveOutput] = field(repr=False)
+    statistics_function: Callable[..., Tensor] | None = field(repr=False)  # takes the same options
+
+    @property
+    def needs_minibatch_statistics(self) -> bool:
+        return self.statistics_function is not None
+
+    def minibatch_statistics(self, batch: TokenBatch) -> Tensor:
+        """This batch's share of what the objective must know of the whole mini-batch: float64, one axis, to be summed."""
+        if self.statistics_function is None:
+            raise ValueError(f"objective {self.name!r} needs no mini-batch statistics")
+        return self.statistics_function(batch, **self.options)
+
+    def __call__(self, batch: TokenBatch, statistics: Tensor | None = None) -> ObjectiveOutput:
+        """Loss, weights and metrics of one batch. Raises ValueError if statistics are missing, or given to an objective that takes none."""
+        if (statistics is not None) != self.needs_minibatch_statistics:
+            have = "were given but it needs none" if statistics is not None else "are missing: sum minibatch_statistics(batch) first"
+            raise ValueError(f"objective {self.name!r}: mini-batch statistics {have}")
+        if statistics is None:
+            return self.function(batch, **self.options)
+        return self.function(batch, statistics, **self.options)

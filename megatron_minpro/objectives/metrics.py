@@ -1,0 +1,124 @@
+"""What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
+
+A metric is float64, [2] = (sum, count), or [NUM_BINS] = counts per bin where its name ends in `_histogram`. `finalize_metrics` makes
+means and quantiles of the totals. Shapes: T local packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_minpro.objectives.base import TokenBatch
+from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, ratio
+
+HISTOGRAM_SUFFIX = "_histogram"
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+# Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
+_MAGNITUDES = torch.logspace(-5, 2, 7 * 16 + 1, dtype=torch.float64)
+BIN_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
+NUM_BINS = len(BIN_EDGES) + 1
+
+
+def token_metrics(
+    batch: TokenBatch,
+    *,
+    log_ratio_T: Tensor,
+    prefix_min_T: Tensor,
+    weights_T: Tensor,
+    hard_T: Tensor,
+    soft_T: Tensor,
+    loss: Tensor,
+) -> dict[str, Tensor]:
+    """Metrics of one micro-batch, over its trained tokens.
+
+    hard_T: tokens whose gradient a clip, a gate or a filter made 0. soft_T: tokens whose weight was bounded but not made 0.
+    policy_loss has the denominator (local trained tokens / global_tokens), which is 1 over a mini-batch: its mean is the loss per
+    mini-batch. kl_to_behaviour is the estimator k3 = rho - 1 - log rho of KL(pi_old || pi_theta), whose samples come from pi_old
+    (Schulman, "Approximating KL divergence", 2020). Ratios in metrics are held within exp(+-20).
+    """
+    mask_T = batch.loss_mask_T
+    count = mask_T.sum().double()
+
+    def mean_of(x_T: Tensor) -> Tensor:
+        return torch.stack([torch.where(mask_T, x_T.double(), 0.0).sum(), count])
+
+    d_T = log_ratio_T.detach()
+    ratio_T = ratio(d_T.double())
+    bounded_T = d_T.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return {
+        "ratio": mean_of(ratio_T),
+        "log_ratio": mean_of(d_T),
+        "log_ratio_squared": mean_of(d_T.double().square()),
+        "unit_ratio_fraction": mean_of(d_T == 0),
+        "prefix_min_ratio": mean_of(ratio(prefix_min_T.double())),
+        "weight": mean_of(weights_T),
+        "weight_squared": mean_of(weights_T.double().square()),
+        "hard_clip_fraction": mean_of(hard_T),
+        "soft_clip_fraction": mean_of(soft_T),
+        "advantage": mean_of(batch.advantages_T),
+        "kl_to_behaviour": mean_of(torch.expm1(bounded_T) - bounded_T),
+        "policy_loss": torch.stack([loss.double(), count / batch.global_tokens]),
+        "log_ratio_histogram": histogram(d_T, mask_T),
+        "prefix_min_histogram": histogram(prefix_min_T, mask_T),
+    }
+
+
+def histogram(x_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Counts of x per bin over unmasked tokens: float64 [NUM_BINS]. Bin i holds BIN_EDGES[i - 1] < x <= BIN_EDGES[i]."""
+    bin_T = torch.bucketize(x_T.detach().double(), BIN_EDGES.to(x_T.device))
+    return x_T.new_zeros(NUM_BINS, dtype=torch.float64, requires_grad=False).index_add(0, bin_T, mask_T.double())
+
+
+def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Totals over micro-batches, ranks or mini-batches. Raises ValueError if the names differ."""
+    totals: dict[str, Tensor] = {}
+    for metrics in batches:
+        if totals and totals.keys() != metrics.keys():
+            raise ValueError(f"metrics differ in their names: {sorted(totals.keys() ^ metrics.keys())}")
+        totals = {name: value + totals[name] if totals else value for name, value in metrics.items()}
+    return totals
+
+
+def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of the (sum, count) pairs under their names, quantiles of the histograms as name/p01 ... name/p99, and
+    effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+
+    A metric without any token is NaN, never 0. Raises ValueError for a shape that is neither.
+    """
+    final: dict[str, float] = {}
+    for name, value in totals.items():
+        if name.endswith(HISTOGRAM_SUFFIX):
+            stem = name.removesuffix(HISTOGRAM_SUFFIX)
+            final |= {f"{stem}/p{round(100 * q):02d}": histogram_quantile(value, q) for q in QUANTILES}
+        elif tuple(value.shape) == (2,):
+            total, count = value.tolist()
+            final[name] = total / count if count else math.nan
+        else:
+            raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {HISTOGRAM_SUFFIX!r}")
+    if "weight" in final and "weight_squared" in final:
+        mean_square = final["weight_squared"]
+        final["effective_sample_size"] = final["weight"] ** 2 / mean_square if mean_square else math.nan
+    return final
+
+
+def histogram_quantile(counts: Tensor, q: float) -> float:
+    """The q-quantile of a histogram, linear inside its bin; the outermost edge in an open bin; NaN for an empty histogram."""
+    if tuple(counts.shape) != (NUM_BINS,):
+        raise ValueError(f"a histogram has {NUM_BINS} bins, got shape {list(counts.shape)}")
+    counts = counts.double().cpu()
+    total = float(counts.sum())
+    if total == 0:
+        return math.nan
+    cumulative = counts.cumsum(0)
+    wanted = q * total
+    index = min(int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64))), NUM_BINS - 1)
+    if index in (0, NUM_BINS - 1):
+        return float(BIN_EDGES[0 if index == 0 else -1])
+    low, high = float(BIN_EDGES[index - 1]), float(BIN_EDGES[index])
+    inside = (wanted - float(cumulative[index] - counts[index])) / float(counts[index])
+    return low + inside * (high - low)

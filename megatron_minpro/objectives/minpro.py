@@ -1,0 +1,31 @@
+"""MinPRO: the smallest ratio of the prefix corrects for the prefix (arXiv:2601.22718)."""
+
+from __future__ import annotations
+
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.options import log_bounds
+from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
+from megatron_minpro.objectives.ratios import log_ratio, scan_batch
+
+
+def minpro(
+    batch: TokenBatch,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+    aggregation: str = "token_mean",
+    aggregation_length: int | None = None,
+) -> ObjectiveOutput:
+    """J = 1/N sum_t sg(clip(rho_t min_{i<t} rho_i, 1 - clip_low, 1 + clip_high)) A_t log pi_theta(t), rho = pi_theta / pi_old.
+
+    Defaults: bounds 1 and 4, so weights lie in [0, 5], and token-mean (the paper's training settings).
+    Choices: the *product* is clipped, once, and the whole weight is detached. The minimum is exclusive and skips masked tokens. An empty
+    prefix, which the paper leaves open, has ratio 1, its theorem's empty product: the first trained token has w = clip(rho). The
+    minimum is not capped at 1: while all earlier ratios exceed 1, so does it. Ratios [2, 3, 1.5, 0.5, 4] give weights [2, 5, 3, 0.75, 2].
+    Raises ValueError for an option out of range.
+    """
+    log_low, log_high = log_bounds(clip_low, clip_high)
+    log_ratio_T = log_ratio(batch)
+    scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
+    log_weights_T = log_ratio_T + scanned.prefix_min_T
+    return weighted_policy_gradient(batch, log_ratio_T, scanned, log_weights_T, log_low=log_low, log_high=log_high)

@@ -1,0 +1,88 @@
+"""The two ways in which the objectives use a ratio: as a fixed weight on log pi, or as PPO's clipped surrogate.
+
+Shapes: T local packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_minpro.objectives.aggregation import aggregate
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.metrics import token_metrics
+from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, advantages, ratio, trained
+
+
+def weighted_policy_gradient(
+    batch: TokenBatch,
+    log_ratio_T: Tensor,
+    scanned: Scanned,
+    log_weights_T: Tensor,
+    *,
+    log_low: float | Tensor,
+    log_high: float | Tensor,
+    scale: float = 1.0,
+    keep_T: Tensor | None = None,
+) -> ObjectiveOutput:
+    """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with w = scale * exp(clamp(log_weights, log_low, log_high)).
+
+    The whole weight is detached, so the gradient is exactly -w A / divisor. It is bounded in log space, before exp. Bounds are numbers
+    or [T]. Tokens where keep_T is False have weight 0 (counted as hard-clipped); their share of the divisor remains.
+    """
+    log_weights_T = log_weights_T.detach()
+    bounded_T = torch.minimum(torch.maximum(log_weights_T, _as_tensor(log_low, log_weights_T)), _as_tensor(log_high, log_weights_T))
+    dropped_T = torch.zeros_like(batch.loss_mask_T) if keep_T is None else ~keep_T
+    weights_T = trained(batch, torch.where(dropped_T, 0.0, scale * bounded_T.exp()))
+    loss_T = -(weights_T * advantages(batch)) * trained(batch, batch.logprobs_T)
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=dropped_T, soft_T=(bounded_T != log_weights_T) & ~dropped_T)
+
+
+def ppo_clip(
+    batch: TokenBatch,
+    log_ratio_T: Tensor,
+    scanned: Scanned,
+    differentiable_log_ratio_T: Tensor,
+    *,
+    log_low: float | Tensor,
+    log_high: float | Tensor,
+    dual_clip: float | None = None,
+) -> ObjectiveOutput:
+    """loss = sum_t max(-A r, -A clip(r, low, high)) / divisor (PPO, arXiv:1707.06347, eq. 7), r = exp(differentiable_log_ratio_T).
+
+    dual_clip c: for A < 0 also at most -A c (arXiv:1912.09729, eq. 5). The gradient is 0 where A > 0 and r > high, A < 0 and r < low, and
+    A < 0 and r > c; elsewhere -r A / divisor. r is held within exp(+-20) and without gradient outside. Bounds are numbers or [T].
+    """
+    d_T, advantages_T = differentiable_log_ratio_T, advantages(batch)
+    ratio_T = ratio(d_T)
+    bounded_T = torch.minimum(torch.maximum(d_T, _as_tensor(log_low, d_T)), _as_tensor(log_high, d_T)).detach()
+    ceiling = math.inf if dual_clip is None else math.log(dual_clip)
+    gated_T = ((advantages_T > 0) & (d_T > log_high)) | ((advantages_T < 0) & ((d_T < log_low) | (d_T > ceiling)))
+    limit_T = torch.where((advantages_T < 0) & (d_T > ceiling), ceiling, bounded_T)
+    loss_T = -advantages_T * torch.where(gated_T, ratio(limit_T), ratio_T)
+    overflow_T = (d_T.abs() > MAX_LOG_RATIO) & (advantages_T != 0)
+    hard_T = gated_T | overflow_T
+    weights_T = trained(batch, torch.where(hard_T, 0.0, ratio_T.detach()))
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=torch.zeros_like(hard_T))
+
+
+def _output(
+    batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, loss_T: Tensor, weights_T: Tensor, *, hard_T: Tensor, soft_T: Tensor
+) -> ObjectiveOutput:
+    loss = aggregate(batch, loss_T, scanned.divisors_T)
+    metrics = token_metrics(
+        batch,
+        log_ratio_T=log_ratio_T.detach(),
+        prefix_min_T=scanned.prefix_min_T,
+        weights_T=weights_T,
+        hard_T=hard_T,
+        soft_T=soft_T,
+        loss=loss.detach(),
+    )
+    return ObjectiveOutput(loss=loss, weights_T=weights_T, metrics=metrics)
+
+
+def _as_tensor(bound: float | Tensor, like: Tensor) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.full_like(like, bound, requires_grad=False)

@@ -1,0 +1,29 @@
+"""The full prefix product as weight: what MinPRO replaces (arXiv:2601.22718, section 6.2, the direct way)."""
+
+from __future__ import annotations
+
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.options import log_bounds
+from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
+from megatron_minpro.objectives.ratios import log_ratio, scan_batch
+from parallel.prefix_scan import PrefixSum
+
+
+def prefix_ratio(
+    batch: TokenBatch,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+    aggregation: str = "token_mean",
+    aggregation_length: int | None = None,
+) -> ObjectiveOutput:
+    """J = 1/N sum_t sg(clip(prod_{i<=t} rho_i, 1 - clip_low, 1 + clip_high)) A_t log pi_theta(t).
+
+    Defaults as MinPRO's. Choice: the product includes the token's own ratio, is formed in log space over trained tokens, and is clipped
+    once, at the end. Ratios [2, 3, 1.5, 0.5, 4] give weights [2, 5, 5, 4.5, 5]. Raises ValueError for an option out of range.
+    """
+    log_low, log_high = log_bounds(clip_low, clip_high)
+    log_ratio_T = log_ratio(batch)
+    cumulative = PrefixSum(log_ratio_T, batch.loss_mask_T)
+    scanned = scan_batch(batch, log_ratio_T, cumulative, aggregation=aggregation, aggregation_length=aggregation_length)
+    return weighted_policy_gradient(batch, log_ratio_T, scanned, scanned.results[0], log_low=log_low, log_high=log_high)

@@ -1,0 +1,61 @@
+"""Log ratios of a TokenBatch, and the one scan that an objective makes over them.
+
+Ratios live in log space until they are bounded: exp of a log ratio of 200 is infinite in fp32, exp of a clamped one is not.
+
+Shapes: T local packed tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_minpro.objectives.aggregation import divisor_requests, divisors
+from megatron_minpro.objectives.base import TokenBatch
+from parallel.prefix_scan import PrefixMin, Request, scan
+
+# Where a ratio itself is needed, unbounded, its log ratio is held within this: exp(20) = 4.9e8 squares without overflow in fp32.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """Answers of the one scan over a batch."""
+
+    prefix_min_T: Tensor  # log of the smallest ratio among earlier trained tokens, 0 where there is none
+    divisors_T: Tensor  # the aggregation's divisor of every token's loss
+    results: list[Tensor]  # of the objective's own requests, in order
+
+
+def log_ratio(batch: TokenBatch) -> Tensor:
+    """d_t = log pi_theta(o_t) - log pi_old(o_t), with gradient: fp32 [T], exactly 0 (and no gradient) at masked tokens."""
+    # Both are replaced before the difference is taken: NaN * 0 and inf - inf would be NaN, in backward too.
+    return trained(batch, batch.logprobs_T) - trained(batch, batch.behaviour_logprobs_T.detach())
+
+
+def advantages(batch: TokenBatch) -> Tensor:
+    """The advantages, 0 at masked tokens, without gradient: fp32 [T]."""
+    return trained(batch, batch.advantages_T.detach())
+
+
+def trained(batch: TokenBatch, x_T: Tensor) -> Tensor:
+    """x at trained tokens, 0 elsewhere, whatever stands there."""
+    return torch.where(batch.loss_mask_T, x_T, 0.0)
+
+
+def ratio(log_ratio_T: Tensor) -> Tensor:
+    """exp of a log ratio held within MAX_LOG_RATIO. Outside it has no gradient."""
+    return log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def scan_batch(batch: TokenBatch, log_ratio_T: Tensor, *requests: Request, aggregation: str, aggregation_length: int | None) -> Scanned:
+    """The scan for an objective's own requests, its aggregation and the prefix-min that all objectives report: one collective together."""
+    shared = [PrefixMin(log_ratio_T, batch.loss_mask_T), *divisor_requests(batch, aggregation, aggregation_length)]
+    answers = scan(batch.shard, [*shared, *requests])
+    return Scanned(
+        prefix_min_T=answers[0],
+        divisors_T=divisors(batch, aggregation, aggregation_length, answers[1 : len(shared)]),
+        results=answers[len(shared) :],
+    )

@@ -1,0 +1,65 @@
+"""A policy as a Hugging Face folder: weights streamed from the actor, config in both spellings, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
+from checkpoints_convert.mapping import hf_shapes
+from checkpoints_convert.safetensors_io import write_checkpoint
+
+MAX_SHARD_BYTES = 4_000_000_000
+# What a served and evaluated model needs beside its weights and config.json; absent ones are skipped.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer and generation files of a model folder, name -> content."""
+    return {name: (folder / name).read_bytes() for name in COMPANION_FILES if (folder / name).is_file()}
+
+
+def write_policy(
+    destination: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    config: Mapping[str, object],
+    companions: Mapping[str, bytes],
+    replace: bool,
+) -> None:
+    """Write a folder that transformers and SGLang load. tensors: Hugging Face names, each once, any order. Atomic.
+
+    config: config.json's content; its dtype is set to `dtype`. Raises ValueError for tensors that do not fit the architecture.
+    """
+    name = str(dtype).removeprefix("torch.")
+    content = config_with_both_spellings({**config, "torch_dtype": name, "dtype": name})
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(
+        destination,
+        tensors,
+        specs=[(name, shape, dtype) for name, shape in hf_shapes(architecture).items()],
+        max_shard_bytes=MAX_SHARD_BYTES,
+        extra_files={**companions, "config.json": (json.dumps(content, indent=2) + "\n").encode()},
+        replace=replace,
+    )
+
+
+def export_policy(destination: Path, tensors: Iterator[tuple[str, Tensor]], *, dtype: torch.dtype, like: Path, replace: bool) -> None:
+    """Write trained weights beside the config and tokenizer of the model folder `like` that training started from."""
+    config = read_config(like)
+    architecture = Architecture.from_config(config, source=like / "config.json")
+    write_policy(destination, tensors, architecture, dtype=dtype, config=config, companions=companion_files(like), replace=replace)

@@ -1,0 +1,164 @@
+"""A run's whole state on disk: one directory per checkpoint, complete or absent.
+
+checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
+                        run.json            counters, prompt cursor, policy version
+                        waiting.safetensors the batches that are sampled but not trained yet
+checkpoints/latest                          name of the newest complete directory
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_minpro.atomic_files import fsync_tree, write_atomically
+from megatron_minpro.samples import RolloutBatch, Sample
+from parallel.actor import MegatronActor
+
+_NAME = re.compile(r"^step_(\d{6})$")
+
+
+@dataclass(slots=True, kw_only=True)
+class RunCounters:
+    """Where a run stands. Everything here is the same on all ranks."""
+
+    next_step: int = 0  # the global step that comes next
+    trained_batches: int = 0
+    rollouts_sampled: int = 0
+    rollouts_trained: int = 0
+    rollouts_lost: int = 0
+    tokens_trained: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """What `load` gives back beside the actor, which it loads in place."""
+
+    counters: RunCounters
+    cursor: dict[str, Any]
+    waiting: tuple[RolloutBatch, ...]
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint under `directory`, or None. Raises ValueError when `latest` names one that is not there."""
+    pointer = directory / "latest"
+    if not pointer.exists():
+        return None
+    found = directory / pointer.read_text().strip()
+    if not (found / "run.json").is_file():
+        raise ValueError(f"{pointer}: names {found.name}, which holds no run.json")
+    return found
+
+
+def save(
+    directory: Path,
+    *,
+    actor: MegatronActor,
+    counters: RunCounters,
+    cursor: dict[str, Any] | None,
+    waiting: Sequence[RolloutBatch],
+    keep: int,
+) -> Path:
+    """Collective. cursor: rank 0's prompt cursor state (ignored elsewhere). Keeps the newest `keep` checkpoints.
+
+    The new directory appears by rename after everything in it is on disk; a failure leaves the earlier checkpoints as they were.
+    """
+    name = f"step_{counters.next_step:06d}"
+    final, partial = directory / name, directory / f".{name}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "actor").mkdir(parents=True)
+    dist.barrier()
+    actor.save(partial / "actor")
+    if first:
+        tensors, records = _pack(waiting)
+        save_file(tensors, partial / "waiting.safetensors")
+        state = {"counters": asdict(counters), "policy_version": actor.policy_version, "cursor": cursor, "waiting": records}
+        (partial / "run.json").write_text(json.dumps(state))
+        fsync_tree(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        write_atomically(directory / "latest", name)
+        for old in sorted(path for path in directory.iterdir() if _NAME.match(path.name))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(checkpoint: Path, *, actor: MegatronActor) -> SavedRun:
+    """Collective. Loads the actor in place. Raises ValueError naming a file that is missing or not what `save` wrote."""
+    path = checkpoint / "run.json"
+    try:
+        state = json.loads(path.read_text())
+        counters = RunCounters(**state["counters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
+    actor.load(checkpoint / "actor", policy_version=state["policy_version"])
+    waiting = _unpack(checkpoint / "waiting.safetensors", state["waiting"])
+    return SavedRun(counters=counters, cursor=state["cursor"], waiting=waiting)
+
+
+# Long per-token lists go into tensors, everything else into JSON. float64 keeps the engine's numbers bit for bit.
+_PER_TOKEN = {"token_ids": torch.int32, "engine_logprobs": torch.float64, "behaviour_logprobs": torch.float64}
+
+
+def _pack(batches: Sequence[RolloutBatch]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    tensors: dict[str, torch.Tensor] = {}
+    records: list[dict[str, Any]] = []
+    for number, batch in enumerate(batches):
+        samples = []
+        joined: dict[str, list[float]] = {name: [] for name in _PER_TOKEN}
+        for sample in batch.samples:
+            if sample.behaviour_logprobs is None:
+                raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
+            record = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
+            for name in _PER_TOKEN:
+                values = record.pop(name)
+                joined[name] += values
+            samples.append({**record, "num_tokens": len(sample.token_ids)})
+        for name, dtype in _PER_TOKEN.items():
+            tensors[f"{number}.{name}"] = torch.tensor(joined[name], dtype=dtype)
+        records.append(
+            {
+                "sampled_at_step": batch.sampled_at_step,
+                "policy_version": batch.policy_version,
+                "group_size": batch.group_size,
+                "samples": samples,
+            }
+        )
+    if not tensors:
+        tensors["empty"] = torch.zeros(1)
+    return tensors, records
+
+
+def _unpack(path: Path, records: Sequence[dict[str, Any]]) -> tuple[RolloutBatch, ...]:
+    batches = []
+    with safe_open(path, framework="pt") as file:
+        for number, record in enumerate(records):
+            values = {name: file.get_tensor(f"{number}.{name}").tolist() for name in _PER_TOKEN}
+            position = dict.fromkeys(_PER_TOKEN, 0)
+            samples = []
+            for fields in record["samples"]:
+                num_tokens = fields.pop("num_tokens")
+                lengths = dict.fromkeys(_PER_TOKEN, num_tokens - fields["prompt_tokens"]) | {"token_ids": num_tokens}
+                streams = {}
+                for name, length in lengths.items():
+                    streams[name] = tuple(values[name][position[name] : position[name] + length])
+                    position[name] += length
+                samples.append(Sample(**{**fields, "policy_versions": tuple(fields["policy_versions"]), **streams}))
+            batches.append(RolloutBatch(**{**record, "samples": tuple(samples)}))
+    return tuple(batches)

@@ -1,0 +1,119 @@
+"""A sampled response on its way from the server to the optimizer, and the batch it travels in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from parallel.packing import TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One response to one prompt. P prompt tokens, R response tokens."""
+
+    sample_id: str
+    token_ids: tuple[int, ...]  # [P + R]
+    prompt_tokens: int
+    engine_logprobs: tuple[float, ...]  # [R], as the server scored its own tokens
+    behaviour_logprobs: tuple[float, ...] | None  # [R] under the weights that sampled them; None until scored
+    policy_versions: tuple[int, int]  # oldest and newest weights used while decoding
+    finish_reason: str
+    reward: float
+    correct: bool
+    advantage: float
+
+    def __post_init__(self) -> None:
+        num_response = len(self.token_ids) - self.prompt_tokens
+        if self.prompt_tokens < 1 or num_response < 1:
+            raise ValueError(
+                f"{self.sample_id}: {self.prompt_tokens} prompt and {num_response} response tokens, expected at least 1 of each"
+            )
+        for name in ("engine_logprobs", "behaviour_logprobs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != num_response:
+                raise ValueError(f"{self.sample_id}: {len(values)} {name} for {num_response} response tokens")
+
+    @property
+    def response_token_ids(self) -> tuple[int, ...]:
+        return self.token_ids[self.prompt_tokens :]
+
+    def scored_with(self, logprobs: Tensor) -> Sample:
+        """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [P + R - 1] on logit positions."""
+        return replace(self, behaviour_logprobs=tuple(logprobs[self.prompt_tokens - 1 :].tolist()))
+
+    def sequence(self) -> TokenSequence:
+        """The sequence alone, for scoring."""
+        return TokenSequence(token_ids=torch.tensor(self.token_ids), loss_mask=self._loss_mask(), streams={})
+
+    def training_sequence(self) -> TokenSequence:
+        """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler)."""
+        if self.behaviour_logprobs is None:
+            raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
+        mask = self._loss_mask()
+        behaviour = torch.zeros(len(mask), dtype=torch.float32)
+        behaviour[mask] = torch.tensor(self.behaviour_logprobs, dtype=torch.float32)
+        advantages = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))
+        return TokenSequence(
+            token_ids=torch.tensor(self.token_ids), loss_mask=mask, streams={"behaviour_logprobs": behaviour, "advantages": advantages}
+        )
+
+    def _loss_mask(self) -> Tensor:
+        # Logit position p scores token p + 1, so the first response token is scored by the last prompt position.
+        mask = torch.zeros(len(self.token_ids) - 1, dtype=torch.bool)
+        mask[self.prompt_tokens - 1 :] = True
+        return mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """All samples of one global step: groups of responses to one prompt, group_size each, group by group."""
+
+    sampled_at_step: int
+    policy_version: int  # optimizer steps behind the weights that sampled it
+    group_size: int
+    samples: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.samples) % self.group_size:
+            raise ValueError(f"{len(self.samples)} samples are no whole number of groups of {self.group_size}")
+        for sample in self.samples:
+            if sample.policy_versions != (self.policy_version, self.policy_version):
+                raise ValueError(
+                    f"{sample.sample_id}: sampled under policy versions {sample.policy_versions}, expected {self.policy_version} throughout"
+                )
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.samples) // self.group_size
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(sample.token_ids) - sample.prompt_tokens for sample in self.samples)
+
+    def scored_with(self, logprobs: Sequence[Tensor]) -> RolloutBatch:
+        """The same batch with the trainer's log-probs of every sample as behaviour log-probs."""
+        return replace(self, samples=tuple(sample.scored_with(x) for sample, x in zip(self.samples, logprobs, strict=True)))
+
+    def scored_by_engine(self) -> RolloutBatch:
+        """The same batch with the server's own log-probs as behaviour log-probs."""
+        return replace(self, samples=tuple(replace(sample, behaviour_logprobs=sample.engine_logprobs) for sample in self.samples))
+
+    def mini_batches(self, *, num_mini_batches: int, seed: int) -> list[list[Sample]]:
+        """Deal whole groups out to equal mini-batches in a random order that seed and step fix.
+
+        Raises ValueError when the groups cannot be shared equally.
+        """
+        if self.num_groups % num_mini_batches:
+            raise ValueError(f"actor.updates_per_step: {num_mini_batches} does not divide {self.num_groups} prompts")
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.sampled_at_step)
+        order = torch.randperm(self.num_groups, generator=generator).tolist()
+        per_batch = self.num_groups // num_mini_batches
+        size = self.group_size
+        return [
+            [sample for group in order[i * per_batch : (i + 1) * per_batch] for sample in self.samples[group * size : (group + 1) * size]]
+            for i in range(num_mini_batches)
+        ]

@@ -1,0 +1,247 @@
+"""The loop: collect, delay, update, publish. Every rank runs it; what only one rank can do hangs on `Driver`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_minpro.config import RunConfig
+from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
+from megatron_minpro.run_state import RunCounters
+from megatron_minpro.sampler import Sampled
+from megatron_minpro.samples import RolloutBatch
+from megatron_minpro.staleness import StalenessBuffer, expected_lag
+from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
+from parallel.packing import TokenSequence
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Driver(Protocol):
+    """What happens on rank 0 alone."""
+
+    def sample(self, step: int, *, policy_version: int) -> Sampled: ...
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
+    def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
+    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
+    def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """Everything the loop works with. `driver` is None on all ranks but the first."""
+
+    config: RunConfig
+    actor: MegatronActor
+    objective: Objective
+    buffer: StalenessBuffer
+    counters: RunCounters
+    driver: Driver | None
+    control_group: dist.ProcessGroup
+    stop_requested: Callable[[], bool]  # asked on rank 0
+    save: Callable[[], None]
+
+
+def train(run: TrainingRun) -> bool:
+    """Run to the end, or until a stop is asked for. True when all batches are trained.
+
+    The last `staleness` global steps sample nothing: they train what is still waiting, so that nothing sampled is lost.
+    """
+    config, counters = run.config, run.counters
+    last_step = config.num_global_steps + config.staleness
+    while counters.next_step < last_step:
+        step = counters.next_step
+        timer = PhaseTimer()
+        metrics: dict[str, float] = {}
+        if step < config.num_global_steps:
+            batch = collect(run, step, timer, metrics)
+            run.buffer.push(step, batch)
+        due = run.buffer.pop(step)
+        if due is not None:
+            update(run, due, timer, metrics)
+            with timer("sync"):
+                publish(run)
+        counters.next_step = step + 1
+        for phase, seconds in timer.seconds.items():
+            counters.seconds[phase] = counters.seconds.get(phase, 0.0) + seconds
+            metrics[f"seconds/{phase}"] = seconds
+        finish_step(run, step, due, metrics)
+        done = counters.next_step == last_step
+        stopping = share(run, run.stop_requested() if run.driver else None)
+        if done or stopping or counters.next_step % config.checkpoint.every == 0:
+            start = time.perf_counter()
+            run.save()
+            counters.seconds["checkpoint"] = counters.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
+        if stopping and not done:
+            log.warning("stopped after global step %d, checkpoint written", step)
+            return False
+    return True
+
+
+def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
+    """Sample a batch under the current weights and attach its behaviour log-probs."""
+    with timer("sample"):
+        batch = share(run, run.driver.sample(step, policy_version=run.actor.policy_version).batch if run.driver else None)
+    run.counters.rollouts_sampled += len(batch.samples)
+    with timer("score"):
+        scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
+    engine = torch.tensor([x for sample in batch.samples for x in sample.engine_logprobs])
+    trainer = torch.tensor([x for sample in scored.samples for x in sample.behaviour_logprobs or ()])
+    gap = (engine - trainer).abs()
+    metrics |= sampling_metrics(batch) | {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
+    if run.config.behaviour_logprobs == "trainer":
+        return scored
+    return batch.scored_by_engine()
+
+
+def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:
+    """Train the batch in mini-batches, one optimizer step each, and hold the measured lag against the promised one."""
+    config, actor, counters = run.config, run.actor, run.counters
+    updates = config.actor.updates_per_step
+    promised = expected_lag(counters.trained_batches, staleness=config.staleness, updates_per_step=updates)
+    lags: list[int] = []
+    reports: list[UpdateReport] = []
+    with timer("update"):
+        for samples in batch.mini_batches(num_mini_batches=updates, seed=config.seed):
+            lags.append(actor.policy_version - batch.policy_version)
+            sequences = [sample.training_sequence() for sample in samples]
+            statistics = minibatch_statistics(actor, sequences, run.objective)
+            loss_fn = make_loss_function(run.objective, statistics)
+            reports.append(actor.update(sequences, loss_fn, learning_rate=learning_rate(config, actor.policy_version)))
+    if (min(lags), max(lags)) != (promised.smallest, promised.largest):
+        raise RuntimeError(
+            f"batch of step {batch.sampled_at_step}: policy lag {min(lags)} to {max(lags)} updates, "
+            f"staleness {config.staleness} promises {promised.smallest} to {promised.largest}"
+        )
+    tokens = sum(report.num_tokens for report in reports)
+    counters.trained_batches += 1
+    counters.rollouts_trained += len(batch.samples)
+    counters.tokens_trained += tokens
+    metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
+    metrics |= {
+        "loss": sum(report.loss for report in reports) / len(reports),
+        "grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "learning_rate": reports[-1].learning_rate,
+        "lag_min": min(lags),
+        "lag_max": max(lags),
+        "trained_from_step": batch.sampled_at_step,
+        "trained_reward": sum(sample.reward for sample in batch.samples) / len(batch.samples),
+        "trained_tokens": tokens,
+    }
+
+
+def publish(run: TrainingRun) -> None:
+    """Give every server the actor's weights, under the actor's policy version; prove it when debug.check_weights is on."""
+    if run.driver is not None:
+        run.driver.publish(run.actor.policy_version, run.actor.export_weights())
+        if run.config.debug.check_weights:
+            run.driver.check_weights(run.actor.export_weights())
+        return
+    for _ in range(2 if run.config.debug.check_weights else 1):
+        for _nothing in run.actor.export_weights():
+            raise AssertionError("only rank 0 receives exported weights")
+
+
+def evaluate(run: TrainingRun, label: str) -> None:
+    """Held-out measurement on rank 0 while the others wait."""
+    start = time.perf_counter()
+    share(run, run.driver.evaluate(label, policy_version=run.actor.policy_version) if run.driver else None)
+    run.counters.seconds["evaluate"] = run.counters.seconds.get("evaluate", 0.0) + time.perf_counter() - start
+
+
+def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metrics: dict[str, float]) -> None:
+    """Write the step's metrics down. Throughput counts response tokens sampled and trained over the whole step."""
+    counters = run.counters
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    tokens = metrics.get("response_tokens", 0.0) + metrics.get("trained_tokens", 0.0)
+    metrics |= {
+        "policy_version": run.actor.policy_version,
+        "trained_batches": counters.trained_batches,
+        "batches_waiting": len(run.buffer),
+        "rollouts_sampled": counters.rollouts_sampled,
+        "rollouts_trained": counters.rollouts_trained,
+        "seconds/step": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    if run.driver is not None:
+        run.driver.record(step, metrics, trained)
+
+
+def sampling_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Means over the responses of a batch, under the policy that sampled it."""
+    samples = batch.samples
+    rewards = torch.tensor([sample.reward for sample in samples]).view(-1, batch.group_size)
+    return {
+        "reward": float(rewards.mean()),
+        "correct": sum(sample.correct for sample in samples) / len(samples),
+        "zero_variance_groups": float((rewards == rewards[:, :1]).all(1).float().mean()),
+        "response_tokens": batch.num_response_tokens,
+        "response_length": batch.num_response_tokens / len(samples),
+        "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+    }
+
+
+def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective) -> torch.Tensor | None:
+    """What the objective must know of the whole mini-batch; None, and no forward pass, for all but a few."""
+    if not objective.needs_minibatch_statistics:
+        return None
+    return actor.sum_statistics(sequences, lambda local: objective.minibatch_statistics(token_batch(local)))
+
+
+def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None) -> LossFunction:
+    """The actor's view of an objective, plus the entropy of the trained tokens."""
+
+    def loss_fn(local: LocalTokens) -> LossOutput:
+        out = objective(token_batch(local), statistics)
+        entropy = local.entropy_T[local.loss_mask_T]
+        return LossOutput(loss=out.loss, metrics={**out.metrics, "entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])})
+
+    return loss_fn
+
+
+def token_batch(local: LocalTokens) -> TokenBatch:
+    """The objective's record from the actor's."""
+    return TokenBatch(
+        logprobs_T=local.logprobs_T,
+        behaviour_logprobs_T=local.streams["behaviour_logprobs"],
+        advantages_T=local.streams["advantages"],
+        loss_mask_T=local.loss_mask_T,
+        shard=local.shard,
+        global_tokens=local.global_tokens,
+        global_sequences=local.global_sequences,
+    )
+
+
+def learning_rate(config: RunConfig, policy_version: int) -> float:
+    """Linear warm-up over optimizer.warm_up_steps global steps, then constant. policy_version: optimizer steps already taken."""
+    optimizer = config.actor.optimizer
+    warm_up = optimizer.warm_up_steps * config.actor.updates_per_step
+    return optimizer.learning_rate * min(1.0, (policy_version + 1) / warm_up if warm_up else 1.0)
+
+
+def share(run: TrainingRun, value: T | None) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=run.control_group)
+    return box[0]
+
+
+class PhaseTimer:
+    """Wall seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

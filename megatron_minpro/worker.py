@@ -1,0 +1,316 @@
+"""One trainer rank: `torchrun ... -m megatron_minpro.worker RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script.
+
+RUN_DIR/config.yaml is the resolved configuration. Rank 0 waits for RUN_DIR/endpoints.json, a list of server addresses.
+A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global step with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoints_convert.hf_config import read_architecture
+from checkpoints_convert.safetensors_io import SafetensorsReader
+from megatron_minpro import base_model, run_state, trainer
+from megatron_minpro.advantages import make_advantages
+from megatron_minpro.atomic_files import write_atomically
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.driver import RunDriver
+from megatron_minpro.held_out import held_out_prompts
+from megatron_minpro.objectives import make_objective
+from megatron_minpro.policy_folder import export_policy
+from megatron_minpro.prompt_sources import load_prompts
+from megatron_minpro.prompts import PromptCursor
+from megatron_minpro.rewards import make_reward
+from megatron_minpro.sampler import Sampler
+from megatron_minpro.staleness import StalenessBuffer
+from megatron_minpro.tracking import MetricsWriter, Progress, RolloutLog, write_progress
+from parallel import process_groups
+from parallel.actor import ActorSettings, MegatronActor
+from parallel.capabilities import detect
+from parallel.optimizer import OptimizerSettings
+from parallel.process_groups import ProcessGroups
+from rollout.client import GenerationClient
+from rollout.processes import die_with_parent
+from rollout.server import read_key
+from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+ENDPOINTS_FILE = "endpoints.json"
+STOP_FILE = "stop"
+RESULT_FILE = "result.json"
+ERROR_FILE = "error.txt"
+EXPORT_FOLDER = "policy"
+INITIAL_MODEL_FOLDER = "initial_model"
+_COLLECTIVE_TIMEOUT_S = 7200.0  # the ranks that do not sample wait this long for the one that does
+_MAX_IN_FLIGHT = 4096
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_actor(config: RunConfig, folder: Path, groups: ProcessGroups, *, optimizer: OptimizerSettings) -> MegatronActor:
+    """An actor with the weights of a Hugging Face folder."""
+    settings = ActorSettings(
+        dtype=_DTYPES[config.model.dtype],
+        recompute=config.actor.recompute,
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
+        logprob_chunk_tokens=config.actor.logprob_chunk_tokens,
+        temperature=config.rollout.temperature,
+        optimizer=optimizer,
+        megatron_options=config.megatron,
+    )
+    actor = MegatronActor(read_architecture(folder), config.layout, groups, detect(), settings)
+    with SafetensorsReader(folder) as reader:
+        actor.load_hugging_face(reader.read)
+    return actor
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises ValueError when it has no end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token")
+    return tokenizer
+
+
+def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
+    """The whole run of one rank: build, resume, measure, train, measure, export."""
+    first = groups.coordinates.rank == 0
+    folder = Path(config.model.path)
+    optimizer = config.actor.optimizer
+    actor = build_actor(
+        config,
+        folder,
+        groups,
+        optimizer=OptimizerSettings(
+            weight_decay=optimizer.weight_decay, betas=optimizer.betas, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip
+        ),
+    )
+    checkpoints = run_dir / "checkpoints"
+    checkpoint = run_state.latest_checkpoint(checkpoints)
+    buffer = StalenessBuffer(config.staleness)
+    counters, cursor_state = run_state.RunCounters(), None
+    if checkpoint is not None:
+        saved = run_state.load(checkpoint, actor=actor)
+        counters, cursor_state = saved.counters, saved.cursor
+        buffer.restore(saved.waiting)
+        log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
+    driver = build_driver(config, run_dir, counters, cursor_state) if first else None
+
+    def save() -> None:
+        if driver is not None:
+            driver.heartbeat("checkpoint")
+        run_state.save(
+            checkpoints,
+            actor=actor,
+            counters=counters,
+            cursor=driver.sampler.cursor.state() if driver is not None else None,
+            waiting=buffer.waiting(),
+            keep=config.checkpoint.keep,
+        )
+
+    run = trainer.TrainingRun(
+        config=config,
+        actor=actor,
+        objective=make_objective(config.objective.name, **config.objective.options),
+        buffer=buffer,
+        counters=counters,
+        driver=driver,
+        control_group=groups.control,
+        stop_requested=_stop_requested(run_dir),
+        save=save,
+    )
+    trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
+    if not (run_dir / "evaluation_before.json").exists():
+        trainer.evaluate(run, "before")
+    complete = trainer.train(run)
+    if complete:
+        trainer.evaluate(run, "after")
+        tensors = actor.export_weights()
+        if driver is not None:
+            driver.heartbeat("export")
+            export_policy(run_dir / EXPORT_FOLDER, tensors, dtype=_DTYPES[config.model.dtype], like=folder, replace=True)
+        else:
+            for _ in tensors:
+                raise AssertionError("only rank 0 receives exported weights")
+    if driver is not None:
+        driver.metrics.close()
+        driver.reward.close()
+        driver.weight_sync.close()
+        result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
+        write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
+    """Rank 0's part. Waits for the servers."""
+    tokenizer = load_tokenizer(Path(config.model.path))
+    source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
+    log.info("training prompts: %s", report.summary())
+    cursor = PromptCursor(source, seed=config.seed)
+    if cursor_state is not None:
+        cursor.load_state(cursor_state)
+    reward = make_reward(config.reward.name, **config.reward.options)
+    held_out = held_out_prompts(config.evaluation, tokenizer)
+    metrics = MetricsWriter(run_dir, tensorboard=config.tracking.tensorboard)
+    metrics.truncate_after(counters.next_step - 1)
+    rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
+    if rollouts is not None:
+        rollouts.truncate_after(counters.next_step - 1)
+    endpoints = wait_for_endpoints(run_dir, timeout_s=config.rollout.start_timeout_s)
+    rollout = config.rollout
+    api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
+    admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")
+    client = GenerationClient(
+        endpoints,
+        api_key=api_key,
+        request_timeout_s=rollout.request_timeout_s,
+        max_retries=rollout.max_retries,
+        max_in_flight=_MAX_IN_FLIGHT,
+    )
+    sampler = Sampler(
+        cursor=cursor,
+        client=client,
+        tokenizer=tokenizer,
+        reward=reward,
+        advantages=make_advantages(config.advantages.estimator, **config.advantages.options),
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        seed=config.seed,
+    )
+    return RunDriver(
+        config=config,
+        run_dir=run_dir,
+        sampler=sampler,
+        client=client,
+        weight_sync=build_weight_sync(config, run_dir, endpoints, admin_key=admin_key),
+        admin_key=admin_key,
+        tokenizer=tokenizer,
+        reward=reward,
+        held_out_prompts=held_out,
+        metrics=metrics,
+        rollouts=rollouts,
+        trained_batches=counters.trained_batches,
+    )
+
+
+def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, admin_key: str | None) -> WeightSync:
+    """The way that rollout.weight_sync names."""
+    timeout_s = config.rollout.request_timeout_s
+    if config.rollout.weight_sync == "collective":
+        return CollectiveWeightSync(
+            endpoints,
+            tp=config.rollout.tp,
+            backend=detect().backend,
+            master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            admin_key=admin_key,
+            timeout_s=timeout_s,
+        )
+    directory = run_dir / "published_weights"
+    directory.mkdir(exist_ok=True)
+    folder, dtype = Path(config.model.path), _DTYPES[config.model.dtype]
+    return DiskWeightSync(
+        endpoints,
+        write_checkpoint=lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
+        directory=directory,
+        admin_key=admin_key,
+        timeout_s=timeout_s,
+    )
+
+
+def wait_for_endpoints(run_dir: Path, *, timeout_s: float) -> list[str]:
+    """The addresses in RUN_DIR/endpoints.json, once it is there. Raises TimeoutError."""
+    path = run_dir / ENDPOINTS_FILE
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} did not appear within {timeout_s:.0f} s: the rollout servers are not ready")
+        time.sleep(0.2)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
+    """Make the base model: supervised learning from RUN_DIR/initial_model to model.path."""
+    recipe = config.model.warm_up
+    assert recipe is not None
+    folder = run_dir / INITIAL_MODEL_FOLDER
+    first = groups.coordinates.rank == 0
+    actor = build_actor(
+        config, folder, groups, optimizer=OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
+    )
+
+    def report(step: int, loss: float) -> None:
+        if first and (step % 20 == 0 or step == recipe.num_steps - 1):
+            write_progress(
+                run_dir, Progress(phase="base model", global_step=0, detail=f"step {step + 1} of {recipe.num_steps}, loss {loss:.3f}")
+            )
+            log.info("warm-up step %d: loss %.4f", step, loss)
+
+    base_model.warm_up_actor(actor, recipe, config.prompts, load_tokenizer(folder), report=report)
+    tensors = actor.export_weights()
+    if first:
+        export_policy(Path(config.model.path), tensors, dtype=_DTYPES[config.model.dtype], like=folder, replace=False)
+    else:
+        for _ in tensors:
+            raise AssertionError("only rank 0 receives exported weights")
+
+
+def _stop_requested(run_dir: Path) -> Callable[[], bool]:
+    asked = False
+
+    def remember(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGUSR1, remember)
+    return lambda: asked or (run_dir / STOP_FILE).exists()
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of every rank."""
+    die_with_parent(parent_pid=os.getppid())
+    run_dir, task = Path(arguments[0]), {"train": train, "warm_up": warm_up}[arguments[1]]
+    config = load_config(run_dir / CONFIG_FILE, [])
+    rank = int(os.environ["RANK"])
+    logging.basicConfig(
+        level=config.tracking.log_level.upper() if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
+        stream=sys.stdout,
+    )
+    capabilities = detect()
+    if capabilities.device_type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if config.debug.deterministic:
+        torch.use_deterministic_algorithms(True)
+    for line in capabilities.lines():
+        log.info(line)
+    try:
+        groups = process_groups.initialize(config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=_COLLECTIVE_TIMEOUT_S)
+        task(config, run_dir, groups)
+        dist.barrier()
+        process_groups.shut_down()
+    except Exception as error:
+        # The launcher shows this line; the first rank to fail is the one that knows why.
+        path = run_dir / ERROR_FILE
+        if not path.exists():
+            write_atomically(path, f"rank {rank}: {type(error).__name__}: {error}\n")
+        raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,79 @@
+"""The trainer's seat in the process group through which SGLang servers receive weights, without importing SGLang.
+
+SGLang's `init_custom_process_group` makes a TCP store in which every member counts itself in, and a backend whose keys lie under the
+prefixes "<group>", "<group>/" and "<device>/". The same is built here from torch's own classes, beside and independent of the trainer's
+default process group and of a launcher's store (under torchrun `torch.distributed.rendezvous` would silently join the latter).
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Backend = Literal["gloo", "nccl"]
+_DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
+
+
+class BroadcastGroup:
+    """Rank 0 of a group of 1 + (servers x tp) members. Make it, tell the servers its `port`, then `join`.
+
+    master_address: this host, as the servers reach it. timeout_s: of joining and of every broadcast.
+    """
+
+    def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float) -> None:
+        if backend not in _DEVICE_TYPE:
+            raise ValueError(f"weight sync backend is {backend!r}, expected gloo or nccl")
+        self.name = name
+        self.world_size = world_size
+        self.backend = backend
+        self.master_address = master_address
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        # Port 0: the system chooses one, so there is no race for it. Not waiting: the servers do not know the port yet.
+        self._master = dist.TCPStore(master_address, 0, world_size, True, self._timeout, wait_for_workers=False)
+        self._store: dist.Store | None = None
+        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+
+    @property
+    def port(self) -> int:
+        return self._master.port
+
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must be to be broadcast."""
+        return torch.device("cpu") if self.backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
+
+    def join(self) -> None:
+        """Blocks until every server has joined. Raises torch's DistStoreError or RuntimeError after the time limit."""
+        # This second handle counts this member in, and returns when all are counted, as each server's does.
+        counted = dist.TCPStore(
+            self.master_address, self.port, self.world_size, False, self._timeout, wait_for_workers=True, multi_tenant=True
+        )
+        store = dist.PrefixStore(self.name, counted)
+        self._store = dist.PrefixStore(f"{_DEVICE_TYPE[self.backend]}/", dist.PrefixStore(f"{self.name}/", store))
+        if self.backend == "gloo":
+            self._group = dist.ProcessGroupGloo(self._store, 0, self.world_size, timeout=self._timeout)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            self._group = dist.ProcessGroupNCCL(self._store, 0, self.world_size, options)
+
+    def broadcast(self, tensor: Tensor) -> dist.Work:
+        """Start sending `tensor` (contiguous, on `device`) to all members."""
+        assert self._group is not None, "join() first"
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        return self._group.broadcast([tensor], options)
+
+    def close(self) -> None:
+        """Leave. NCCL is aborted rather than waited for: a dead server would be waited for until the time limit."""
+        group, self._group = self._group, None
+        if group is not None and self.backend == "nccl":
+            group.abort()
+        # Gloo's destructor waits for its threads; let it do so beside us.
+        threading.Thread(target=lambda kept: None, args=(group,), daemon=True).start()

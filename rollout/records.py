@@ -1,0 +1,107 @@
+"""What goes into the rollout engine and what comes out: frozen records, no torch, no HTTP.
+
+A policy version is the trainer's count of published weights; SGLang calls it `weight_version` and speaks of it as a string.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled under the weights of `policy_version`."""
+
+    policy_version: int
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"VersionSpan: start {self.start} and end {self.end} must satisfy 0 <= start <= end")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt, already tokenized (chat template applied)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError(f"GenerationRequest {self.request_id!r}: prompt_token_ids is empty, expected at least one token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample. Nothing is left to the engine's or the model folder's defaults.
+
+    top_k: -1 keeps the whole vocabulary. stop_token_ids: generation ends with (and includes) one of them, in addition to the
+    end-of-sequence token of the model folder. seed: with `num_samples` responses per request, response i of request r is drawn
+    with its own seed derived from (seed, r, i); None leaves the draw to the engine.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_token_ids: tuple[int, ...]
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}, expected a finite number >= 0 (0: greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, expected -1 (whole vocabulary) or at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One sampled response, exactly as the engine returned it.
+
+    engine_logprobs: natural log, one per response token, of the engine's own forward pass.
+    version_spans: cover [0, len(response_token_ids)) without gap or overlap.
+    finish_reason: "abort" never leaves the client (such responses are sampled again) but can be read back from a file.
+    latency_s: from the first time the request was sent until its answer. num_retries: earlier attempts that failed.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    response_token_ids: tuple[int, ...]
+    engine_logprobs: tuple[float, ...]
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    latency_s: float
+    num_retries: int
+
+    def __post_init__(self) -> None:
+        if len(self.engine_logprobs) != len(self.response_token_ids):
+            raise ValueError(
+                f"Generation {self.request_id!r}: {len(self.engine_logprobs)} log-probs for {len(self.response_token_ids)} response tokens"
+            )
+        covered = 0
+        for span in self.version_spans:
+            if span.start != covered:
+                raise ValueError(
+                    f"Generation {self.request_id!r}: version spans {self.version_spans} leave a gap or overlap at token {covered}"
+                )
+            covered = span.end
+        if covered != len(self.response_token_ids):
+            raise ValueError(
+                f"Generation {self.request_id!r}: version spans cover {covered} of {len(self.response_token_ids)} response tokens"
+            )
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """Oldest and newest policy version among the response tokens."""
+        versions = [span.policy_version for span in self.version_spans]
+        return min(versions), max(versions)

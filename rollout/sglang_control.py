@@ -1,0 +1,45 @@
+"""One server's control endpoints, spoken over HTTP: the only place that knows their paths and answers."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+
+class ServerRefused(RuntimeError):
+    """A server could not be reached, or answered a control request with an error. Names endpoint, path and reason."""
+
+
+def call(endpoint: str, path: str, body: dict[str, Any] | None = None, *, key: str | None, timeout_s: float) -> Any:
+    """POST `body` as JSON (GET when it is None) to one server; the decoded answer (text if it is not JSON).
+
+    key: bearer token or None. Raises ServerRefused for a connection error, a timeout, an HTTP error, or an answer with success=false.
+    """
+    headers = {"content-type": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(endpoint + path, data, headers)
+    try:
+        # An empty proxy table: servers are reached directly, whatever http_proxy says.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as response:
+            text = response.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        detail = error.read().decode(errors="replace")[:500]
+        raise ServerRefused(f"{endpoint}{path}: HTTP {error.code}: {detail}") from error
+    except OSError as error:
+        raise ServerRefused(f"{endpoint}{path}: {error}") from error
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise ServerRefused(f"{endpoint}{path}: {answer.get('message', 'success is false, without a message')}")
+    return answer
+
+
+def weight_version(endpoint: str, *, key: str | None, timeout_s: float) -> str:
+    """The weight version a server reports (SGLang's word, a string)."""
+    return call(endpoint, "/model_info", key=key, timeout_s=timeout_s)["weight_version"]

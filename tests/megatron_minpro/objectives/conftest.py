@@ -1,0 +1,164 @@
+"""Random off-policy cases, and one way to run an objective over them however they are packed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_minpro.objectives import Objective, TokenBatch, add_metrics
+from parallel.sequence_shard import SequenceShard
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mini-batch, one tensor per sequence."""
+
+    logprobs: list[Tensor]
+    behaviour: list[Tensor]
+    advantages: list[Tensor]
+    masks: list[Tensor]
+
+    @classmethod
+    def of_ratios(cls, ratios: Sequence[float], advantages: Sequence[float] | float = 1.0) -> Case:
+        """One fully trained sequence with pi_old = 1 / 4 and the given ratios."""
+        logprobs = torch.tensor(ratios).log() + math.log(0.25)
+        advantage = torch.as_tensor(advantages, dtype=torch.float32).expand(len(ratios)).clone()
+        return cls([logprobs], [torch.full_like(logprobs, math.log(0.25))], [advantage], [torch.ones(len(ratios), dtype=torch.bool)])
+
+    @classmethod
+    def random(cls, seed: int, spread: float = 0.5) -> Case:
+        """Prompts in front, a tool span in the middle, one sequence without a trained token, one of a single token."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = (11, 1, 7, 16, 5, 9)
+        masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
+        masks[0][:3] = False
+        masks[2][:] = False
+        masks[3][:2] = False
+        masks[3][6:10] = False
+        masks[5][-2:] = False
+        behaviour = [-2 * torch.rand(length, generator=generator) for length in lengths]
+        logprobs = [b + spread * torch.randn(b.shape, generator=generator) for b in behaviour]
+        advantages = [torch.randn(1, generator=generator).expand(length).clone() for length in lengths]
+        return cls(logprobs, behaviour, advantages, masks)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(sum(mask.sum() for mask in self.masks))
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(bool(mask.any()) for mask in self.masks)
+
+    def batch(self, indices: Sequence[int], *, multiple_of: int = 1) -> tuple[TokenBatch, SequenceShard]:
+        shard = SequenceShard.whole([len(self.masks[i]) for i in indices], multiple_of=multiple_of)
+        batch = TokenBatch(
+            logprobs_T=shard.local([self.logprobs[i] for i in indices], fill=math.nan).requires_grad_(),
+            behaviour_logprobs_T=shard.local([self.behaviour[i] for i in indices], fill=math.nan),
+            advantages_T=shard.local([self.advantages[i] for i in indices], fill=math.nan),
+            loss_mask_T=shard.local([self.masks[i] for i in indices], fill=False),
+            shard=shard,
+            global_tokens=self.num_tokens,
+            global_sequences=self.num_sequences,
+        )
+        return batch, shard
+
+    def with_garbage(self, value: float) -> Case:
+        """The same case with `value` at every masked position of every stream."""
+
+        def spoil(xs: list[Tensor]) -> list[Tensor]:
+            return [x.where(mask, value) for x, mask in zip(xs, self.masks, strict=True)]
+
+        return replace(self, logprobs=spoil(self.logprobs), behaviour=spoil(self.behaviour), advantages=spoil(self.advantages))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came out, summed over the micro-batches and put back in the order of the case."""
+
+    loss: float
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    metrics: dict[str, Tensor]
+
+
+def run(objective: Objective, case: Case, micro_batches: Sequence[Sequence[int]] | None = None, *, multiple_of: int = 1) -> Ran:
+    """The mini-batch of `case` in these micro-batches of sequence indices (default: all in one)."""
+    micro_batches = micro_batches or [list(range(len(case.masks)))]
+    batches = [case.batch(indices, multiple_of=multiple_of) for indices in micro_batches]
+    statistics = sum(objective.minibatch_statistics(batch) for batch, _ in batches) if objective.needs_minibatch_statistics else None
+    loss, weights, gradients, metrics = 0.0, {}, {}, []
+    for (batch, shard), indices in zip(batches, micro_batches, strict=True):
+        out = objective(batch, statistics)
+        (gradient_T,) = torch.autograd.grad(out.loss, batch.logprobs_T)
+        loss += out.loss.item()
+        metrics.append(out.metrics)
+        weights |= dict(zip(indices, shard.assemble(out.weights_T), strict=True))
+        gradients |= dict(zip(indices, shard.assemble(gradient_T), strict=True))
+    order = range(len(case.masks))
+    return Ran(loss, [weights[i] for i in order], [gradients[i] for i in order], add_metrics(metrics))
+
+
+# One sequence's trained tokens in float64: log ratios, advantages, log-probs -> (weight, loss) per token, by a plain loop.
+Reference = Callable[[list[float], list[float], list[float]], list[tuple[float, float]]]
+
+
+def check(objective: Objective, reference: Reference, case: Case, *, divisor: str = "token_mean") -> None:
+    """Weights, gradient and loss equal a float64 token-by-token reference, with the divisor that the reference's author counts."""
+    ran = run(objective, case)
+    loss = 0.0
+    for s, mask in enumerate(case.masks):
+        d = (case.logprobs[s].double() - case.behaviour[s].double())[mask].tolist()
+        a = case.advantages[s].double()[mask].tolist()
+        expected = reference(d, a, case.logprobs[s].double()[mask].tolist())
+        count = {
+            "token_mean": case.num_tokens,
+            "seq_mean_token_mean": case.num_sequences * len(d),
+            "seq_mean_token_sum": case.num_sequences,
+        }
+        weight = torch.zeros(len(mask), dtype=torch.float64)
+        gradient = torch.zeros(len(mask), dtype=torch.float64)
+        weight[mask] = torch.tensor([w for w, _ in expected], dtype=torch.float64)
+        gradient[mask] = torch.tensor([-w * x / count[divisor] for (w, _), x in zip(expected, a, strict=True)], dtype=torch.float64)
+        loss += sum(part / count[divisor] for _, part in expected)
+        # Log ratios are differences of fp32 numbers around 2: 2^-23 absolute, which exp and a sum of 16 make relative.
+        torch.testing.assert_close(ran.weights[s].double(), weight, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ran.gradients[s].double(), gradient, rtol=1e-5, atol=1e-7)
+    assert ran.loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def ppo_token(r: float, a: float, low: float, high: float, dual_clip: float = math.inf) -> tuple[float, float]:
+    """PPO's token in its own words: (gradient weight, loss)."""
+    objective = min(r * a, clip(r, low, high) * a)
+    flat = (a > 0 and r > high) or (a < 0 and r < low)
+    if a < 0 and dual_clip * a > objective:
+        objective, flat = dual_clip * a, True
+    return (0.0 if flat else r), -objective
+
+
+@pytest.fixture
+def cases() -> type[Case]:
+    return Case
+
+
+@pytest.fixture
+def run_objective() -> Callable[..., Ran]:
+    return run
+
+
+@pytest.fixture
+def check_objective() -> Callable[..., None]:
+    return check
+
+
+@pytest.fixture
+def ppo_reference() -> Callable[..., tuple[float, float]]:
+    return ppo_token

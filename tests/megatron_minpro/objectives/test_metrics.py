@@ -1,0 +1,43 @@
+"""Histograms, their quantiles, and sums that add up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
+
+
+def test_histogram_counts_unmasked_values_in_their_bins() -> None:
+    x_T = torch.tensor([0.0, 0.5, 0.5, -0.5, 1e6, -1e6, math.nan])
+    counts = histogram(x_T, torch.tensor([True, True, True, True, True, True, False]))
+    assert counts.sum() == 6 and counts[0] == counts[-1] == 1
+    assert counts[NUM_BINS // 2] == 1, "0 lies in the middle bin"
+    bin_of_half = int((BIN_EDGES < 0.5).sum())
+    assert counts[bin_of_half] == 2 and counts[NUM_BINS - 1 - bin_of_half] == 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+def test_quantiles_are_those_of_the_sample_up_to_a_bin(scale: float) -> None:
+    x_T = scale * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    counts = histogram(x_T, torch.ones_like(x_T, dtype=torch.bool))
+    for q in (0.01, 0.05, 0.25, 0.75, 0.95, 0.99):
+        assert histogram_quantile(counts, q) == pytest.approx(float(x_T.quantile(q)), rel=0.02)
+    assert abs(histogram_quantile(counts, 0.5)) < 0.02 * scale
+
+
+def test_empty_sums_are_nan_and_never_zero() -> None:
+    empty = torch.zeros(2, dtype=torch.float64)
+    final = finalize_metrics({"weight": empty, "weight_squared": empty, "log_ratio_histogram": torch.zeros(NUM_BINS)})
+    assert all(math.isnan(value) for value in final.values()) and "effective_sample_size" in final
+
+
+def test_metrics_add_up_and_refuse_to_mix() -> None:
+    total = add_metrics([{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 2.0])}])
+    assert finalize_metrics(total) == {"a": 1.0}
+    with pytest.raises(ValueError, match=r"metrics differ in their names: \['a', 'b'\]"):
+        add_metrics([{"a": torch.zeros(2)}, {"b": torch.zeros(2)}])
+    with pytest.raises(ValueError, match="metric 'a' has shape"):
+        finalize_metrics({"a": torch.zeros(3)})

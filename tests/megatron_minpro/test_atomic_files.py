@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_minpro import atomic_files
+from megatron_minpro.atomic_files import fsync_tree, write_atomically
+
+
+def test_text_and_bytes_arrive_and_replace_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "naïve")
+    assert path.read_bytes() == "naïve".encode()
+    write_atomically(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_files, "fsync_path", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    flushed: list[tuple[bool, bool]] = []  # (is the folder, the name exists already)
+    monkeypatch.setattr(atomic_files, "fsync_path", lambda target: flushed.append((Path(target) == tmp_path, path.exists())))
+    write_atomically(path, "x")
+    assert flushed == [(False, False), (True, True)]
+
+
+def test_every_file_and_folder_of_a_tree_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("x")
+    flushed: list[str] = []
+    monkeypatch.setattr(atomic_files, "fsync_path", lambda target: flushed.append(os.path.relpath(target, tmp_path)))
+    fsync_tree(tmp_path)
+    assert sorted(flushed) == [".", "a", "a/b", "a/b/c"]

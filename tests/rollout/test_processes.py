@@ -1,0 +1,164 @@
+"""Child processes: logs, signals, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollout.processes import ManagedProcess, spawn, terminate_all
+
+ROOT = Path(__file__).resolve().parents[2]
+SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+
+
+def start(code: str, tmp_path: Path, **options: object) -> ManagedProcess:
+    return spawn(
+        [sys.executable, "-u", "-c", textwrap.dedent(code)], log_path=tmp_path / "child.log", env=dict(os.environ), name="child", **options
+    )  # type: ignore[arg-type]
+
+
+def wait_for(condition: object, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_output_goes_to_the_log_and_the_end_can_be_described(tmp_path: Path) -> None:
+    child = start("import sys; [print('line', i) for i in range(50)]; print('bad thing', file=sys.stderr); sys.exit(3)", tmp_path)
+    assert child.wait(20) == 3
+    assert child.last_log_lines(2) == ["line 49", "bad thing"]
+    assert not child.is_running
+    message = child.describe_end(num_lines=1)
+    assert (
+        f"child (pid {child.pid}) ended with exit code 3" in message
+        and str(tmp_path / "child.log") in message
+        and message.endswith("bad thing")
+    )
+
+
+def test_log_is_appended_to_and_lines_of_an_earlier_child_are_not_shown(tmp_path: Path) -> None:
+    start("print('first')", tmp_path).wait(20)
+    second = start("print('second')", tmp_path)
+    second.wait(20)
+    assert second.last_log_lines(10) == ["second"]
+    assert (tmp_path / "child.log").read_text() == "first\nsecond\n"
+
+
+def test_command_that_does_not_exist_leaves_one_line_in_the_log(tmp_path: Path) -> None:
+    child = spawn(["/nowhere/at-all"], log_path=tmp_path / "log", env={}, name="child")
+    assert child.wait(20) == 127
+    assert child.last_log_lines(5) == ["cannot run /nowhere/at-all: No such file or directory"]
+
+
+def test_environment_is_the_given_one_and_not_this_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOT_FOR_CHILDREN", "1")
+    child = spawn(["/usr/bin/env"], log_path=tmp_path / "log", env={"ONLY": "this"}, name="child")
+    child.wait(20)
+    # Python names the character set itself where the environment does not (PEP 538).
+    assert set(child.last_log_lines(10)) - {"LC_CTYPE=C.UTF-8"} == {"ONLY=this"}
+
+
+def test_child_has_a_session_of_its_own_and_ignores_the_named_signals(tmp_path: Path) -> None:
+    code = "import os, signal, time; print(os.getsid(0) == os.getpid(), signal.getsignal(signal.SIGUSR1).name); time.sleep(60)"
+    child = start(code, tmp_path, ignore_signals=[signal.SIGUSR1])
+    try:
+        wait_for(lambda: child.last_log_lines(1))
+        assert child.last_log_lines(1) == ["True SIG_IGN"]
+        os.kill(child.pid, signal.SIGUSR1)
+        time.sleep(0.1)
+        assert child.is_running
+    finally:
+        child.terminate(0.1)
+
+
+FAMILY = """
+    import signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep = "import time; time.sleep(60)"
+    # A grandchild whose own parent is gone, and one that ignores SIGTERM as this process does.
+    subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}'])"])
+    subprocess.Popen([sys.executable, "-c", f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {sleep}"])
+    time.sleep(1)
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_terminate_ends_the_whole_tree_even_if_it_ignores_sigterm(tmp_path: Path) -> None:
+    child = start(FAMILY, tmp_path)
+    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    members = child.tree()
+    assert len(members) == 3
+    began = time.monotonic()
+    child.terminate(deadline_s=0.3)
+    assert time.monotonic() - began < 3
+    assert child.exit_code == -signal.SIGKILL
+    assert not any(psutil.pid_exists(member.pid) and member.status() != psutil.STATUS_ZOMBIE for member in members)
+    child.terminate()  # again: nothing to do
+
+
+def test_terminate_sweeps_up_after_a_child_that_was_killed(tmp_path: Path) -> None:
+    child = start(FAMILY, tmp_path)
+    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    members = child.tree()
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(10)
+    child.terminate(0.1)
+    assert not any(psutil.pid_exists(member.pid) and member.status() != psutil.STATUS_ZOMBIE for member in members)
+
+
+def test_several_trees_share_one_deadline(tmp_path: Path) -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    children = [
+        spawn([sys.executable, "-c", stubborn], log_path=tmp_path / f"{i}.log", env=dict(os.environ), name=f"child {i}") for i in range(4)
+    ]
+    for child in children:
+        wait_for(lambda child=child: child.last_log_lines(1) == ["up"])
+    began = time.monotonic()
+    terminate_all(children, deadline_s=0.5)
+    assert time.monotonic() - began < 1.8
+    assert [child.exit_code for child in children] == [-signal.SIGKILL] * 4
+
+
+def test_child_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
+    made: list[ManagedProcess] = []
+    thread = threading.Thread(target=lambda: made.append(spawn(SLEEPER, log_path=tmp_path / "log", env=dict(os.environ), name="child")))
+    thread.start()
+    thread.join()
+    [child] = made
+    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    time.sleep(0.2)
+    assert child.is_running
+    child.terminate(0.1)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "terminated", "ends by itself"])
+def test_no_child_outlives_its_parent(tmp_path: Path, end: signal.Signals | None) -> None:
+    code = f"""
+        import os, sys, time
+        from pathlib import Path
+        from rollout.processes import spawn
+        child = spawn({SLEEPER!r}, log_path=Path({str(tmp_path / "child.log")!r}), env=dict(os.environ), name="child")
+        while not child.last_log_lines(1):
+            time.sleep(0.01)
+        print(child.pid, flush=True)
+        time.sleep({0 if end is None else 60})
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    if end is not None:
+        assert child.is_running()
+        parent.send_signal(end)
+    parent.wait(10)
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout_s=5)
