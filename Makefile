@@ -50,8 +50,8 @@ format: $(TRAINER) ## let ruff format and fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: $(TRAINER) ## measure; prints one JSON line per benchmark
-	.venv/bin/python -m pytest tests/benchmarks -s $(ARGS)
+bench: $(TRAINER) ## measure: a table, and JSON in runs/benchmarks
+	.venv/bin/python tests/benchmarks/run.py --out runs/benchmarks $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -38,7 +38,7 @@ def new_directory(destination: str | Path, *, replace: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _fsync_tree(temporary)
+        fsync_tree(temporary)
         _move_into_place(temporary, destination, replace=replace)
         fsync_path(destination.parent)
     finally:
@@ -58,7 +58,8 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(directory: Path) -> None:
+def fsync_tree(directory: Path) -> None:
+    """Flush every file and every folder below `directory`, and itself: call it before renaming the folder into place."""
     for folder, _, names in os.walk(directory):
         for name in names:
             fsync_path(Path(folder) / name)

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all, and a folder flushed before it gets its name."""
+"""A file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import secrets
 from pathlib import Path
 
-from checkpoints_convert.atomic_directory import fsync_path
+from checkpoints_convert.atomic_directory import fsync_path, fsync_tree
+
+__all__ = ["fsync_tree", "write_atomically"]
 
 
 def write_atomically(path: str | Path, data: str | bytes, *, durable: bool = True) -> None:
@@ -28,11 +30,3 @@ def write_atomically(path: str | Path, data: str | bytes, *, durable: bool = Tru
         raise
     if durable:
         fsync_path(path.parent)
-
-
-def fsync_tree(directory: str | Path) -> None:
-    """Flush every file and every folder below `directory`, and itself, to the disk: call it before renaming the folder into place."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))

@@ -6,17 +6,18 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoints_convert.hf_config import Architecture
+from checkpoints_convert.hf_config import DTYPES, Architecture
 from checkpoints_convert.mapping import hf_shapes
 from megatron_minpro.arithmetic_chains import ArithmeticChains, WorkedExample, WorkedExampleNoise, WorkedExamples, build_tokenizer
 from megatron_minpro.config import ModelConfig, PromptsConfig, WarmUpConfig
-from megatron_minpro.policy_folder import companion_files, write_policy
+from megatron_minpro.policy_folder import companion_files, load_tokenizer, write_policy
 from megatron_minpro.prompt_sources import load_prompts
 from parallel.actor import LocalTokens, LossOutput, MegatronActor
 from parallel.packing import TokenSequence
@@ -42,6 +43,19 @@ def check_recipe(model: ModelConfig, prompts: PromptsConfig) -> None:
         raise ValueError(f"model.path: {model.path} was made by another recipe (see its {RECIPE_FILE}); delete it or choose another path")
 
 
+@contextmanager
+def tokenizer_of(model: ModelConfig, prompts: PromptsConfig) -> Iterator[Any]:
+    """The tokenizer the model has, or will have once it is made; its folder (name_or_path) exists inside the block."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(model.path)
+        if not folder.exists():
+            assert model.warm_up is not None
+            folder = Path(made if model.warm_up.tokenizer is None else model.warm_up.tokenizer)
+            if model.warm_up.tokenizer is None:
+                build_tokenizer(folder, modulus=int(prompts.options.get("modulus", 10)))
+        yield load_tokenizer(folder)
+
+
 def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination: Path) -> None:
     """A Hugging Face folder with seeded random weights: norms 1, everything else normal with the config's initializer_range.
 
@@ -49,14 +63,8 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
     """
     warm_up = model.warm_up
     assert warm_up is not None
-    with tempfile.TemporaryDirectory() as folder:
-        if warm_up.tokenizer is None:
-            tokenizer = build_tokenizer(Path(folder), modulus=int(prompts.options.get("modulus", 10)))
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(warm_up.tokenizer)
-        companions = companion_files(Path(folder) if warm_up.tokenizer is None else Path(warm_up.tokenizer))
+    with tokenizer_of(model, prompts) as tokenizer:
+        companions = companion_files(Path(tokenizer.name_or_path))
     fields = dict(warm_up.architecture)
     model_type = fields.get("model_type")
     config: dict[str, Any] = {
@@ -78,10 +86,13 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
     write_policy(
         destination,
         _random_tensors(
-            architecture, seed=warm_up.seed, scale=float(fields.get("initializer_range", _DEFAULT_INITIALIZER_RANGE)), dtype=_dtype(model)
+            architecture,
+            seed=warm_up.seed,
+            scale=float(fields.get("initializer_range", _DEFAULT_INITIALIZER_RANGE)),
+            dtype=DTYPES[model.dtype],
         ),
         architecture,
-        dtype=_dtype(model),
+        dtype=DTYPES[model.dtype],
         config=config,
         companions=companions,
         replace=False,
@@ -95,10 +106,6 @@ def _random_tensors(architecture: Architecture, *, seed: int, scale: float, dtyp
             yield name, torch.ones(shape, dtype=dtype)
         else:
             yield name, (torch.randn(shape, generator=generator) * scale).to(dtype)
-
-
-def _dtype(model: ModelConfig) -> torch.dtype:
-    return torch.float32 if model.dtype == "float32" else torch.bfloat16
 
 
 def warm_up_actor(

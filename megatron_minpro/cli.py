@@ -65,13 +65,15 @@ def train(
     from megatron_minpro.config import load_config
 
     run_config = load_config(config, overrides or [])
-    from megatron_minpro import launcher
-
     if dry_run:
         from rich.console import Console
 
-        Console(highlight=False).print(launcher.describe(run_config))
+        from megatron_minpro.dry_run import describe
+
+        Console(highlight=False).print(describe(run_config))
         return
+    from megatron_minpro import launcher
+
     try:
         launcher.run(run_config, resume=resume.value)
     except ValueError:

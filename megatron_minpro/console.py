@@ -45,7 +45,7 @@ COLUMNS = (
     Column("entropy", ("entropy",), ".3f"),
     Column("tokens/s", ("tokens_per_second",), ",.0f"),
 )
-STEP_PHASES = ("sample", "score", "update", "sync")
+STEP_PHASES = ("sample", "reward", "score", "update", "sync")
 _NUM_RECENT = 20  # steps that the time left is estimated from
 _STALE_AFTER_S = 60.0
 

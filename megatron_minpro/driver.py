@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from checkpoints_convert.hf_config import DTYPES
 from megatron_minpro import held_out
 from megatron_minpro.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig
@@ -24,7 +24,6 @@ from rollout.client import GenerationClient
 from rollout.weight_sync import WeightSync, check_equal, expected_checksums
 
 log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -36,6 +35,7 @@ class RunDriver:
     sampler: Sampler
     client: GenerationClient
     weight_sync: WeightSync
+    api_key: str | None
     admin_key: str | None
     tokenizer: Any
     reward: Reward
@@ -59,9 +59,9 @@ class RunDriver:
 
     def check_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Raises ChecksumMismatch unless every server holds exactly these weights."""
-        expected = expected_checksums(tensors, dtype=_DTYPES[self.config.rollout.dtype])
+        expected = expected_checksums(tensors, dtype=DTYPES[self.config.rollout.dtype])
         for endpoint in self.client.endpoints:
-            check_equal(expected, endpoint, key=self.admin_key)
+            check_equal(expected, endpoint, api_key=self.api_key, admin_key=self.admin_key)
         log.info("weights of %d server(s) equal the actor's: %d parameters", len(self.client.endpoints), len(expected))
 
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
@@ -101,6 +101,7 @@ def _records(sampled: Sampled) -> list[RolloutRecord]:
             response=response.text,
             answer=response.prompt.answer,
             extracted=response.result.extracted,
+            error=response.result.error,
             reward=response.result.reward,
             advantage=sample.advantage,
             policy_version=sample.policy_versions[1],

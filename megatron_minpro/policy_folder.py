@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ COMPANION_FILES = (
 def companion_files(folder: Path) -> dict[str, bytes]:
     """Tokenizer and generation files of a model folder, name -> content."""
     return {name: (folder / name).read_bytes() for name in COMPANION_FILES if (folder / name).is_file()}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer of a model folder. Raises ValueError when it has no end-of-sequence token."""
+    from transformers import AutoTokenizer  # here: seconds to import
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token")
+    return tokenizer
 
 
 def write_policy(

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_minpro.atomic_files import fsync_tree, write_atomically
+from megatron_minpro.config import RunConfig, flatten_differences
 from megatron_minpro.samples import RolloutBatch, Sample
 from parallel.actor import MegatronActor
 
 _NAME = re.compile(r"^step_(\d{6})$")
+# What may differ between attempts at one run: where and when, not what. Another layout changes the order of sums at most.
+FREE_TO_CHANGE = (
+    "actor.max_tokens_per_micro_batch",
+    "actor.recompute",
+    "checkpoint.",
+    "debug.check_weights",
+    "output_dir",
+    "parallel.",
+    "rollout.admin_key_path",
+    "rollout.api_key_path",
+    "rollout.base_port",
+    "rollout.endpoints",
+    "rollout.host",
+    "rollout.max_retries",
+    "rollout.request_timeout_s",
+    "rollout.servers",
+    "rollout.start_timeout_s",
+    "rollout.weight_sync",
+    "tracking.",
+    "world_size",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +62,16 @@ class RunCounters:
     rollouts_lost: int = 0
     tokens_trained: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
+
+    def count_lost(self, metrics: Iterable[Mapping[str, float | None]]) -> None:
+        """Count as lost what an earlier attempt sampled after this checkpoint and will be sampled anew.
+
+        metrics: the lines that attempt wrote, before they are truncated.
+        """
+        sampled = max((int(line.get("rollouts_sampled") or 0) for line in metrics), default=0)
+        lost = max(0, sampled - self.rollouts_sampled)
+        self.rollouts_sampled += lost
+        self.rollouts_lost += lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +98,7 @@ def save(
     directory: Path,
     *,
     actor: MegatronActor,
+    config: RunConfig,
     counters: RunCounters,
     cursor: dict[str, Any] | None,
     waiting: Sequence[RolloutBatch],
@@ -86,7 +119,13 @@ def save(
     if first:
         tensors, records = _pack(waiting)
         save_file(tensors, partial / "waiting.safetensors")
-        state = {"counters": asdict(counters), "policy_version": actor.policy_version, "cursor": cursor, "waiting": records}
+        state = {
+            "config": config.model_dump(mode="json"),
+            "counters": asdict(counters),
+            "policy_version": actor.policy_version,
+            "cursor": cursor,
+            "waiting": records,
+        }
         (partial / "run.json").write_text(json.dumps(state))
         fsync_tree(partial)
         if final.exists():
@@ -99,17 +138,55 @@ def save(
     return final
 
 
-def load(checkpoint: Path, *, actor: MegatronActor) -> SavedRun:
-    """Collective. Loads the actor in place. Raises ValueError naming a file that is missing or not what `save` wrote."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFile:
+    """run.json, read."""
+
+    config: RunConfig
+    counters: RunCounters
+    policy_version: int
+    cursor: dict[str, Any]
+    waiting: list[dict[str, Any]]
+
+
+def read_state(checkpoint: Path) -> StateFile:
+    """What a checkpoint says of itself, without its tensors. Raises ValueError naming the file."""
     path = checkpoint / "run.json"
     try:
         state = json.loads(path.read_text())
-        counters = RunCounters(**state["counters"])
+        config = RunConfig.model_validate_json(json.dumps(state.pop("config")))
+        return StateFile(config=config, counters=RunCounters(**state.pop("counters")), **state)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
-    actor.load(checkpoint / "actor", policy_version=state["policy_version"])
-    waiting = _unpack(checkpoint / "waiting.safetensors", state["waiting"])
-    return SavedRun(counters=counters, cursor=state["cursor"], waiting=waiting)
+        raise ValueError(f"{path}: not a checkpoint of this program ({' '.join(str(error).split())})") from error
+
+
+def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ValueError, naming the settings, when the checkpoint belongs to a run that computes something else than `config`."""
+    differences = {
+        key: values
+        for key, values in flatten_differences(read_state(checkpoint).config, config).items()
+        if not key.startswith(FREE_TO_CHANGE)
+    }
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differences.items())[:5])
+        raise ValueError(f"{checkpoint}: of a run with another configuration ({shown}); expected a new name=... or the same settings")
+
+
+def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedRun:
+    """Collective. Loads the actor in place.
+
+    Raises ValueError naming a file that is missing or not what `save` wrote, and for a run with another configuration.
+    """
+    refuse_other_run(checkpoint, config)
+    state = read_state(checkpoint)
+    try:
+        actor.load(checkpoint / "actor", policy_version=state.policy_version)
+    except Exception as error:  # Megatron has no error type of its own for a damaged checkpoint
+        raise ValueError(
+            f"{checkpoint / 'actor'}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    waiting = _unpack(checkpoint / "waiting.safetensors", state.waiting)
+    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting)
 
 
 # Long per-token lists go into tensors, everything else into JSON. float64 keeps the engine's numbers bit for bit.

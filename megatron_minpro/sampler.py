@@ -58,7 +58,7 @@ def judge_responses(
     generated = time.perf_counter()
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     generations = [generation for group in groups for generation in group]
-    texts = tokenizer.batch_decode([list(generation.response_token_ids) for generation in generations])
+    texts = tokenizer.batch_decode([_graded_tokens(generation, sampling.stop_token_ids) for generation in generations])
     results = reward.score(
         owners,
         texts,
@@ -70,6 +70,12 @@ def judge_responses(
         for prompt, generation, text, result in zip(owners, generations, texts, results, strict=True)
     ]
     return responses, generated - start, time.perf_counter() - generated
+
+
+def _graded_tokens(generation: Generation, stop_token_ids: Sequence[int]) -> list[int]:
+    """The response without the token that ended it: the grader would read that token as part of the answer."""
+    tokens = list(generation.response_token_ids)
+    return tokens[:-1] if generation.finish_reason == "stop" and tokens[-1] in stop_token_ids else tokens
 
 
 class Sampler:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 from megatron_minpro.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig
+from megatron_minpro.run_files import ENDPOINTS_FILE
 from parallel.capabilities import detect
-from rollout.server import ServerPool, ServerSettings
+from rollout.server import ServerPool, ServerSettings, check_options
 
-ENDPOINTS_FILE = "endpoints.json"
 _CHECK_EVERY_S = 1.0
 
 
-def server_settings(config: RunConfig) -> ServerSettings:
-    """What every server of the run has in common. Raises ValueError when the model folder or a key file is missing."""
+def server_settings(config: RunConfig, *, first_gpu: int) -> ServerSettings:
+    """What every server of the run has in common. first_gpu: the first device that belongs to servers.
+
+    Raises ValueError when the model folder or a key file is missing.
+    """
     rollout = config.rollout
     return ServerSettings(
         model_path=Path(config.model.path),
@@ -27,11 +30,18 @@ def server_settings(config: RunConfig) -> ServerSettings:
         dtype=rollout.dtype,
         seed=config.seed,
         deterministic=config.debug.deterministic,
+        first_gpu=first_gpu,
         host=rollout.host,
         api_key_path=None if rollout.api_key_path is None else Path(rollout.api_key_path),
         admin_key_path=None if rollout.admin_key_path is None else Path(rollout.admin_key_path),
         options=config.sglang,
     )
+
+
+def check_server_options(config: RunConfig) -> None:
+    """Raises ValueError naming an `sglang` option that the installed SGLang does not know. Asks the server environment if there are any."""
+    if config.sglang:
+        check_options(config.sglang, device=detect().device_type)
 
 
 def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -> None:
@@ -47,7 +57,8 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
         signal.signal(number, _stop)
     rollout = config.rollout
     announce(f"starting {rollout.servers} server(s) for {config.model.path}; logs in {folder}")
-    with ServerPool.launch(server_settings(config), num_servers=rollout.servers, log_dir=folder, base_port=rollout.base_port) as pool:
+    settings = server_settings(config, first_gpu=0)
+    with ServerPool.launch(settings, num_servers=rollout.servers, log_dir=folder, base_port=rollout.base_port) as pool:
         try:
             pool.wait_until_ready(rollout.start_timeout_s)
             write_atomically(path, json.dumps(pool.endpoints) + "\n")

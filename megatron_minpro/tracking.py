@@ -149,6 +149,7 @@ class RolloutRecord:
     response: str
     answer: str  # the label
     extracted: str | None  # the answer found in the response
+    error: str | None  # why grading failed; the response then counts as wrong
     reward: float
     advantage: float
     policy_version: int  # newest weights that sampled it

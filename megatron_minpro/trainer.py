@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def train(run: TrainingRun) -> bool:
             metrics[f"seconds/{phase}"] = seconds
         finish_step(run, step, due, metrics)
         done = counters.next_step == last_step
+        if config.evaluation.every and counters.next_step % config.evaluation.every == 0 and not done:
+            evaluate(run, f"step_{counters.next_step:06d}")
         stopping = share(run, run.stop_requested() if run.driver else None)
         if done or stopping or counters.next_step % config.checkpoint.every == 0:
             start = time.perf_counter()
@@ -89,17 +92,39 @@ def train(run: TrainingRun) -> bool:
 def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
     """Sample a batch under the current weights and attach its behaviour log-probs."""
     with timer("sample"):
-        batch = share(run, run.driver.sample(step, policy_version=run.actor.policy_version).batch if run.driver else None)
+        sampled = run.driver.sample(step, policy_version=run.actor.policy_version) if run.driver is not None else None
+        batch: RolloutBatch = share(run, sampled.batch if sampled is not None else None)
+    if sampled is not None:
+        timer.split("sample", "reward", sampled.reward_s)
+        errors = sum(response.result.error is not None for response in sampled.responses)
+        metrics["reward_errors"] = errors
+        if errors:
+            log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(sampled.responses))
     run.counters.rollouts_sampled += len(batch.samples)
     with timer("score"):
         scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
     engine = torch.tensor([x for sample in batch.samples for x in sample.engine_logprobs])
     trainer = torch.tensor([x for sample in scored.samples for x in sample.behaviour_logprobs or ()])
     gap = (engine - trainer).abs()
+    check_gap(run.config, gap)
     metrics |= sampling_metrics(batch) | {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
     if run.config.behaviour_logprobs == "trainer":
         return scored
     return batch.scored_by_engine()
+
+
+def check_gap(config: RunConfig, gap: torch.Tensor) -> None:
+    """With debug.check_weights: raise RuntimeError when server and trainer score the sampled tokens differently.
+
+    gap: |engine - trainer| log-prob of every response token. float32 on both sides differs by rounding only; otherwise the mean
+    difference of bf16 arithmetic is allowed.
+    """
+    if not config.debug.check_weights:
+        return
+    exact = config.model.dtype == config.rollout.dtype == "float32"
+    found, allowed = (float(gap.max()), 1e-3) if exact else (float(gap.mean()), 0.05)
+    if not found <= allowed:
+        raise RuntimeError(f"debug.check_weights: server and trainer log-probs differ by {found:.3g}, allowed {allowed}")
 
 
 def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:
@@ -169,7 +194,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
         "rollouts_sampled": counters.rollouts_sampled,
         "rollouts_trained": counters.rollouts_trained,
         "seconds/step": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
     }
     if run.driver is not None:
         run.driver.record(step, metrics, trained)
@@ -239,6 +264,11 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Count `seconds` of a phase under a name of their own."""
+        self.seconds[phase] -= seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoints_convert.hf_config import read_architecture
+from checkpoints_convert.hf_config import DTYPES, read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro import base_model, run_state, trainer
 from megatron_minpro.advantages import make_advantages
@@ -29,13 +30,22 @@ from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.driver import RunDriver
 from megatron_minpro.held_out import held_out_prompts
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.policy_folder import export_policy
+from megatron_minpro.policy_folder import export_policy, load_tokenizer
 from megatron_minpro.prompt_sources import load_prompts
 from megatron_minpro.prompts import PromptCursor
 from megatron_minpro.rewards import make_reward
+from megatron_minpro.run_files import (
+    CONFIG_FILE,
+    ENDPOINTS_FILE,
+    ERROR_FILE,
+    EXPORT_FOLDER,
+    INITIAL_MODEL_FOLDER,
+    RESULT_FILE,
+    STOP_FILE,
+)
 from megatron_minpro.sampler import Sampler
 from megatron_minpro.staleness import StalenessBuffer
-from megatron_minpro.tracking import MetricsWriter, Progress, RolloutLog, write_progress
+from megatron_minpro.tracking import METRICS_FILE, MetricsWriter, Progress, RolloutLog, read_metrics, write_progress
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
@@ -48,26 +58,19 @@ from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-ENDPOINTS_FILE = "endpoints.json"
-STOP_FILE = "stop"
-RESULT_FILE = "result.json"
-ERROR_FILE = "error.txt"
-EXPORT_FOLDER = "policy"
-INITIAL_MODEL_FOLDER = "initial_model"
-_COLLECTIVE_TIMEOUT_S = 7200.0  # the ranks that do not sample wait this long for the one that does
 _MAX_IN_FLIGHT = 4096
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_actor(config: RunConfig, folder: Path, groups: ProcessGroups, *, optimizer: OptimizerSettings) -> MegatronActor:
-    """An actor with the weights of a Hugging Face folder."""
+def build_actor(
+    config: RunConfig, folder: Path, groups: ProcessGroups, *, optimizer: OptimizerSettings, temperature: float
+) -> MegatronActor:
+    """An actor with the weights of a Hugging Face folder. temperature: at which log-probs are computed."""
     settings = ActorSettings(
-        dtype=_DTYPES[config.model.dtype],
+        dtype=DTYPES[config.model.dtype],
         recompute=config.actor.recompute,
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
         logprob_chunk_tokens=config.actor.logprob_chunk_tokens,
-        temperature=config.rollout.temperature,
+        temperature=temperature,
         optimizer=optimizer,
         megatron_options=config.megatron,
     )
@@ -75,16 +78,6 @@ def build_actor(config: RunConfig, folder: Path, groups: ProcessGroups, *, optim
     with SafetensorsReader(folder) as reader:
         actor.load_hugging_face(reader.read)
     return actor
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises ValueError when it has no end-of-sequence token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token")
-    return tokenizer
 
 
 def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
@@ -99,13 +92,14 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         optimizer=OptimizerSettings(
             weight_decay=optimizer.weight_decay, betas=optimizer.betas, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip
         ),
+        temperature=config.rollout.temperature,  # the policy is the distribution that is sampled from
     )
     checkpoints = run_dir / "checkpoints"
     checkpoint = run_state.latest_checkpoint(checkpoints)
     buffer = StalenessBuffer(config.staleness)
     counters, cursor_state = run_state.RunCounters(), None
     if checkpoint is not None:
-        saved = run_state.load(checkpoint, actor=actor)
+        saved = run_state.load(checkpoint, actor=actor, config=config)
         counters, cursor_state = saved.counters, saved.cursor
         buffer.restore(saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
@@ -117,6 +111,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         run_state.save(
             checkpoints,
             actor=actor,
+            config=config,
             counters=counters,
             cursor=driver.sampler.cursor.state() if driver is not None else None,
             waiting=buffer.waiting(),
@@ -135,7 +130,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         save=save,
     )
     trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
-    if not (run_dir / "evaluation_before.json").exists():
+    if not trainer.share(run, (run_dir / "evaluation_before.json").exists()):  # rank 0's view: file systems may lag
         trainer.evaluate(run, "before")
     complete = trainer.train(run)
     if complete:
@@ -143,7 +138,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         tensors = actor.export_weights()
         if driver is not None:
             driver.heartbeat("export")
-            export_policy(run_dir / EXPORT_FOLDER, tensors, dtype=_DTYPES[config.model.dtype], like=folder, replace=True)
+            export_policy(run_dir / EXPORT_FOLDER, tensors, dtype=DTYPES[config.model.dtype], like=folder, replace=True)
         else:
             for _ in tensors:
                 raise AssertionError("only rank 0 receives exported weights")
@@ -165,6 +160,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         cursor.load_state(cursor_state)
     reward = make_reward(config.reward.name, **config.reward.options)
     held_out = held_out_prompts(config.evaluation, tokenizer)
+    counters.count_lost(read_metrics(run_dir / METRICS_FILE))
     metrics = MetricsWriter(run_dir, tensorboard=config.tracking.tensorboard)
     metrics.truncate_after(counters.next_step - 1)
     rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
@@ -180,6 +176,8 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         request_timeout_s=rollout.request_timeout_s,
         max_retries=rollout.max_retries,
         max_in_flight=_MAX_IN_FLIGHT,
+        # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
+        samples_per_call=None if detect().device_type == "cpu" else rollout.group_size,
     )
     sampler = Sampler(
         cursor=cursor,
@@ -198,7 +196,8 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         run_dir=run_dir,
         sampler=sampler,
         client=client,
-        weight_sync=build_weight_sync(config, run_dir, endpoints, admin_key=admin_key),
+        weight_sync=build_weight_sync(config, run_dir, endpoints, api_key=api_key, admin_key=admin_key),
+        api_key=api_key,
         admin_key=admin_key,
         tokenizer=tokenizer,
         reward=reward,
@@ -209,7 +208,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     )
 
 
-def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, admin_key: str | None) -> WeightSync:
+def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, api_key: str | None, admin_key: str | None) -> WeightSync:
     """The way that rollout.weight_sync names."""
     timeout_s = config.rollout.request_timeout_s
     if config.rollout.weight_sync == "collective":
@@ -218,16 +217,18 @@ def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *,
             tp=config.rollout.tp,
             backend=detect().backend,
             master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            api_key=api_key,
             admin_key=admin_key,
             timeout_s=timeout_s,
         )
     directory = run_dir / "published_weights"
     directory.mkdir(exist_ok=True)
-    folder, dtype = Path(config.model.path), _DTYPES[config.model.dtype]
+    folder, dtype = Path(config.model.path), DTYPES[config.model.dtype]
     return DiskWeightSync(
         endpoints,
         write_checkpoint=lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
         directory=directory,
+        api_key=api_key,
         admin_key=admin_key,
         timeout_s=timeout_s,
     )
@@ -250,9 +251,8 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     assert recipe is not None
     folder = run_dir / INITIAL_MODEL_FOLDER
     first = groups.coordinates.rank == 0
-    actor = build_actor(
-        config, folder, groups, optimizer=OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
-    )
+    optimizer = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
+    actor = build_actor(config, folder, groups, optimizer=optimizer, temperature=1.0)
 
     def report(step: int, loss: float) -> None:
         if first and (step % 20 == 0 or step == recipe.num_steps - 1):
@@ -264,10 +264,16 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     base_model.warm_up_actor(actor, recipe, config.prompts, load_tokenizer(folder), report=report)
     tensors = actor.export_weights()
     if first:
-        export_policy(Path(config.model.path), tensors, dtype=_DTYPES[config.model.dtype], like=folder, replace=False)
+        export_policy(Path(config.model.path), tensors, dtype=DTYPES[config.model.dtype], like=folder, replace=False)
     else:
         for _ in tensors:
             raise AssertionError("only rank 0 receives exported weights")
+
+
+def collective_timeout_s(config: RunConfig) -> float:
+    """The ranks that do not sample wait in a collective for the one that does: longer than all of its retries, or the start of servers."""
+    rollout = config.rollout
+    return 600.0 + max(rollout.start_timeout_s, rollout.request_timeout_s * (rollout.max_retries + 1))
 
 
 def _stop_requested(run_dir: Path) -> Callable[[], bool]:
@@ -300,16 +306,23 @@ def main(arguments: list[str]) -> None:
     for line in capabilities.lines():
         log.info(line)
     try:
-        groups = process_groups.initialize(config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=_COLLECTIVE_TIMEOUT_S)
+        groups = process_groups.initialize(
+            config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=collective_timeout_s(config)
+        )
         task(config, run_dir, groups)
         dist.barrier()
         process_groups.shut_down()
     except Exception as error:
         # The launcher shows this line; the first rank to fail is the one that knows why.
+        traceback.print_exc()
         path = run_dir / ERROR_FILE
         if not path.exists():
-            write_atomically(path, f"rank {rank}: {type(error).__name__}: {error}\n")
-        raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = str(error) or f"at {Path(place.filename).name}:{place.lineno}"
+            write_atomically(path, f"rank {rank}: {type(error).__name__}: {reason}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: a thread that waits for a server would hold this rank, and with it all others
 
 
 if __name__ == "__main__":

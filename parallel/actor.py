@@ -27,7 +27,7 @@ from parallel.mcore import (
     finalize_model_grads,
     get_forward_backward_func,
 )
-from parallel.model import HiddenStateModel, build_model_chunks, transformer_config
+from parallel.model import TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, check_options, transformer_config
 from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer, set_learning_rate
 from parallel.packing import MicroBatch, TokenSequence, build_micro_batch, plan_replicas
 from parallel.process_groups import ProcessGroups
@@ -83,6 +83,11 @@ class UpdateReport:
     policy_version: int  # after the step
     num_tokens: int  # trained tokens
     metrics: Mapping[str, Tensor]  # fp64 sums over the mini-batch
+
+
+def check_option_names(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that the installed Megatron-Core does not know, naming the nearest known one."""
+    check_options(options, TRANSFORMER_FIELDS | OPTIMIZER_FIELDS, {}, section="megatron")
 
 
 class MegatronActor:

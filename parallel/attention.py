@@ -1,13 +1,14 @@
 """Core attention for packed sequences, where TransformerEngine is absent.
 
-Tokens arrive packed, [T, heads, head_size]; each sequence attends to itself only. Sequences are laid side by side in a
-[sequences, longest] grid so that torch's causal kernel does the work, and nothing of size T x T exists. Under context
+Tokens arrive packed, [T, heads, head_size]; each sequence attends to itself only. Sequences of similar length are laid side by side
+in a [sequences, longest] grid so that torch's causal kernel does the work, and nothing of size T x T exists. Under context
 parallelism keys and values are gathered over the ranks of the group (backward: reduce-scatter) and masked by position.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,34 +23,58 @@ from parallel.sequence_shard import SequenceShard
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where packed tokens lie in a [sequences, width] grid: flat slot of every token, and position of every slot (-1: empty)."""
+    """Some sequences side by side in a [sequences, width] grid, out of T packed tokens.
 
-    slot_T: Tensor
+    token_G: which packed tokens are in it. slot_G: their flat slots. position_SW: position in every slot, -1 where empty.
+    """
+
+    token_G: Tensor
+    slot_G: Tensor
     position_SW: Tensor
 
     @classmethod
-    def of(cls, sequence_id_T: Tensor, position_T: Tensor, num_sequences: int) -> _Grid:
-        # Tokens of one sequence may come in several pieces (zigzag): number them in order of arrival.
-        order = torch.argsort(sequence_id_T, stable=True)
-        counts = torch.bincount(sequence_id_T, minlength=num_sequences)
+    def of(cls, sequence_id_T: Tensor, position_T: Tensor, sequences: Tensor) -> _Grid:
+        """The grid of the sequences with the ids in `sequences`, one row each. Tokens keep their order of arrival (zigzag: two pieces)."""
+        row_of = torch.full((int(sequences.max()) + 1,), -1, dtype=torch.int64, device=sequence_id_T.device)
+        row_of[sequences] = torch.arange(len(sequences), device=sequence_id_T.device)
+        in_range_T = sequence_id_T < len(row_of)
+        row_T = torch.where(in_range_T, row_of[sequence_id_T.clamp(max=len(row_of) - 1)], -1)
+        token_G = (row_T >= 0).nonzero()[:, 0]
+        row_G = row_T[token_G]
+        order = torch.argsort(row_G, stable=True)
+        counts = torch.bincount(row_G, minlength=len(sequences))
         starts = torch.cumsum(counts, 0) - counts
-        column_T = torch.empty_like(sequence_id_T)
-        column_T[order] = torch.arange(len(order), device=order.device) - starts[sequence_id_T[order]]
+        column_G = torch.empty_like(row_G)
+        column_G[order] = torch.arange(len(order), device=order.device) - starts[row_G[order]]
         width = int(counts.max())
-        slot_T = sequence_id_T * width + column_T
-        position_SW = torch.full((num_sequences * width,), -1, device=slot_T.device, dtype=position_T.dtype)
-        position_SW[slot_T] = position_T
-        return cls(slot_T=slot_T, position_SW=position_SW.view(num_sequences, width))
+        slot_G = row_G * width + column_G
+        position_SW = torch.full((len(sequences) * width,), -1, device=slot_G.device, dtype=position_T.dtype)
+        position_SW[slot_G] = position_T[token_G]
+        return cls(token_G=token_G, slot_G=slot_G, position_SW=position_SW.view(len(sequences), width))
 
     def spread(self, x_THD: Tensor) -> Tensor:
         """[T, heads, size] -> [sequences, heads, width, size]; empty slots are zero."""
         num_sequences, width = self.position_SW.shape
-        flat = x_THD.new_zeros((num_sequences * width, *x_THD.shape[1:])).index_copy(0, self.slot_T, x_THD)
+        chosen = x_THD if len(self.token_G) == len(x_THD) else x_THD.index_select(0, self.token_G)
+        flat = x_THD.new_zeros((num_sequences * width, *x_THD.shape[1:])).index_copy(0, self.slot_G, chosen)
         return flat.view(num_sequences, width, *x_THD.shape[1:]).transpose(1, 2)
 
     def collect(self, x_SHWD: Tensor) -> Tensor:
-        """Inverse of spread."""
-        return x_SHWD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_T)
+        """[sequences, heads, width, size] -> the grid's tokens [G, heads, size]."""
+        return x_SHWD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_G)
+
+
+def length_classes(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences that share a grid, by index. One class while padding to the longest at most doubles the tokens; else by power of two.
+
+    A response of 20,000 tokens packed with twenty of 1,000 would otherwise cost twenty times its attention.
+    """
+    if len(lengths) * max(lengths) <= 2 * sum(lengths):
+        return [list(range(len(lengths)))]
+    classes: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        classes.setdefault((length - 1).bit_length(), []).append(index)
+    return [classes[key] for key in sorted(classes)]
 
 
 @dataclass
@@ -57,7 +82,7 @@ class ShardedPackedSeqParams(PackedSeqParams):
     """Megatron's packed-sequence record, plus the shard it was made from. Grids are built once and shared by all layers."""
 
     shard: SequenceShard | None = None
-    _grids: tuple[_Grid, _Grid] | None = field(default=None, repr=False)
+    _grids: list[tuple[_Grid, _Grid]] | None = field(default=None, repr=False)
 
     @classmethod
     def from_shard(cls, shard: SequenceShard) -> ShardedPackedSeqParams:
@@ -72,24 +97,25 @@ class ShardedPackedSeqParams(PackedSeqParams):
             shard=shard,
         )
 
-    def grids(self) -> tuple[_Grid, _Grid]:
-        """Grid of this rank's queries, grid of all ranks' keys (the same one without context parallelism)."""
+    def grids(self) -> list[tuple[_Grid, _Grid]]:
+        """By length class: grid of this rank's queries, grid of all ranks' keys (the same one without context parallelism)."""
         if self._grids is None:
             shard = self.shard
             assert shard is not None
-            queries = _Grid.of(shard.sequence_id_T, shard.position_T, shard.num_sequences)
-            keys = queries
+            key_ids, key_positions = shard.sequence_id_T, shard.position_T
             if shard.cp_size > 1:
                 ranks = [
                     SequenceShard.zigzag(shard.padded_lengths, rank, shard.cp_size, None, device=shard.device)
                     for rank in range(shard.cp_size)
                 ]
-                keys = _Grid.of(
-                    torch.cat([other.sequence_id_T for other in ranks]),
-                    torch.cat([other.position_T for other in ranks]),
-                    shard.num_sequences,
-                )
-            self._grids = (queries, keys)
+                key_ids = torch.cat([other.sequence_id_T for other in ranks])
+                key_positions = torch.cat([other.position_T for other in ranks])
+            self._grids = []
+            for indices in length_classes(shard.padded_lengths):
+                sequences = torch.tensor(indices, device=shard.device)
+                queries = _Grid.of(shard.sequence_id_T, shard.position_T, sequences)
+                keys = queries if shard.cp_size == 1 else _Grid.of(key_ids, key_positions, sequences)
+                self._grids.append((queries, keys))
         return self._grids
 
 
@@ -134,26 +160,33 @@ class PackedAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, ShardedPackedSeqParams), "this project trains packed sequences only"
         # Megatron hands [T, 1, heads, size] or [T, heads, size] depending on whether rotary embedding ran on packed data.
         query, key, value = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
-        query_grid, key_grid = packed_seq_params.grids()
         if self.cp_group.size() > 1:
             gathered = _GatherOverContext.apply(torch.cat([key, value], dim=-1), self.cp_group)
             key, value = gathered.split([key.size(-1), value.size(-1)], dim=-1)
-            allowed = query_grid.position_SW[:, :, None] >= key_grid.position_SW[:, None, :]
-            allowed &= key_grid.position_SW[:, None, :] >= 0
+        grids = packed_seq_params.grids()
+        parts = [self._attend(query, key, value, queries, keys) for queries, keys in grids]
+        if len(parts) == 1:
+            return parts[0].reshape(query.size(0), 1, -1)
+        place_T = torch.argsort(torch.cat([queries.token_G for queries, _ in grids]))
+        return torch.cat(parts).index_select(0, place_T).reshape(query.size(0), 1, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, queries: _Grid, keys: _Grid) -> Tensor:
+        mask = None  # one rank holds positions 0, 1, 2, ... in order, empty slots last: plain causal order
+        if self.cp_group.size() > 1:
+            allowed = queries.position_SW[:, :, None] >= keys.position_SW[:, None, :]
+            allowed &= keys.position_SW[:, None, :] >= 0
             # An empty query slot must attend to something, or softmax gives NaN that backward would spread.
-            mask = (allowed | (query_grid.position_SW < 0)[:, :, None])[:, None]
-        else:
-            mask = None  # one rank holds positions 0, 1, 2, ... in order, empty slots last: plain causal order
+            mask = (allowed | (queries.position_SW < 0)[:, :, None])[:, None]
         out = F.scaled_dot_product_attention(
-            query_grid.spread(query),
-            key_grid.spread(key),
-            key_grid.spread(value),
+            queries.spread(query),
+            keys.spread(key),
+            keys.spread(value),
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return query_grid.collect(out).reshape(query.size(0), 1, -1)
+        return queries.collect(out)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """No parameters."""

@@ -31,7 +31,7 @@ from parallel.mcore import (
 )
 from parallel.norm import RMSNorm
 
-_TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
+TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
 
 
 def check_options(options: Mapping[str, Any], known: frozenset[str], fixed: Mapping[str, Any], *, section: str) -> None:
@@ -127,7 +127,7 @@ def transformer_config(
         )
     else:
         fixed |= {"persist_layer_norm": False, "gradient_accumulation_fusion": capabilities.apex_version is not None}
-    check_options(options, _TRANSFORMER_FIELDS, fixed, section="megatron")
+    check_options(options, TRANSFORMER_FIELDS, fixed, section="megatron")
     defaults = {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.0}
     return TransformerConfig(**{**defaults, **fixed, **options})
 

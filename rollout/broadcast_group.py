@@ -8,6 +8,8 @@ default process group and of a launcher's store (under torchrun `torch.distribut
 from __future__ import annotations
 
 import datetime
+import ipaddress
+import socket
 import threading
 from typing import Literal
 
@@ -17,12 +19,15 @@ from torch import Tensor
 
 Backend = Literal["gloo", "nccl"]
 _DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
+LOOPBACK_INTERFACE = "lo"
 
 
 class BroadcastGroup:
     """Rank 0 of a group of 1 + (servers x tp) members. Make it, tell the servers its `port`, then `join`.
 
-    master_address: this host, as the servers reach it. timeout_s: of joining and of every broadcast.
+    master_address: this host, as the servers reach it; the store listens there and nowhere else, so a name must mean the same address
+    here as for the servers. A loopback address keeps gloo's connections on the loopback interface too.
+    timeout_s: of joining and of every broadcast. Raises ValueError for an address that is not this host's.
     """
 
     def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float) -> None:
@@ -33,8 +38,19 @@ class BroadcastGroup:
         self.backend = backend
         self.master_address = master_address
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        # Port 0: the system chooses one, so there is no race for it. Not waiting: the servers do not know the port yet.
-        self._master = dist.TCPStore(master_address, 0, world_size, True, self._timeout, wait_for_workers=False)
+        # A socket of our own: by itself the store would listen on every interface, and whoever reaches it could read and write in it.
+        listener = _listen(master_address)
+        self._is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        # Not waiting: the servers do not know the port yet. The store closes the socket at its own end.
+        self._master = dist.TCPStore(
+            master_address,
+            listener.getsockname()[1],
+            world_size,
+            True,
+            self._timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         self._store: dist.Store | None = None
         self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
 
@@ -56,7 +72,14 @@ class BroadcastGroup:
         store = dist.PrefixStore(self.name, counted)
         self._store = dist.PrefixStore(f"{_DEVICE_TYPE[self.backend]}/", dist.PrefixStore(f"{self.name}/", store))
         if self.backend == "gloo":
-            self._group = dist.ProcessGroupGloo(self._store, 0, self.world_size, timeout=self._timeout)
+            gloo = dist.ProcessGroupGloo._Options()
+            gloo._timeout = self._timeout
+            gloo._devices = [
+                dist.ProcessGroupGloo.create_device(interface=LOOPBACK_INTERFACE)
+                if self._is_local
+                else dist.ProcessGroupGloo.create_default_device()
+            ]
+            self._group = dist.ProcessGroupGloo(self._store, 0, self.world_size, gloo)
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
@@ -77,3 +100,21 @@ class BroadcastGroup:
             group.abort()
         # Gloo's destructor waits for its threads; let it do so beside us.
         threading.Thread(target=lambda kept: None, args=(group,), daemon=True).start()
+
+
+def _listen(address: str) -> socket.socket:
+    """A listening socket at one address of this host. Port 0: the system chooses one, so there is no race for it."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        try:
+            listener.bind(where)
+            listener.listen(socket.SOMAXCONN)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"weight sync master address {address!r}: cannot listen there ({error.strerror}), expected an address of this host"
+        ) from error
+    return listener

@@ -74,15 +74,23 @@ def expected_checksums(tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dt
     return {name: _finish(hasher) for name, hasher in hashes.items()}
 
 
-def server_checksums(endpoint: str, *, key: str | None = None, timeout_s: float = 600.0) -> list[dict[str, str]]:
-    """What one server reports: for each of its tensor-parallel ranks, parameter name -> checksum."""
+def server_checksums(
+    endpoint: str, *, api_key: str | None = None, admin_key: str | None = None, timeout_s: float = 600.0
+) -> list[dict[str, str]]:
+    """What one server reports: for each of its tensor-parallel ranks, parameter name -> checksum.
+
+    Takes the admin key, or the api key of a server without one; both are None for a server without keys.
+    """
+    key = sglang_control.control_key(api_key=api_key, admin_key=admin_key)
     answer = sglang_control.call(endpoint, "/weights_checker", {"action": "checksum"}, key=key, timeout_s=timeout_s)
     return [rank["checksums"] for rank in answer["ranks"]]
 
 
-def check_equal(expected: dict[str, str], endpoint: str, *, key: str | None = None, timeout_s: float = 600.0) -> None:
-    """Raises ChecksumMismatch unless the server (tp=1, CPU) holds exactly the expected weights, all of them."""
-    found = server_checksums(endpoint, key=key, timeout_s=timeout_s)
+def check_equal(
+    expected: dict[str, str], endpoint: str, *, api_key: str | None = None, admin_key: str | None = None, timeout_s: float = 600.0
+) -> None:
+    """Raises ChecksumMismatch unless the server (tp=1, CPU) holds exactly the expected weights, all of them. Keys: see server_checksums."""
+    found = server_checksums(endpoint, api_key=api_key, admin_key=admin_key, timeout_s=timeout_s)
     if len(found) != 1:
         raise ValueError(f"{endpoint}: tp is {len(found)}; checksums can be compared with the trainer's only at tp 1")
     problems = [f"{name} differs" for name in sorted(expected.keys() & found[0].keys()) if expected[name] != found[0][name]]

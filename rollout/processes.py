@@ -2,11 +2,13 @@
 
 Every child is started by one thread that lives as long as this process (see `die_with_parent`: the kernel watches the thread that
 started a child, not the process), through exec_with_parent.py rather than preexec_fn, which is unsafe in a process with threads.
+Every child carries a mark in its environment, by which all of its offspring is found, also by the reaper when this process is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import signal
@@ -14,24 +16,38 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from rollout import exec_with_parent
+from rollout import exec_with_parent, reaper
 from rollout.exec_with_parent import die_with_parent
 
 __all__ = ["ManagedProcess", "die_with_parent", "spawn", "terminate_all"]
 
+_REDACTED = "[redacted]"
+_KILL_WAIT_S = 10.0
+_ORPHANS_GRACE_S = 1.0  # for the offspring, once the children themselves have ended
+
 
 class _Starter:
-    """The thread that starts all children of this process, and ends only with it."""
+    """The thread that starts all children of this process, and ends only with it; beside it the reaper, for a sudden end."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.owner = uuid.uuid4().hex[:16]
+        self._num_marks = itertools.count()
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", "-S", reaper.__file__, self.owner],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a signal to this process's group must not end it
+        )
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="process starter", daemon=True).start()
 
@@ -42,6 +58,15 @@ class _Starter:
                 answer.put(subprocess.Popen(**options))
             except Exception as error:  # handed to the caller, who raises it
                 answer.put(error)
+
+    def next_mark(self) -> str:
+        """A mark that no other child of any process carries."""
+        return f"{self.owner}/{next(self._num_marks)}"
+
+    def leave_reaper(self) -> None:
+        """Close this process's end of the reaper's pipe."""
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
 
     def start(self, **options: Any) -> subprocess.Popen[bytes]:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -59,20 +84,33 @@ _starter_lock = threading.Lock()
 def _get_starter() -> _Starter:
     global _starter
     with _starter_lock:
-        if _starter is None or _starter.pid != os.getpid():  # a forked child has no copy of the thread
+        if _starter is None:
             _starter = _Starter()
         return _starter
 
 
+def _forget_starter() -> None:
+    """In a forked child: it has no copy of the thread, and must not keep the reaper from noticing its owner's end."""
+    global _starter, _starter_lock
+    if _starter is not None:
+        _starter.leave_reaper()
+    _starter, _starter_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_starter)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagedProcess:
-    """A running (or ended) child. Made by `spawn`."""
+    """A running (or ended) child. Made by `spawn`. mark: carried by all of its offspring. secrets: never shown, though the log has them."""
 
     name: str
     command: tuple[str, ...]
     log_path: Path
     log_start: int  # bytes already in the log when this child started
     popen: subprocess.Popen[bytes]
+    mark: str
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def pid(self) -> int:
@@ -92,12 +130,20 @@ class ManagedProcess:
         return self.popen.wait(timeout_s)
 
     def last_log_lines(self, num_lines: int) -> list[str]:
-        """The last lines this child (not an earlier one with the same log) wrote."""
+        """The last lines this child (not an earlier one with the same log) wrote, its secrets replaced."""
         max_bytes = 1000 * num_lines
+        secrets = [secret.encode() for secret in self.secrets]
+        # A secret that the beginning of the window cuts in two is not recognised: a margin of its length is read and not shown.
+        margin = max((len(secret) for secret in secrets), default=0)
         with self.log_path.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(self.log_start, size - max_bytes))
-            return log.read().decode(errors="replace").splitlines()[-num_lines:]
+            begin = max(self.log_start, size - max_bytes - margin)
+            log.seek(begin)
+            content = log.read()
+        for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+            content = content.replace(secret, _REDACTED.encode())
+        shown = content if begin == self.log_start else content[margin:]
+        return shown.decode(errors="replace").splitlines()[-num_lines:]
 
     def describe_end(self, *, num_lines: int = 20) -> str:
         """How it ended, for an error message: exit code or signal, where the log is, and its last lines."""
@@ -112,7 +158,10 @@ class ManagedProcess:
         return f"{self.name} (pid {self.pid}) {how}; last lines of {self.log_path}:\n{lines}"
 
     def tree(self) -> list[psutil.Process]:
-        """This process, its descendants, and everything else in its session (descendants whose own parent has ended)."""
+        """This process, its descendants, and everything else in its session or with its mark (descendants whose own parent has ended).
+
+        The session as well as the mark: a process may overwrite its environment, as SGLang's do when they change their titles.
+        """
         members: dict[int, psutil.Process] = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.pid)
@@ -122,10 +171,13 @@ class ManagedProcess:
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if process.pid not in members and os.getsid(process.pid) == self.pid:
                     members[process.pid] = process
+        for pid in reaper.marked_pids(self.mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                members.setdefault(pid, psutil.Process(pid))
         return [process for process in members.values() if _is_alive(process)]
 
     def terminate(self, deadline_s: float = 10.0) -> None:
-        """End the whole tree: SIGTERM to the child, and SIGKILL to everything that is left after `deadline_s` seconds.
+        """End the whole tree: SIGTERM to the child, and SIGKILL to everything that is left after `deadline_s` seconds at most.
 
         Returns when nothing of it is left. Calling it again, or after the child ended by itself, only sweeps up what is left.
         """
@@ -140,53 +192,73 @@ def spawn(
     name: str,
     ignore_signals: Iterable[signal.Signals] = (),
     cwd: Path | None = None,
-    death_signal: signal.Signals = signal.SIGKILL,
+    secrets: tuple[str, ...] = (),
 ) -> ManagedProcess:
-    """Start `command` in a session of its own, with output appended to `log_path`; it ends (`death_signal`) when this process ends.
+    """Start `command` in a session of its own, with output appended to `log_path`; it and its offspring are killed when this process ends.
 
-    env: the child's whole environment; nothing of this process's own is added.
+    env: the child's whole environment; nothing but the mark (MINPRO_TREE) is added.
+    secrets: keys that the command may write into its log, which only this user can read; they are replaced wherever lines of it are shown.
     ignore_signals: ignored by the child from its first instruction on.
     Ctrl-C in the terminal does not reach the child (own session); its owner decides.
     Raises OSError if the log cannot be written; a command that cannot run shows as exit code 127 with one line in the log.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    starter = _get_starter()
+    mark = starter.next_mark()
+    outer_marks = [os.environ[reaper.VARIABLE]] if reaper.VARIABLE in os.environ else []
     ignored = ",".join(str(int(number)) for number in ignore_signals)
-    shim = [sys.executable, "-I", "-S", exec_with_parent.__file__, str(os.getpid()), str(int(death_signal)), ignored, "--"]
-    with log_path.open("ab") as log:
-        log_start = log.tell()
-        popen = _get_starter().start(
+    shim = [sys.executable, "-I", "-S", exec_with_parent.__file__, str(os.getpid()), str(int(signal.SIGKILL)), ignored, "--"]
+    with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+        os.fchmod(log.fileno(), 0o600)  # an earlier log of that name may be open to others
+        log_start = log.seek(0, os.SEEK_END)
+        popen = starter.start(
             args=[*shim, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=dict(env),
+            env={**env, reaper.VARIABLE: ":".join([*outer_marks, mark])},
             cwd=cwd,
             start_new_session=True,
         )
-    return ManagedProcess(name=name, command=tuple(command), log_path=log_path, log_start=log_start, popen=popen)
+    return ManagedProcess(
+        name=name, command=tuple(command), log_path=log_path, log_start=log_start, popen=popen, mark=mark, secrets=tuple(secrets)
+    )
 
 
 def terminate_all(processes: Sequence[ManagedProcess], *, deadline_s: float) -> None:
-    """End several trees together, within one deadline: SIGTERM to each child, then SIGKILL to everything left of any tree."""
-    members = {member.pid: member for process in processes for member in process.tree()}
+    """End several trees together, within one deadline: SIGTERM to each child, then SIGKILL to everything left of any tree.
+
+    Offspring that outlives the children (helpers that ignore SIGTERM and wait for nothing) is not waited for until the deadline.
+    """
+    members = _members(processes)
     for process in processes:
         if process.is_running:
             with contextlib.suppress(ProcessLookupError):
                 process.popen.terminate()
     deadline = time.monotonic() + deadline_s
-    _wait_until_gone(processes, list(members.values()), deadline)
-    # Once more: a tree may have grown, or a member lost its parent, since the first look.
-    members |= {member.pid: member for process in processes for member in process.tree()}
-    for member in members.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    _wait_until_gone(processes, list(members.values()), time.monotonic() + 10.0)
+    _wait_until_gone(processes, [], deadline)
+    _wait_until_gone(processes, members, min(deadline, time.monotonic() + _ORPHANS_GRACE_S))
+    give_up = time.monotonic() + _KILL_WAIT_S
+    # Again and again: a tree may have grown, or a member lost its parent, since the last look.
+    while (members := _alive([*members, *_members(processes)])) and time.monotonic() < give_up:
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        _wait_until_gone(processes, members, give_up)
+
+
+def _members(processes: Sequence[ManagedProcess]) -> list[psutil.Process]:
+    return [member for process in processes for member in process.tree()]
+
+
+def _alive(members: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [member for member in set(members) if _is_alive(member)]
 
 
 def _wait_until_gone(processes: Sequence[ManagedProcess], members: Sequence[psutil.Process], deadline: float) -> None:
     while time.monotonic() < deadline:
         # poll() of every child also reaps it, so that it does not stay in the table as a zombie.
-        if not any([process.is_running for process in processes]) and not any(_is_alive(member) for member in members):
+        if not any([process.is_running for process in processes]) and not _alive(members):
             return
         time.sleep(0.02)
 

@@ -12,18 +12,23 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from rollout import sglang_control
+from rollout.background import in_background
+from rollout.broadcast_group import LOOPBACK_INTERFACE
 from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang_options import option_arguments
 
 Device = Literal["cpu", "cuda"]
+
+_ABORT_POLL_S = 0.2
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,10 +64,6 @@ class ServerDied(RuntimeError):
     """A server ended, or did not become ready in time. The message holds its last log lines."""
 
 
-class _NotWaitedFor(ServerDied):
-    """Another server of the pool failed first."""
-
-
 def default_server_python() -> Path:
     """The Python of the server environment: MINPRO_SERVER_PYTHON, or .venv-sglang/bin/python beside the packages.
 
@@ -85,6 +86,7 @@ class ServerSettings:
     model_path: Hugging Face folder. dtype: float32 | bfloat16 | float16. policy_version: the version of the weights in that folder.
     seed: of the engine's own draws (requests with a seed of their own do not use it).
     deterministic: responses to a seeded request repeat. Always so on the CPU; on CUDA it costs speed (SGLang's deterministic inference).
+    first_gpu: of server 0 on CUDA, counted among the devices that this process sees; server i takes tp devices from first_gpu + i * tp on.
     num_threads: torch threads per server on the CPU. max_total_tokens: KV cache on the CPU, in tokens (CUDA: SGLang decides by memory).
     api_key_path, admin_key_path: files with one line each; both are required unless host is a loopback address.
     options: further SGLang server arguments by name; unknown ones are refused.
@@ -97,6 +99,7 @@ class ServerSettings:
     seed: int
     deterministic: bool
     policy_version: int = 0
+    first_gpu: int = 0
     host: str = "127.0.0.1"
     num_threads: int = 1
     max_total_tokens: int = 65536
@@ -113,6 +116,8 @@ class ServerSettings:
             raise ValueError(f"device is {self.device!r}, expected cpu or cuda")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"rollout.dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
+        if self.first_gpu < 0:
+            raise ValueError(f"first_gpu is {self.first_gpu}, expected 0 or more")
         if self.tp < 1:
             raise ValueError(f"rollout.tp is {self.tp}, expected at least 1")
         if self.device == "cpu" and self.tp != 1:
@@ -134,11 +139,17 @@ class ServerSettings:
     @property
     def admin_key(self) -> str | None:
         """The key of the control endpoints. SGLang falls back on the api key where no admin key is set; so does this."""
-        return self.api_key if self.admin_key_path is None else read_key(self.admin_key_path, name="admin_key_path")
+        own = None if self.admin_key_path is None else read_key(self.admin_key_path, name="admin_key_path")
+        return sglang_control.control_key(api_key=self.api_key, admin_key=own)
 
     def option_arguments(self) -> list[str]:
         """The extra options as command-line arguments. Raises ValueError naming an unknown option. Slow the first time if there are any."""
         return option_arguments(self.options, server_python=self.server_python, device=self.device, reserved=_RESERVED)
+
+
+def check_options(options: Mapping[str, Any], *, device: Device) -> None:
+    """Raises ValueError naming an option that the installed SGLang does not know, or that is set elsewhere. No model is needed."""
+    option_arguments(options, server_python=default_server_python(), device=device, reserved=_RESERVED)
 
 
 def is_loopback(host: str) -> bool:
@@ -203,7 +214,7 @@ def server_command(settings: ServerSettings, *, port: int, index: int, option_ar
         command += ["--disable-radix-cache"]
         command += ["--max-total-tokens", str(settings.max_total_tokens), "--max-running-requests", str(settings.max_running_requests)]
     else:
-        command += ["--base-gpu-id", str(index * settings.tp)]
+        command += ["--base-gpu-id", str(settings.first_gpu + index * settings.tp)]
         if settings.deterministic:
             command += ["--enable-deterministic-inference"]
     if key_file is not None:
@@ -249,8 +260,10 @@ class ServerPool:
         self._option_arguments = option_arguments
         self._servers: list[ManagedProcess] = []
         self._stopped = False
-        # Sockets between a server's processes: a short path (the system allows 107 bytes), and one place to clean up.
-        self._socket_dir = Path(tempfile.mkdtemp(prefix="minpro_servers_"))
+        # Only this user can enter it. Holds the key file and the sockets between a server's processes: a short path (the system allows
+        # 107 bytes), and one place to clean up.
+        self._private_dir = Path(tempfile.mkdtemp(prefix="minpro_servers_"))
+        self._key_file: Path | None = None
 
     @classmethod
     def start(
@@ -279,6 +292,7 @@ class ServerPool:
                 check_port_free(settings.host, port)
         pool = cls(settings, ports=ports, log_dir=log_dir, option_arguments=settings.option_arguments())
         try:
+            pool._key_file = pool._write_key_file()
             for index in range(num_servers):
                 pool._servers.append(pool._spawn(index))
         except BaseException:
@@ -296,15 +310,23 @@ class ServerPool:
     def processes(self) -> list[ManagedProcess]:
         return list(self._servers)
 
-    def wait_until_ready(self, start_timeout_s: float) -> None:
-        """Returns when every server has answered a generation request. Raises ServerDied otherwise, with all servers ended."""
+    def wait_until_ready(self, start_timeout_s: float, *, should_abort: Callable[[], None] | None = None) -> None:
+        """Returns when every server has answered a generation request. Raises ServerDied otherwise, with all servers ended.
+
+        should_abort: called in this thread about five times a second; whatever it raises ends all servers, too, and is raised.
+        """
         try:
             deadline = time.monotonic() + start_timeout_s
-            with ThreadPoolExecutor(max_workers=len(self._servers)) as executor:
-                waits = [executor.submit(self._wait_for, index, deadline, start_timeout_s) for index in range(len(self._servers))]
-            errors = [error for error in (wait.exception() for wait in waits) if error is not None]
-            if errors:  # the reason, rather than what followed from it
-                raise next((error for error in errors if not isinstance(error, _NotWaitedFor)), errors[0])
+            pending = {
+                in_background(partial(self._wait_for, index, deadline, start_timeout_s), name=f"start of {server.name}")
+                for index, server in enumerate(self._servers)
+            }
+            while pending:
+                if should_abort is not None:
+                    should_abort()
+                done, pending = wait(pending, timeout=_ABORT_POLL_S, return_when=FIRST_EXCEPTION)
+                for ready in done:
+                    ready.result()
         except BaseException:
             self.stop()
             raise
@@ -328,7 +350,7 @@ class ServerPool:
         """End all servers; nothing of them is left afterwards. Safe to call again."""
         self._stopped = True
         terminate_all(self._servers, deadline_s=deadline_s)
-        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        shutil.rmtree(self._private_dir, ignore_errors=True)
 
     def __enter__(self) -> ServerPool:
         return self
@@ -342,14 +364,20 @@ class ServerPool:
             port=self._ports[index],
             index=index,
             option_arguments=self._option_arguments,
-            key_file=self._write_key_file(),
+            key_file=self._key_file,
         )
+        environment = server_environment(device=self.settings.device, num_threads=self.settings.num_threads)
+        environment["TMPDIR"] = str(self._private_dir)
+        if is_loopback(self.settings.host):  # whoever talks to it is on this host: gloo's connections need no other interface
+            environment["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
+        keys = (self.settings.api_key, self.settings.admin_key)
         return spawn(
             command,
             log_path=self._log_dir / f"server_{index}.log",
-            env=server_environment(device=self.settings.device, num_threads=self.settings.num_threads) | {"TMPDIR": str(self._socket_dir)},
+            env=environment,
             name=f"SGLang server {index}",
             cwd=PROJECT_ROOT,
+            secrets=tuple(key for key in keys if key is not None),
         )
 
     def _write_key_file(self) -> Path | None:
@@ -357,9 +385,8 @@ class ServerPool:
         if self.settings.api_key is None and self.settings.admin_key is None:
             return None
         keys = {"api-key": self.settings.api_key, "admin-api-key": self.settings.admin_key}
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        path = self._log_dir / "server_keys.yaml"
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        path = self._private_dir / "server_keys.yaml"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({name: key for name, key in keys.items() if key is not None}, file)
         return path
 
@@ -367,12 +394,10 @@ class ServerPool:
         server, endpoint = self._servers[index], self.endpoints[index]
         while not self._answers(endpoint, deadline):
             if self._stopped:  # another server failed: the pool is already being ended
-                raise _NotWaitedFor(f"{server.name} was not waited for")
+                raise ServerDied(f"{server.name} was not waited for")
             if not server.is_running:
-                self._stopped = True
                 raise ServerDied(server.describe_end())
             if time.monotonic() > deadline:
-                self._stopped = True
                 raise ServerDied(f"not ready after {start_timeout_s:g} s: {server.describe_end()}")
             time.sleep(0.1)
 

@@ -12,6 +12,11 @@ class ServerRefused(RuntimeError):
     """A server could not be reached, or answered a control request with an error. Names endpoint, path and reason."""
 
 
+def control_key(*, api_key: str | None, admin_key: str | None) -> str | None:
+    """The key of the endpoints that control a server: SGLang takes the api key there when no admin key is set."""
+    return api_key if admin_key is None else admin_key
+
+
 def call(endpoint: str, path: str, body: dict[str, Any] | None = None, *, key: str | None, timeout_s: float) -> Any:
     """POST `body` as JSON (GET when it is None) to one server; the decoded answer (text if it is not JSON).
 
@@ -41,5 +46,5 @@ def call(endpoint: str, path: str, body: dict[str, Any] | None = None, *, key: s
 
 
 def weight_version(endpoint: str, *, key: str | None, timeout_s: float) -> str:
-    """The weight version a server reports (SGLang's word, a string)."""
+    """The weight version a server reports (SGLang's word, a string). key: the api key, also where there is an admin key."""
     return call(endpoint, "/model_info", key=key, timeout_s=timeout_s)["weight_version"]

@@ -13,6 +13,7 @@ puts plain stand-ins in their place; without it (a CUDA machine) importing it ch
     sleeping while paused         a paused scheduler polls without end; the trainer needs that core
     stopping                      SGLang looks at its SIGTERM flag every 5 s
     fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
+    keys in the log               SGLang prints its server arguments with both keys in clear
     model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
 
 The patches are applied at import: were a child process started by spawn after all, it would import its main module again, and get them too.
@@ -267,6 +268,20 @@ def _fork_children() -> None:
     engine._set_envs_and_config = set_and_fork
 
 
+def _keep_keys_out_of_the_log() -> None:
+    from sglang.srt.entrypoints import engine
+
+    for_logging = engine._server_args_for_logging
+
+    def without_keys(server_args: Any) -> dict[str, Any]:
+        return {
+            name: "[redacted]" if name in ("api_key", "admin_api_key") and value is not None else value
+            for name, value in for_logging(server_args).items()
+        }
+
+    engine._server_args_for_logging = without_keys
+
+
 def _import_only_qwen3() -> None:
     """A model that is registered is found without importing the modules of all others."""
     from sglang.srt.models.registry import ModelRegistry
@@ -289,6 +304,7 @@ def activate() -> None:
     _sleep_while_paused()
     _stop_promptly()
     _fork_children()
+    _keep_keys_out_of_the_log()
     _import_only_qwen3()
 
 

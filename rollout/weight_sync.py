@@ -14,11 +14,11 @@ which weights such a server holds, so none may be asked for a response. Restart 
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from rollout import sglang_control
+from rollout.background import in_background
 from rollout.broadcast_group import Backend, BroadcastGroup
 from rollout.checksums import check_equal, expected_checksums, server_checksums, server_parameter, tensor_checksum
-from rollout.sglang_control import ServerRefused
+from rollout.sglang_control import ServerRefused, control_key
 
 __all__ = [
     "CollectiveWeightSync",
@@ -57,44 +58,47 @@ class WeightSync(Protocol):
 
 
 class _Servers:
-    """All servers, told the same thing at the same time."""
+    """All servers, told the same thing at the same time.
 
-    def __init__(self, endpoints: Sequence[str], *, admin_key: str | None, timeout_s: float) -> None:
+    Endpoints that control a server take the admin key (the api key where no admin key is set), those that only tell about it the api key.
+    """
+
+    def __init__(self, endpoints: Sequence[str], *, api_key: str | None, admin_key: str | None, timeout_s: float) -> None:
         if not endpoints:
             raise ValueError("weight sync: no endpoints, expected at least one")
         self.endpoints = tuple(endpoint.rstrip("/") for endpoint in endpoints)
-        self.key = admin_key
+        self.api_key = api_key
+        self.admin_key = control_key(api_key=api_key, admin_key=admin_key)
         self.timeout_s = timeout_s
-        self._executor = ThreadPoolExecutor(max_workers=len(self.endpoints), thread_name_prefix="weight sync")
         self.failure: str | None = None
 
     def begin(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
         """Start one call per server, each with its own body."""
         return [
-            self._executor.submit(sglang_control.call, endpoint, path, body, key=self.key, timeout_s=self.timeout_s)
+            in_background(
+                partial(sglang_control.call, endpoint, path, body, key=self.admin_key, timeout_s=self.timeout_s), name=f"weight sync {path}"
+            )
             for endpoint, body in zip(self.endpoints, bodies, strict=True)
         ]
 
     def tell(self, path: str, body: dict[str, Any]) -> None:
-        """The same call to every server; returns when all have answered. Raises ServerRefused naming those that did not."""
+        """The same call to every server; returns when all have answered. Raises ServerRefused as soon as one did not, naming it."""
         self.collect(self.begin(path, [body] * len(self.endpoints)))
 
     def collect(self, calls: Sequence[Future[Any]]) -> None:
-        errors = [str(error) for error in (call.exception() for call in calls) if error is not None]
+        done, _ = wait(calls, return_when=FIRST_EXCEPTION)  # one failure decides; a server that hangs is not waited for then
+        errors = [str(call.exception()) for call in calls if call in done and call.exception() is not None]
         if errors:
             raise ServerRefused("; ".join(errors))
 
     def check_versions(self, expected: int) -> None:
         for endpoint in self.endpoints:
-            found = sglang_control.weight_version(endpoint, key=self.key, timeout_s=self.timeout_s)
+            found = sglang_control.weight_version(endpoint, key=self.api_key, timeout_s=self.timeout_s)
             if found != str(expected):
                 raise ServerRefused(f"{endpoint}: reports weight version {found!r} after version {expected} was published")
 
     def parameter_names(self) -> set[str]:
-        return set(server_checksums(self.endpoints[0], key=self.key, timeout_s=self.timeout_s)[0])
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        return set(server_checksums(self.endpoints[0], admin_key=self.admin_key, timeout_s=self.timeout_s)[0])
 
 
 class _CompletenessCheck:
@@ -144,11 +148,12 @@ class DiskWeightSync:
         *,
         write_checkpoint: Callable[[Path, NamedTensors], None],
         directory: Path,
+        api_key: str | None = None,
         admin_key: str | None = None,
         in_flight: InFlight = "retract",
         timeout_s: float = 600.0,
     ) -> None:
-        self._servers = _Servers(endpoints, admin_key=admin_key, timeout_s=timeout_s)
+        self._servers = _Servers(endpoints, api_key=api_key, admin_key=admin_key, timeout_s=timeout_s)
         self._complete = _CompletenessCheck(self._servers)
         self._write_checkpoint = write_checkpoint
         self._directory = Path(directory)
@@ -167,7 +172,7 @@ class DiskWeightSync:
         self._remove_all_but(folder)
 
     def close(self) -> None:
-        self._servers.close()
+        """Nothing is kept open."""
 
     def _remove_all_but(self, kept: Path) -> None:
         for folder in self._directory.glob("version_*"):
@@ -193,13 +198,14 @@ class CollectiveWeightSync:
         backend: Backend = "gloo",
         master_address: str = "127.0.0.1",
         bucket_bytes: int = 512 * 2**20,
+        api_key: str | None = None,
         admin_key: str | None = None,
         in_flight: InFlight = "retract",
         timeout_s: float = 600.0,
     ) -> None:
         if bucket_bytes < 1:
             raise ValueError(f"weight sync: bucket_bytes is {bucket_bytes}, expected at least 1")
-        self._servers = _Servers(endpoints, admin_key=admin_key, timeout_s=timeout_s)
+        self._servers = _Servers(endpoints, api_key=api_key, admin_key=admin_key, timeout_s=timeout_s)
         self._complete = _CompletenessCheck(self._servers)
         self._bucket_bytes = bucket_bytes
         self._in_flight = in_flight
@@ -240,7 +246,6 @@ class CollectiveWeightSync:
             except ServerRefused as refused:  # a server that is gone has left the group as well
                 self._servers.failure = str(refused)
         self._group.close()
-        self._servers.close()
 
     def _join(self, tp: int) -> None:
         bodies = [
@@ -255,9 +260,8 @@ class CollectiveWeightSync:
             for index in range(len(self._servers.endpoints))
         ]
         calls = self._servers.begin("/init_weights_update_group", bodies)
-        # A daemon thread: where a server refuses, joining would only end with the time limit, and nobody waits for that.
-        joined: Future[None] = Future()
-        threading.Thread(target=_resolve, args=(joined, self._group.join), name="weight sync join", daemon=True).start()
+        # In the background: where a server refuses, joining would only end with the time limit, and nobody waits for that.
+        joined = in_background(self._group.join, name="weight sync join")
         try:
             _wait_for(joined.done, calls, deadline=time.monotonic() + self._timeout_s, what="joining the weight sync group")
             joined.result()
@@ -341,15 +345,6 @@ class _Update:
 def _refuse_if_failed(servers: _Servers) -> None:
     if servers.failure is not None:
         raise WeightSyncFailed(f"the servers hold unknown weights since an earlier failure: {servers.failure}")
-
-
-def _resolve(future: Future[None], work: Callable[[], None]) -> None:
-    try:
-        work()
-    except BaseException as error:  # handed to whoever asks for the result
-        future.set_exception(error)
-    else:
-        future.set_result(None)
 
 
 def _wait_for(done: Callable[[], bool], calls: Sequence[Future[Any]], *, deadline: float, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,15 @@ def chain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from megatron_minpro.arithmetic_chains import build_tokenizer
 
     return build_tokenizer(tmp_path_factory.mktemp("chain_tokenizer"))
+
+
+@pytest.fixture
+def one_rank_group() -> Iterator[Any]:
+    """torch.distributed with this process as its only rank (gloo); the world's group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()

@@ -42,6 +42,7 @@ def use_launcher(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def use(launcher: Launcher) -> Launcher:
         monkeypatch.setitem(sys.modules, "megatron_minpro.launcher", launcher)
+        monkeypatch.setitem(sys.modules, "megatron_minpro.dry_run", launcher)
         monkeypatch.setattr(megatron_minpro, "launcher", launcher, raising=False)
         return launcher
 

@@ -31,7 +31,8 @@ def model_folder(tmp_path: Path) -> Path:
 
 def test_server_settings_are_those_of_the_configuration(model_folder: Path) -> None:
     config = load_config(TINY, [f"model.path={model_folder}", "seed=3", "sglang={chunked_prefill_size: 512}", "debug.deterministic=false"])
-    settings = server_settings(config)
+    settings = server_settings(config, first_gpu=2)
+    assert settings.first_gpu == 2
     assert (settings.model_path, settings.tp, settings.dtype, settings.seed) == (model_folder, 1, "float32", 3)
     assert (settings.host, settings.deterministic, settings.options) == ("127.0.0.1", False, {"chunked_prefill_size": 512})
 

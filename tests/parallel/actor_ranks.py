@@ -1,6 +1,10 @@
-"""Run by torchrun from test_actor.py: one actor on some layout scores and trains the sequences of a fixture and keeps what came out.
+"""Run by torchrun from test_actor.py: actors on one layout score and train the sequences of a fixture and keep what came out.
 
-torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR '{"ep": 2}'
+torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR '{"layout": {"world_size": 2, "ep": 2}, "runs": {"probe": {...}}}'
+
+Each run starts with a fresh actor and leaves OUT_DIR/<run>/results.safetensors and reports.json. Keys of a run: optimizer, learning_rate,
+steps, and, where wanted, load (a checkpoint of these actors to start from, with first_step steps behind it), save_to (an absent folder for
+one, at the end), reload_before_step (save, build a new actor, load).
 """
 
 import json
@@ -22,15 +26,15 @@ from parallel.optimizer import OptimizerSettings
 from parallel.packing import TokenSequence
 
 
-def build(fixture: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, request: dict) -> MegatronActor:
+def build(fixture: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, run: dict) -> MegatronActor:
     settings = ActorSettings(
         dtype=torch.float32,
-        recompute=request.get("recompute", "none"),
-        max_tokens_per_micro_batch=request.get("max_tokens", 64),
+        recompute=run.get("recompute", "none"),
+        max_tokens_per_micro_batch=run.get("max_tokens", 48),
         logprob_chunk_tokens=16,
-        temperature=request.get("temperature", 1.0),
-        optimizer=OptimizerSettings(**request["optimizer"]),
-        megatron_options=request.get("megatron", {}),
+        temperature=run.get("temperature", 1.0),
+        optimizer=OptimizerSettings(**run["optimizer"]),
+        megatron_options=run.get("megatron", {}),
     )
     actor = MegatronActor(read_architecture(fixture), layout, groups, detect(), settings)
     with SafetensorsReader(fixture) as reader:
@@ -55,29 +59,31 @@ def exported(actor: MegatronActor) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in actor.export_weights()}
 
 
-def main() -> None:
-    fixture, out, request = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    torch.set_num_threads(1)
-    layout = ParallelLayout(**request["layout"])
-    groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
-    actor = build(fixture, layout, groups, request)
+def save_actor(actor: MegatronActor, path: Path, *, first: bool) -> None:
+    if first:
+        path.mkdir(parents=True)
+    torch.distributed.barrier()
+    actor.save(path)
+
+
+def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, run: dict) -> None:
+    first = groups.coordinates.rank == 0
+    actor = build(fixture, layout, groups, run)
+    first_step = run.get("first_step", 0)
+    if "load" in run:
+        actor.load(Path(run["load"]), policy_version=first_step)
     sequences = read_sequences(fixture)
     results = {f"before.{name}": tensor for name, tensor in exported(actor).items()}
     results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences))}
-    objective = make_objective(**request["objective"])
-    loss_fn = make_loss_function(objective)
-    rows = []
-    for step in range(request["steps"]):
-        if step == request.get("reload_before_step"):
-            path = out / "actor"
-            if groups.coordinates.rank == 0:
-                path.mkdir()
-            torch.distributed.barrier()
-            actor.save(path)
-            actor = build(fixture, layout, groups, request)
-            actor.load(path, policy_version=step)
-        report = actor.update(sequences, loss_fn, learning_rate=request["learning_rate"])
-        rows.append(
+    loss_fn = make_loss_function(make_objective("minpro"))
+    reports = []
+    for step in range(first_step, first_step + run["steps"]):
+        if step == run.get("reload_before_step"):
+            save_actor(actor, out / "actor", first=first)
+            actor = build(fixture, layout, groups, run)
+            actor.load(out / "actor", policy_version=step)
+        report = actor.update(sequences, loss_fn, learning_rate=run["learning_rate"])
+        reports.append(
             {
                 "loss": report.loss,
                 "grad_norm": report.grad_norm,
@@ -87,9 +93,21 @@ def main() -> None:
             }
         )
     results |= {f"after.{name}": tensor for name, tensor in exported(actor).items()}
-    if groups.coordinates.rank == 0:
+    if "save_to" in run:
+        save_actor(actor, Path(run["save_to"]), first=first)
+    if first:
+        out.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in results.items()}, out / "results.safetensors")
-        (out / "reports.json").write_text(json.dumps(rows))
+        (out / "reports.json").write_text(json.dumps(reports))
+
+
+def main() -> None:
+    fixture, out, request = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    layout = ParallelLayout(**request["layout"])
+    groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
+    for name, run in request["runs"].items():
+        train(fixture, out / name, layout, groups, run)
     process_groups.shut_down()
 
 

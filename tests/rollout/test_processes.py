@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from rollout.processes import ManagedProcess, spawn, terminate_all
+from rollout.reaper import marked_pids
 
 ROOT = Path(__file__).resolve().parents[2]
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -65,7 +67,7 @@ def test_environment_is_the_given_one_and_not_this_process_s(tmp_path: Path, mon
     child = spawn(["/usr/bin/env"], log_path=tmp_path / "log", env={"ONLY": "this"}, name="child")
     child.wait(20)
     # Python names the character set itself where the environment does not (PEP 538).
-    assert set(child.last_log_lines(10)) - {"LC_CTYPE=C.UTF-8"} == {"ONLY=this"}
+    assert set(child.last_log_lines(10)) - {"LC_CTYPE=C.UTF-8"} == {"ONLY=this", f"MINPRO_TREE={child.mark}"}
 
 
 def test_child_has_a_session_of_its_own_and_ignores_the_named_signals(tmp_path: Path) -> None:
@@ -162,3 +164,117 @@ def test_no_child_outlives_its_parent(tmp_path: Path, end: signal.Signals | None
         parent.send_signal(end)
     parent.wait(10)
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout_s=5)
+
+
+# As torchrun does: a worker in a session of its own. As multiprocessing does: helpers that ignore SIGTERM, each holding the pipe whose
+# end the other waits for. The child ends as soon as its worker is up, so that neither parentage nor session leads to the helpers.
+WORKER = """
+import os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+reading, writing = os.pipe()
+helpers = []
+for _ in range(2):
+    helpers.append(os.fork())
+    if helpers[-1] == 0:
+        os.close(1)
+        os.read(reading, 1)
+        os._exit(0)
+print(*helpers, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+ORPHANS = f"""
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], stdout=subprocess.PIPE, start_new_session=True)
+print(worker.stdout.readline().decode(), end="", flush=True)
+"""
+
+
+def orphans_of(child: ManagedProcess) -> list[psutil.Process]:
+    wait_for(lambda: child.last_log_lines(1))
+    return [psutil.Process(int(pid)) for pid in child.last_log_lines(1)[0].split()]
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_terminate_ends_the_helpers_that_a_killed_worker_in_another_session_left(tmp_path: Path) -> None:
+    child, other = (spawn(SLEEPER, log_path=tmp_path / f"{name}.log", env=dict(os.environ), name=name) for name in ("bystander", "another"))
+    family = start(ORPHANS, tmp_path)
+    helpers = orphans_of(family)
+    family.wait(10)
+    assert len(helpers) == 2 and not any(is_gone(helper) for helper in helpers)
+    began = time.monotonic()
+    family.terminate(deadline_s=30)
+    assert time.monotonic() - began < 4, "helpers that wait for nothing are not waited for until the deadline"
+    assert all(is_gone(helper) for helper in helpers)
+    assert child.is_running and other.is_running, "other trees are not touched"
+    terminate_all([child, other], deadline_s=1)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None], ids=["killed", "ends by itself"])
+def test_no_helper_outlives_a_parent_that_is_gone(tmp_path: Path, end: signal.Signals | None) -> None:
+    code = f"""
+        import os, sys, time
+        from pathlib import Path
+        from rollout.processes import spawn
+        child = spawn([sys.executable, "-c", {ORPHANS!r}], log_path=Path({str(tmp_path / "child.log")!r}),
+                      env=dict(os.environ), name="child")
+        while not child.last_log_lines(1):
+            time.sleep(0.01)
+        print(child.last_log_lines(1)[0], flush=True)
+        if os.fork() == 0:  # a forked child of the parent must not keep the reaper waiting
+            os.close(1)
+            time.sleep(8)
+            os._exit(0)
+        time.sleep({0 if end is None else 60})
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert parent.stdout is not None
+    helpers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(helpers) == 2
+    if end is not None:
+        assert not any(is_gone(helper) for helper in helpers)
+        parent.send_signal(end)
+    parent.wait(10)
+    wait_for(lambda: all(is_gone(helper) for helper in helpers), timeout_s=5)
+
+
+def test_marks_of_nested_parents_add_up_so_that_the_outer_one_finds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINPRO_TREE", "outer/0")
+    child = spawn(SLEEPER, log_path=tmp_path / "log", env=dict(os.environ), name="child")
+    monkeypatch.delenv("MINPRO_TREE")
+    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    assert child.pid in marked_pids("outer") and child.pid in marked_pids("outer/0") and child.pid in marked_pids(child.mark)
+    assert marked_pids("oute") == marked_pids("outer/00") == []
+    child.terminate(0.1)
+    assert marked_pids("outer") == []
+
+
+def test_log_is_for_this_user_only_even_if_an_earlier_one_was_not(tmp_path: Path) -> None:
+    log = tmp_path / "child.log"
+    log.write_text("earlier\n")
+    log.chmod(0o644)
+    child = start("print('hello')", tmp_path)
+    child.wait(20)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert child.last_log_lines(5) == ["hello"]
+
+
+def test_secrets_in_the_log_are_not_shown(tmp_path: Path) -> None:
+    child = start(
+        "print('args: key-one, key-one-and-more;'); print('x' * 2990 + 'key-one-and-more' + '.' * 994)",
+        tmp_path,
+        secrets=("key-one", "key-one-and-more"),
+    )
+    child.wait(20)
+    assert child.last_log_lines(5)[0] == "args: [redacted], [redacted];"
+    for num_lines in (1, 2, 4):  # the first window begins in the middle of the second key
+        assert (
+            "key" not in child.describe_end(num_lines=num_lines).split("last lines")[1]
+            and "more" not in child.last_log_lines(num_lines)[-1]
+        )
+    assert "secrets" not in repr(child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import threading
@@ -20,7 +21,7 @@ from rollout.checksums import ChecksumMismatch, check_equal, expected_checksums
 from rollout.client import GenerationClient, RolloutFailed
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.server import ServerPool, ServerSettings
-from rollout.sglang_control import call, weight_version
+from rollout.sglang_control import ServerRefused, call, weight_version
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
 
 pytestmark = pytest.mark.servers
@@ -278,3 +279,39 @@ def test_dense_model_with_tied_embeddings_answers_and_takes_weights_alike(tmp_pa
         head = ("lm_head.weight", dict(tensors)["model.embed_tokens.weight"])
         check_equal(expected_checksums([*tensors, head], dtype=torch.float32), pool.endpoints[0])
         sync.close()
+
+
+def test_server_with_both_keys_generates_and_takes_weights_and_refuses_wrong_ones(
+    server_settings: ServerSettings, base_model: Qwen3MoeForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "api").write_text("api-key-of-the-test\n")
+    (tmp_path / "admin").write_text("admin-key-of-the-test\n")
+    settings = dataclasses.replace(server_settings, api_key_path=tmp_path / "api", admin_key_path=tmp_path / "admin")
+    api, admin = {"api_key": settings.api_key}, {"admin_key": settings.admin_key}
+    client_options = {"request_timeout_s": 60, "max_retries": 0, "max_in_flight": 1000}
+    new_model = make_model(12)
+    with ServerPool.start(settings, num_servers=1, log_dir=tmp_path / "logs", start_timeout_s=240) as pool:
+        [endpoint] = pool.endpoints
+        environments = [process.environ() for process in pool.processes[0].tree()]
+        assert all(environment.get("MINPRO_TREE", "") == pool.processes[0].mark for environment in environments)
+        sync = CollectiveWeightSync(pool.endpoints, timeout_s=60, **api, **admin)
+        sync.publish(2, reference.checkpoint_tensors(new_model, tmp_path / "new"))
+        client = GenerationClient(pool.endpoints, **api, **client_options)
+        generations = [generation for row in client.generate(REQUESTS, sampling(), num_samples=2) for generation in row]
+        assert {generation.policy_versions for generation in generations} == {(2, 2)}
+        assert reference.largest_difference(new_model, generations) < 1e-4
+        expected = expected_checksums(reference.checkpoint_tensors(new_model, tmp_path / "again"), dtype=torch.float32)
+        check_equal(expected, endpoint, **api, **admin)
+
+        with pytest.raises(RolloutFailed, match=r"^http://127\S*: request prompt0#0 and 4 more: HTTP 401: .*$"):
+            GenerationClient(pool.endpoints, api_key="wrong", **client_options).generate(REQUESTS, sampling(), num_samples=1)
+        for wrong in ({}, api, {"api_key": "wrong"}, {**api, "admin_key": "wrong"}):
+            with pytest.raises(ServerRefused, match=r"^http://127\S*/weights_checker: HTTP 401: .*$"):
+                check_equal(expected, endpoint, **wrong)
+        with pytest.raises(WeightSyncFailed, match=r"^cannot join \S* weight sync group: .*HTTP 401: .*$"):
+            CollectiveWeightSync(pool.endpoints, timeout_s=30, **api)
+        with pytest.raises(ServerRefused, match=r"^http://127\S*/model_info: HTTP 401: .*$"):
+            weight_version(endpoint, key=settings.admin_key, timeout_s=10)
+        sync.close()
+    log = (tmp_path / "logs/server_0.log").read_text()
+    assert "server_args" in log and "key-of-the-test" not in log

@@ -134,6 +134,49 @@ def test_keys_are_not_on_the_command_line_and_only_the_owner_can_read_their_file
         file = Path(pool.processes[0].command[pool.processes[0].command.index("--config") + 1])
         assert json.loads(file.read_text()) == {"api-key": "api-secret", "admin-api-key": "admin-secret"}
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        pool.restart(0, start_timeout_s=20)
+    assert not file.exists()
+
+
+def test_dying_server_that_printed_its_keys_does_not_show_them(server_settings: ServerSettings, tmp_path: Path) -> None:
+    (tmp_path / "api").write_text("api-secret")
+    (tmp_path / "admin").write_text("admin-secret")
+    stub = with_stub_python(server_settings, tmp_path, "print(open(sys.argv[sys.argv.index('--config') + 1]).read()); sys.exit(1)")
+    settings = dataclasses.replace(stub, api_key_path=tmp_path / "api", admin_key_path=tmp_path / "admin")
+    with pytest.raises(ServerDied, match=r"\[redacted\].*\[redacted\]") as refused:
+        ServerPool.start(settings, num_servers=1, log_dir=tmp_path / "logs", start_timeout_s=20)
+    assert "secret" not in str(refused.value)
+    log = tmp_path / "logs/server_0.log"
+    assert "admin-secret" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_waiting_for_servers_can_be_broken_off_and_leaves_none(server_settings: ServerSettings, tmp_path: Path) -> None:
+    calls: list[float] = []
+
+    def should_abort() -> None:
+        calls.append(time.monotonic())
+        if len(calls) == 4:
+            raise KeyError("a rank died")
+
+    settings = with_stub_python(server_settings, tmp_path, "import time; time.sleep(60)")
+    pool = ServerPool.launch(settings, num_servers=2, log_dir=tmp_path / "logs")
+    members = [member for process in pool.processes for member in process.tree()]
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="a rank died"):
+        pool.wait_until_ready(60, should_abort=should_abort)
+    assert time.monotonic() - began < 5
+    assert max(later - earlier for earlier, later in itertools.pairwise(calls)) < 1
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
+
+
+def test_callback_that_says_nothing_does_not_disturb_the_start(server_settings: ServerSettings, tmp_path: Path) -> None:
+    calls: list[None] = []
+    pool = ServerPool.launch(with_stub_python(server_settings, tmp_path, READY), num_servers=2, log_dir=tmp_path / "logs")
+    with pool:
+        pool.wait_until_ready(20, should_abort=lambda: calls.append(None))
+        pool.check()
+    assert calls
 
 
 @pytest.mark.parametrize(
@@ -141,6 +184,7 @@ def test_keys_are_not_on_the_command_line_and_only_the_owner_can_read_their_file
     [
         ({"device": "tpu"}, "device is 'tpu', expected cpu or cuda"),
         ({"dtype": "int4"}, r"rollout\.dtype is 'int4'"),
+        ({"first_gpu": -1}, "first_gpu is -1, expected 0 or more"),
         ({"tp": 0}, r"rollout\.tp is 0"),
         ({"tp": 2}, r"rollout\.tp is 2, expected 1 on the CPU"),
         ({"model_path": Path("/nowhere")}, r"model\.path: /nowhere holds no config\.json"),
@@ -181,6 +225,8 @@ def test_cuda_servers_get_devices_of_their_own_and_no_cpu_settings(server_settin
         "bfloat16",
         "8100",
     )
+    behind_trainer = server_command(dataclasses.replace(settings, first_gpu=2), port=8100, index=1, option_arguments=[], key_file=None)
+    assert dict(itertools.pairwise(behind_trainer))["--base-gpu-id"] == "6"
     assert said["--mem-fraction-static"] == "0.8"
     assert not {"--attention-backend", "--disable-radix-cache", "--max-total-tokens", "--enable-deterministic-inference"} & set(command)
     assert "--enable-deterministic-inference" in server_command(

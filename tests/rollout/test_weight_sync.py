@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 
+from rollout.checksums import check_equal
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed, fill_buckets
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_buckets_hold_every_tensor_once_and_are_no_larger_than_asked() -> None:
@@ -89,3 +97,85 @@ def test_server_that_is_gone_is_named(tmp_path: object) -> None:
 def test_no_endpoints_are_refused() -> None:
     with pytest.raises(ValueError, match="no endpoints"):
         CollectiveWeightSync([])
+
+
+def test_failed_publish_does_not_wait_for_a_server_that_hangs_and_lets_the_process_exit(refusing_server: str, tmp_path: Path) -> None:
+    with socket.socket() as silent:  # takes connections, never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        code = f"""
+            import time
+            from pathlib import Path
+            from rollout.weight_sync import DiskWeightSync, WeightSyncFailed
+            endpoints = ["http://127.0.0.1:{silent.getsockname()[1]}", {refusing_server!r}]
+            sync = DiskWeightSync(endpoints, write_checkpoint=lambda folder, tensors: None, directory=Path({str(tmp_path)!r}), timeout_s=60)
+            sync._complete._names = frozenset()  # as after a first publish
+            print(time.time(), flush=True)
+            try:
+                sync.publish(1, iter(()))
+            except WeightSyncFailed as failed:
+                print(failed)
+        """
+        process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    began, message = process.stdout.splitlines()
+    assert "group is taken" in message
+    assert time.time() - float(began) < 2
+
+
+@pytest.fixture
+def server_with_keys() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """Answers everything and remembers (path, authorization)."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            seen.append((self.path, self.headers.get("authorization")))
+            content = b'{"weight_version": "1", "ranks": [{"checksums": {}}]}'
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("api_key", "admin_key", "telling", "controlling"),
+    [
+        ("a", "b", "Bearer a", "Bearer b"),
+        ("a", None, "Bearer a", "Bearer a"),
+        (None, "b", None, "Bearer b"),
+        (None, None, None, None),
+    ],
+)
+def test_each_endpoint_gets_the_key_it_accepts(
+    server_with_keys: tuple[str, list[tuple[str, str | None]]],
+    tmp_path: Path,
+    api_key: str | None,
+    admin_key: str | None,
+    telling: str | None,
+    controlling: str | None,
+) -> None:
+    endpoint, seen = server_with_keys
+    sync = DiskWeightSync(
+        [endpoint],
+        write_checkpoint=lambda folder, tensors: list(tensors) and None,
+        directory=tmp_path,
+        api_key=api_key,
+        admin_key=admin_key,
+    )
+    sync.publish(1, iter(()))
+    check_equal({}, endpoint, api_key=api_key, admin_key=admin_key)
+    assert {"/model_info", "/pause_generation", "/weights_checker", "/continue_generation"} <= {path for path, _ in seen}
+    for path, key in seen:
+        assert key == (telling if path == "/model_info" else controlling), path

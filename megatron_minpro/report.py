@@ -1,0 +1,55 @@
+"""The end of a run: summary.json, the plots, one paragraph. `python -m megatron_minpro.report RUN_DIR` writes them for a finished run.
+
+Example: python -m megatron_minpro.report runs/tiny_moe_cpu
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_minpro import plots, summary
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.run_files import CONFIG_FILE, RESULT_FILE
+from megatron_minpro.tracking import METRICS_FILE, read_metrics
+
+
+def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float]) -> str:
+    """summary.json and the plots of a complete run; the paragraph to print. seconds: wall time by phase."""
+    result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+    metrics = list(read_metrics(run_dir / METRICS_FILE))
+    measured = {}
+    for label in ("before", "after"):
+        content = json.loads((run_dir / f"evaluation_{label}.json").read_text(encoding="utf-8"))
+        measured[label] = {name: value for name, value in content.items() if name.startswith("pass_at_")}
+    built = summary.build_summary(
+        metrics,
+        staleness=config.staleness,
+        updates=result["policy_version"],
+        rollouts_sampled=result["rollouts_sampled"],
+        rollouts_trained=result["rollouts_trained"],
+        rollouts_lost=result["rollouts_lost"],
+        seconds=seconds,
+        evaluation_before=measured["before"],
+        evaluation_after=measured["after"],
+    )
+    summary.write_summary(run_dir, built)
+    title = f"{config.name}: {config.objective.name}, staleness {config.staleness}"
+    plots.plot_run(run_dir, metrics, title=title, evaluation_before=measured["before"], evaluation_after=measured["after"])
+    return summary.paragraph(built, name=config.name, objective=config.objective.name, staleness=config.staleness, run_dir=run_dir)
+
+
+def main(arguments: list[str]) -> None:
+    """For runs that were not started by `minpro train`, such as Slurm jobs."""
+    run_dir = Path(arguments[0])
+    result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+    if not result["complete"]:
+        print(f"{run_dir}: stopped after {result['trained_batches']} trained batches with a checkpoint; the same command continues")
+        return
+    print(write_report(load_config(run_dir / CONFIG_FILE, []), run_dir, result["seconds"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,132 @@
+"""Real runs of the `minpro` command: real ranks, real servers, in processes that can be found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "MINPRO_TEST_MARK"
+
+
+class Command:
+    """A running `minpro` command whose whole offspring carries a mark in its environment."""
+
+    def __init__(self, arguments: list[str], **environment: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_minpro.cli", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_s: float = 280) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+    def offspring(self) -> list[psutil.Process]:
+        """Every living process that carries the mark, the command itself excepted."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                marked = process.environ().get(MARK) == self.mark
+                if marked and process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def survivors(self, deadline_s: float = 15) -> list[str]:
+        """What is still alive of it after deadline_s seconds; empty as soon as nothing is."""
+        deadline = time.monotonic() + deadline_s
+        while alive := self.offspring():
+            if time.monotonic() > deadline:
+                return [" ".join(process.cmdline())[:200] for process in alive]
+            time.sleep(0.1)
+        return []
+
+    def kill_everything(self) -> None:
+        for process in [*self.offspring(), psutil.Process(self.process.pid)] if self.process.poll() is None else self.offspring():
+            process.kill()
+
+
+@pytest.fixture
+def minpro() -> Iterator[Callable[..., Command]]:
+    """Starts commands; whatever a failing test leaves is killed."""
+    started: list[Command] = []
+
+    def start(*arguments: str, **environment: str) -> Command:
+        started.append(Command(list(arguments), **environment))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill_everything()
+
+
+def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 200) -> Any:
+    """The first true value of condition. Fails when the command ends first, or too much time passes."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert command.process.poll() is None, command.process.communicate()
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.1)
+    return value
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="session")
+def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The main job, shortened: few warm-up steps, few and small batches; all runs share one base model."""
+    folder = tmp_path_factory.mktemp("short_runs")
+    return [
+        "configs/tiny_moe_cpu.yaml",
+        f"output_dir={folder / 'runs'}",
+        f"model.path={folder / 'base_model'}",
+        "model.warm_up.num_steps=60",
+        "model.warm_up.batch_size=32",
+        "num_global_steps=5",
+        "rollout.prompts_per_step=8",
+        "actor.updates_per_step=4",
+        "evaluation.num_prompts=8",
+        "checkpoint.every=2",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
+    """One undisturbed short run, weights checked after every sync."""
+    command = Command(["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true"])
+    try:
+        code, out, err = command.wait()
+        assert code == 0, err
+        survivors = command.survivors()
+    finally:
+        command.kill_everything()
+    run_dir = Path(short_run_settings[1].removeprefix("output_dir=")) / "undisturbed"
+    return {"dir": run_dir, "out": out, "survivors": survivors, "metrics": metrics_of(run_dir)}
+
+
+def interrupt(command: Command) -> None:
+    """Ctrl-C, as a terminal sends it to the command."""
+    command.process.send_signal(signal.SIGINT)

@@ -1,0 +1,114 @@
+"""Ctrl-C, kill -9 and a server's death: what was done is kept, the same command continues, and nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for
+
+pytestmark = [pytest.mark.servers, pytest.mark.ranks]
+TIMES = ("seconds/", "tokens_per_second")
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+
+
+def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    run_dir = finished_run["dir"].parent / "stopped"
+    command = minpro("train", *short_run_settings, "name=stopped")
+    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    interrupt(command)
+    code, _, err = command.wait()
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith("minpro: error: stopped after") and len(err.strip().splitlines()) == 1
+    assert command.survivors() == []
+    stopped_at = len(metrics_of(run_dir))
+    assert (run_dir / "checkpoints/latest").read_text() == f"step_{stopped_at:06d}"
+    assert stopped_at < 7
+
+    resumed = minpro("train", *short_run_settings, "name=stopped", "--resume", "must")
+    code, _, err = resumed.wait()
+    assert code == 0, err
+    assert without_times(metrics_of(run_dir)) == without_times(finished_run["metrics"])
+    ours, theirs = (load_file(folder / "policy/model.safetensors") for folder in (run_dir, finished_run["dir"]))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.parametrize("victim", ["rank", "server", "launcher"])
+def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
+    victim: str, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    name = f"killed_{victim}"
+    run_dir = finished_run["dir"].parent / name
+    command = minpro("train", *short_run_settings, f"name={name}", "num_global_steps=500")
+    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    if victim == "launcher":
+        os.kill(command.process.pid, signal.SIGKILL)
+        command.process.wait()
+    else:
+        words = {"rank": "megatron_minpro.worker", "server": "rollout.sglang_cpu"}[victim]
+        running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
+        last = max(running, key=lambda process: process.create_time())
+        last.send_signal(signal.SIGKILL)
+        code, _, err = command.wait(timeout_s=90)
+        assert code == 1
+        assert len(err.strip().splitlines()) == 1 and str(run_dir / "logs") in err
+    assert command.survivors() == []
+    assert (run_dir / "checkpoints/latest").exists()  # what was reached is kept
+
+
+def test_ctrl_c_while_the_servers_start_leaves_nobody(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    command = minpro("train", *short_run_settings, "name=early")
+    wait_for(lambda: len(command.offspring()) >= 3, command)
+    interrupt(command)
+    interrupt(command)
+    code, _, err = command.wait(timeout_s=90)
+    assert code == 1 and len(err.strip().splitlines()) == 1
+    assert command.survivors() == []
+
+
+def test_a_used_folder_is_refused_with_another_configuration(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    code, _, err = minpro("train", *short_run_settings, "name=undisturbed", "objective.name=cispo").wait()
+    assert code == 2
+    assert "objective.name: 'minpro' there, 'cispo' here" in err and len(err.strip().splitlines()) == 1
+    code, _, err = minpro("train", *short_run_settings, "name=undisturbed", "--resume", "never").wait()
+    assert code == 2 and "holds a run already" in err
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    before = (finished_run["dir"] / "metrics.jsonl").read_bytes()
+    code, out, err = minpro("train", *short_run_settings, "name=undisturbed", "debug.check_weights=true").wait()
+    assert code == 0, err
+    assert (finished_run["dir"] / "metrics.jsonl").read_bytes() == before
+    assert "5 global steps (20 updates)" in out
+
+
+def test_port_in_use_is_one_line(minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = minpro("train", *short_run_settings, "name=port", f"rollout.base_port={port}")
+        code, _, err = command.wait(timeout_s=90)
+    assert code == 2
+    assert f"port {port}" in err and len(err.strip().splitlines()) == 1
+    assert command.survivors() == []
+    assert Path(finished_run["dir"]).exists()

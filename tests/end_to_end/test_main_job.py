@@ -1,0 +1,86 @@
+"""The main job, shortened: what a finished run leaves behind, and that its numbers hang together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.servers, pytest.mark.ranks]
+UPDATES, STALENESS, STEPS, RESPONSES = 4, 2, 5, 64
+
+
+def test_summary_counts_every_rollout_once_and_has_all_keys(finished_run: dict[str, Any]) -> None:
+    summary = json.loads((finished_run["dir"] / "summary.json").read_text())
+    assert {"reward_first", "reward_last", "pass_at_1_before", "pass_at_1_after", "pass_at_8_before", "pass_at_8_after"} <= summary.keys()
+    assert summary["global_steps"] == STEPS
+    assert summary["updates"] == STEPS * UPDATES
+    assert (summary["lag_min"], summary["lag_max"]) == (UPDATES * STALENESS, UPDATES * (STALENESS + 1) - 1)
+    assert summary["rollouts_sampled"] == summary["rollouts_trained"] == STEPS * RESPONSES
+    assert summary["rollouts_lost"] == 0
+    assert {"sample", "score", "update", "sync", "base_model"} <= summary["seconds"].keys()
+    assert summary["tokens_per_second"] > 0
+
+
+def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run: dict[str, Any]) -> None:
+    rows = finished_run["metrics"]
+    assert [row["global_step"] for row in rows] == list(range(STEPS + STALENESS))
+    assert [row.get("trained_from_step") for row in rows] == [None, None, 0, 1, 2, 3, 4]
+    lags = [(row["lag_min"], row["lag_max"]) for row in rows[STALENESS:]]
+    assert lags == [(0, 3), (4, 7), (8, 11), (8, 11), (8, 11)]
+    assert [row["policy_version"] for row in rows] == [0, 0, 4, 8, 12, 16, 20]
+
+
+def test_server_and_trainer_score_the_same_tokens_alike(finished_run: dict[str, Any]) -> None:
+    gaps = [row["engine_logprob_gap_max"] for row in finished_run["metrics"] if "engine_logprob_gap_max" in row]
+    assert len(gaps) == STEPS
+    assert max(gaps) < 1e-4  # fp32 on both sides, sums in another order
+
+
+def test_kept_rollouts_can_be_read_and_carry_their_version(finished_run: dict[str, Any]) -> None:
+    for step, version in enumerate([0, 0, 0, 4, 8]):
+        records = [json.loads(line) for line in (finished_run["dir"] / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
+        assert len(records) == RESPONSES
+        assert {record["policy_version"] for record in records} == {version}
+        mean = sum(record["reward"] for record in records) / len(records)
+        assert finished_run["metrics"][step]["reward"] == pytest.approx(mean)
+
+
+def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_run: dict[str, Any], short_run_settings: list[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = finished_run["dir"] / "policy"
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2 * 3 - 4 + 5 * 6 - 7 :"}], add_generation_prompt=True)
+    logits = model(torch.tensor([prompt["input_ids"] if not isinstance(prompt, list) else prompt])).logits
+    assert torch.isfinite(logits).all()
+    base = load_file(Path(short_run_settings[2].removeprefix("model.path=")) / "model.safetensors")
+    trained = load_file(policy / "model.safetensors")
+    assert base.keys() == trained.keys()
+    changed = [name for name in base if not torch.equal(base[name], trained[name])]
+    assert len(changed) > 0.9 * len(base)
+
+
+def test_pictures_events_and_checkpoints_are_there_and_nothing_is_half_written(finished_run: dict[str, Any]) -> None:
+    run_dir = finished_run["dir"]
+    for name in ("reward.png", "entropy.png", "pass_at_k.png"):
+        assert (run_dir / "plots" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run_dir / "checkpoints/latest").read_text() == "step_000007"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000006", "step_000007"]
+    assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+
+
+def test_no_process_survives_and_the_last_line_tells_the_result(finished_run: dict[str, Any]) -> None:
+    assert finished_run["survivors"] == []
+    assert "5 global steps (20 updates) of minpro with staleness 2 (policy lag 8 to 11 updates after the ramp)" in finished_run["out"]
+
+
+def test_weights_of_the_servers_were_proven_equal_after_every_sync(finished_run: dict[str, Any]) -> None:
+    log = (finished_run["dir"] / "logs/train.log").read_text()
+    assert log.count("equal the actor's") == 1 + STEPS

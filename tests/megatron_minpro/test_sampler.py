@@ -1,0 +1,168 @@
+"""From prompts to a batch: what is asked of the servers, what is judged, which advantage goes to which response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_minpro.advantages import make_advantages
+from megatron_minpro.prompts import Prompt, PromptCursor, PromptList
+from megatron_minpro.rewards import RewardResult
+from megatron_minpro.sampler import Sampler
+from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+
+GROUP = 3
+
+
+class Tokenizer:
+    eos_token_id = 99
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [" ".join(map(str, ids)) for ids in sequences]
+
+
+class Client:
+    """Response j of a request is its first prompt token, then j, then the end; sampled under `version`."""
+
+    def __init__(self, version: int | tuple[int, int] = 4) -> None:
+        self.versions = (version, version) if isinstance(version, int) else version
+        self.asked: list[tuple[list[GenerationRequest], SamplingParams, int]] = []
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int) -> list[list[Generation]]:
+        self.asked.append((list(requests), sampling, num_samples))
+        first, last = self.versions
+        return [
+            [
+                Generation(
+                    request_id=request.request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    response_token_ids=(request.prompt_token_ids[0], j, 99),
+                    engine_logprobs=(-0.1, -0.2, -0.3),
+                    version_spans=(VersionSpan(policy_version=first, start=0, end=1), VersionSpan(policy_version=last, start=1, end=3)),
+                    finish_reason="stop" if j else "length",
+                    latency_s=0.0,
+                    num_retries=0,
+                )
+                for j in range(num_samples)
+            ]
+            for request in requests
+        ]
+
+
+class SecondWord:
+    """Rewards the second word: 0, 1, 2 for the responses of a group; the first prompt's responses are all worth 5."""
+
+    name = "second_word"
+
+    def __init__(self) -> None:
+        self.error_counts: dict[str, int] = {}
+        self.texts: list[str] = []
+        self.finish_reasons: list[str] = []
+        self.num_response_tokens: list[int] = []
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
+    ) -> list[RewardResult]:
+        self.texts += responses
+        self.finish_reasons += finish_reasons
+        self.num_response_tokens += num_response_tokens
+        results = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            words = response.split()
+            assert words[0] == prompt.answer, "a response is judged by its own prompt"
+            reward = 5.0 if prompt.prompt_id == "p0" else float(words[1])
+            results.append(RewardResult(reward=reward, correct=reward == 2, extracted=words[1], error=None))
+        return results
+
+    def close(self) -> None: ...
+
+
+def make_sampler(client: Client, reward: SecondWord, **changed: Any) -> Sampler:
+    prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in range(2))
+    options = {
+        "cursor": PromptCursor(PromptList(name="test", prompts=prompts), seed=0),
+        "client": client,
+        "tokenizer": Tokenizer(),
+        "reward": reward,
+        "advantages": make_advantages("mean_only"),
+        "prompts_per_step": 2,
+        "group_size": GROUP,
+        "max_new_tokens": 8,
+        "temperature": 0.7,
+        "seed": 3,
+    }
+    return Sampler(**{**options, **changed})
+
+
+def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> None:
+    client, reward = Client(), SecondWord()
+    sampled = make_sampler(client, reward).sample(6, policy_version=4)
+    batch = sampled.batch
+    assert (batch.sampled_at_step, batch.policy_version, batch.group_size, batch.num_groups) == (6, 4, GROUP, 2)
+    assert [sample.sample_id for sample in batch.samples] == [f"step6-{n}" for n in range(6)]
+    by_prompt = {batch.samples[start].token_ids[0]: batch.samples[start : start + GROUP] for start in (0, GROUP)}
+    assert by_prompt.keys() == {10, 11}
+    for first_token, samples in by_prompt.items():
+        assert [sample.token_ids for sample in samples] == [(first_token, 7, first_token, j, 99) for j in range(GROUP)]
+    assert [sample.advantage for sample in by_prompt[10]] == [0.0, 0.0, 0.0]  # equal rewards teach nothing
+    assert [sample.reward for sample in by_prompt[11]] == [0.0, 1.0, 2.0]
+    assert [sample.advantage for sample in by_prompt[11]] == [-1.0, 0.0, 1.0]
+    assert [sample.correct for sample in by_prompt[11]] == [False, False, True]
+    for sample in batch.samples:
+        assert (sample.prompt_tokens, sample.engine_logprobs, sample.behaviour_logprobs) == (2, (-0.1, -0.2, -0.3), None)
+        assert sample.policy_versions == (4, 4)
+    assert [sample.finish_reason for sample in batch.samples] == ["length", "stop", "stop"] * 2
+
+
+def test_what_people_read_is_in_the_order_of_the_samples() -> None:
+    sampled = make_sampler(Client(), SecondWord()).sample(0, policy_version=4)
+    for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True):
+        assert response.text.startswith(f"{sample.token_ids[0]} {sample.response_token_ids[1]}")
+        assert (response.result.reward, response.prompt.token_ids) == (sample.reward, sample.token_ids[:2])
+
+
+def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() -> None:
+    client = Client()
+    sampler = make_sampler(client, SecondWord())
+    sampler.sample(0, policy_version=4)
+    sampler.sample(1, policy_version=4)
+    [(requests, sampling, num_samples), (later_requests, later_sampling, _)] = client.asked
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (8, 0.7, 1.0, -1)
+    assert (sampling.stop_token_ids, num_samples) == ((99,), GROUP)
+    assert sampling.seed != later_sampling.seed
+    assert {request.request_id for request in requests}.isdisjoint(request.request_id for request in later_requests)
+    again = Client()
+    make_sampler(again, SecondWord()).sample(0, policy_version=4)
+    assert again.asked[0] == client.asked[0], "the same seed asks the same again"
+
+
+def test_the_token_that_ended_a_response_is_trained_but_not_graded() -> None:
+    reward = SecondWord()
+    sampled = make_sampler(Client(), reward).sample(0, policy_version=4)
+    assert all(sample.response_token_ids[-1] == 99 for sample in sampled.batch.samples)
+    # The first response of a group ran into the limit: whatever its last token is, it did not end it.
+    assert [text.split()[2:] for text in reward.texts] == [["99"], [], []] * 2
+
+
+def test_the_reward_learns_lengths_and_reasons() -> None:
+    reward = SecondWord()
+    make_sampler(Client(), reward).sample(0, policy_version=4)
+    assert reward.num_response_tokens == [3] * 6
+    assert reward.finish_reasons == ["length", "stop", "stop"] * 2
+
+
+@pytest.mark.parametrize("versions", [(3, 3), (4, 5), (3, 4)])
+def test_a_response_of_other_weights_is_refused(versions: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^step0-0: sampled under policy versions \({versions[0]}, {versions[1]}\), expected 4 throughout$"
+    ):
+        make_sampler(Client(versions), SecondWord()).sample(0, policy_version=4)
+
+
+def test_prompts_go_on_where_the_last_batch_ended() -> None:
+    sampler = make_sampler(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
+    seen = [sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0] for step in range(4)]
+    assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]

@@ -1,0 +1,127 @@
+"""Options handed through to Megatron-Core: known ones arrive, unknown and decided ones are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints_convert.hf_config import Architecture
+from parallel.capabilities import Capabilities
+from parallel.layout import ParallelLayout
+from parallel.mcore import TransformerConfig
+from parallel.model import transformer_config
+from parallel.optimizer import OptimizerSettings, build_optimizer
+
+ON_CPU = Capabilities(
+    cuda_devices=0,
+    device_name="CPU",
+    torch_version="2",
+    megatron_core_version="0",
+    transformer_engine_version=None,
+    apex_version=None,
+)
+MOE = Architecture(
+    model_type="qwen3_moe",
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    dtype=None,
+)
+
+
+def build(
+    architecture: Architecture = MOE,
+    *,
+    layout: dict | None = None,
+    recompute: str = "none",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> TransformerConfig:
+    return transformer_config(
+        architecture, ParallelLayout(**(layout or {"world_size": 1})), ON_CPU, dtype=dtype, recompute=recompute, options=options
+    )
+
+
+def test_the_models_shape_arrives_in_megatrons_configuration() -> None:
+    config = build()
+    found = (
+        config.num_layers,
+        config.hidden_size,
+        config.num_query_groups,
+        config.kv_channels,
+        config.num_moe_experts,
+        config.moe_router_topk,
+    )
+    assert found == (4, 32, 2, 16, 8, 2)
+    assert (config.moe_ffn_hidden_size, config.layernorm_epsilon, config.calculate_per_token_loss) == (24, 1e-5, True)
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ValueError) as refusal:
+        build(moe_router_topkk=3)
+    assert "megatron.moe_router_topkk: the installed megatron-core has no such option; nearest: ['moe_router_topk'" in str(refusal.value)
+
+
+def test_an_option_that_is_decided_elsewhere_is_refused_with_its_value() -> None:
+    with pytest.raises(ValueError, match=r"^megatron\.num_layers: decided by the layout, the model or the actor \(here 4\); remove it$"):
+        build(num_layers=5)
+    with pytest.raises(ValueError, match=r"^megatron\.calculate_per_token_loss: decided .*\(here True\)"):
+        build(calculate_per_token_loss=True)
+
+
+def test_an_option_left_open_arrives() -> None:
+    assert build().moe_aux_loss_coeff == 0.0
+    config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="aux_loss", init_method_std=0.5)
+    assert (config.moe_aux_loss_coeff, config.moe_router_load_balancing_type, config.init_method_std) == (0.01, "aux_loss", 0.5)
+
+
+def test_expert_weights_are_renormalised_exactly_when_the_model_says_so() -> None:
+    # Softmax over the chosen logits is softmax over all, renormalised over the chosen; softmax before choosing is not.
+    assert build(dataclasses.replace(MOE, norm_topk_prob=True)).moe_router_pre_softmax is False
+    assert build(dataclasses.replace(MOE, norm_topk_prob=False)).moe_router_pre_softmax is True
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    dense = dataclasses.replace(
+        MOE, model_type="qwen3", num_experts=None, num_experts_per_tok=None, moe_intermediate_size=None, norm_topk_prob=None
+    )
+    assert build(dense).num_moe_experts is None
+
+
+def test_recomputation_is_what_was_asked_for() -> None:
+    granularity = {name: build(recompute=name).recompute_granularity for name in ("none", "selective", "full")}
+    assert granularity == {"none": None, "selective": "selective", "full": "full"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "batched", "variable"),
+    [
+        ({"world_size": 1}, True, False),
+        ({"world_size": 2, "pp": 2}, True, True),
+        ({"world_size": 2, "pp": 2, "vpp": 2}, False, True),
+    ],
+)
+def test_the_interleaved_schedule_never_batches_its_messages(layout: dict, batched: bool, variable: bool) -> None:
+    config = build(layout=layout)
+    assert (config.batch_p2p_comm, config.overlap_p2p_comm, config.variable_seq_lengths) == (batched, not batched, variable)
+
+
+def test_optimizer_options_are_checked_alike() -> None:
+    settings = OptimizerSettings(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
+    with pytest.raises(ValueError, match=r"^megatron\.clip_grad: decided .*\(here 1\.0\); remove it$"):
+        build_optimizer([], settings, dtype=torch.float32, options={"clip_grad": 2.0})
