@@ -160,7 +160,7 @@ class ManagedProcess:
     def tree(self) -> list[psutil.Process]:
         """This process, its descendants, and everything else in its session or with its mark (descendants whose own parent has ended).
 
-        The session as well as the mark: a process may overwrite its environment, as SGLang's do when they change their titles.
+        The session as well as the mark: a process may overwrite its environment, as those do that change their titles.
         """
         members: dict[int, psutil.Process] = {}
         with contextlib.suppress(psutil.NoSuchProcess):

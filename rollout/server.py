@@ -186,6 +186,8 @@ def server_environment(*, device: str, num_threads: int) -> dict[str, str]:
         TRANSFORMERS_OFFLINE="1",
         # /health then answers at once; being able to generate is checked by the pool, with a generation.
         SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION="0",
+        # SGLang's processes change their titles; setproctitle must not write over the environment, by which they are found (reaper.py).
+        SPT_NOENV="1",
     )
     if device == "cpu":
         environment.update(

@@ -39,7 +39,7 @@ def write(config: RunConfig) -> Path:
 def test_the_initial_model_is_one_that_transformers_runs(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = write(tiny(tmp_path / "model"))
+    folder = write(tiny(tmp_path / "model", "model.warm_up.architecture.rope_theta=100.0"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3MoeForCausalLM"
     config = model.config
@@ -61,7 +61,7 @@ def test_the_initial_model_is_one_that_transformers_runs(tmp_path: Path) -> None
 
 
 def test_norms_are_one_and_matrices_have_the_initializers_spread(tmp_path: Path) -> None:
-    weights = load_file(write(tiny(tmp_path / "model")) / "model.safetensors")
+    weights = load_file(write(tiny(tmp_path / "model", "model.warm_up.architecture.initializer_range=0.12")) / "model.safetensors")
     norms = {name for name in weights if name.endswith("norm.weight")}
     assert len(norms) == 2 * 4 + 1
     assert all((weights[name] == 1).all() for name in norms)
@@ -234,7 +234,7 @@ def test_a_prompt_source_without_worked_examples_is_refused(tmp_path: Path, chai
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}) + "\n")
     overrides = [f"prompts.source={path}", "prompts.options={}", "prompts.question_field=question", "prompts.answer_field=answer"]
-    config = tiny(tmp_path, *overrides)
+    config = tiny(tmp_path, "model.warm_up.num_steps=7", *overrides)
     assert config.model.warm_up is not None
-    with pytest.raises(ValueError, match=r"^model\.warm_up\.num_steps: 1000, but .*questions\.jsonl' has no worked examples; use 0$"):
+    with pytest.raises(ValueError, match=r"^model\.warm_up\.num_steps: 7, but .*questions\.jsonl' has no worked examples; use 0$"):
         base_model.warm_up_actor(Learner(), config.model.warm_up, config.prompts, chain_tokenizer, report=lambda *_: None)  # type: ignore[arg-type]

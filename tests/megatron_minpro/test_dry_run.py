@@ -12,6 +12,14 @@ from megatron_minpro.config import load_config
 from megatron_minpro.dry_run import describe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "num_global_steps=40",
+    "staleness=2",
+    "actor.updates_per_step=16",
+    "rollout.prompts_per_step=32",
+    "rollout.group_size=8",
+    "model.warm_up.num_steps=1000",
+)
 
 
 def shown(folder: Path, *overrides: str) -> str:
@@ -23,7 +31,7 @@ def shown(folder: Path, *overrides: str) -> str:
 
 
 def test_a_dry_run_shows_every_ranks_place_and_starts_nothing(tmp_path: Path) -> None:
-    text = shown(tmp_path, "world_size=4", "parallel.ep=2", "parallel.pp=2")
+    text = shown(tmp_path, "world_size=4", "parallel.ep=2", "parallel.pp=2", *SETTINGS)
     assert "4 trainer ranks" in text
     rows = [line.strip("│ ").replace("│", " ").split() for line in text.splitlines() if line.startswith("│")]
     #                  rank tp cp dp pp etp ep edp

@@ -21,7 +21,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:
-    paths = [f"output_dir={folder}/runs", f"model.path={folder}/model", "name=test"]
+    paths = [f"output_dir={folder}/runs", f"model.path={folder}/model", "name=test", "staleness=2"]
     return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*paths, *overrides])
 
 

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:
-    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [f"model.path={folder}/model", *overrides])
+    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [f"model.path={folder}/model", "prompts.max_prompt_tokens=64", *overrides])
 
 
 def test_a_model_that_is_still_to_be_made_is_checked_already(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from megatron_minpro.samples import RolloutBatch
 
 MakeBatch = Callable[..., RolloutBatch]
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml")
+SETTINGS = ("staleness=2", "objective={name: minpro, clip_high: 4.0}")
+CONFIG = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", SETTINGS)
 
 
 class FakeActor:
@@ -43,7 +44,7 @@ class FakeActor:
 
 
 def config(*overrides: str) -> RunConfig:
-    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", overrides)
+    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*SETTINGS, *overrides])
 
 
 def load(checkpoint: Path, *, actor: FakeActor | None = None, config: RunConfig = CONFIG) -> run_state.SavedRun:
