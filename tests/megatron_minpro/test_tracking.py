@@ -91,6 +91,7 @@ RECORD = RolloutRecord(
     response="3 + 4 = 7 ; ½",
     answer="7",
     extracted="7",
+    error=None,
     reward=1.0,
     advantage=0.5,
     policy_version=16,
