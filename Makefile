@@ -31,7 +31,7 @@ setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc f
 	.venv/bin/pip install --quiet torch==2.13.0
 	.venv/bin/pip install --quiet -e '.[gpu,dev]'
 	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
-	.venv-sglang/bin/pip install --quiet sglang==0.5.23 sglang-router==0.3.2
+	.venv-sglang/bin/pip install --quiet sglang==0.5.23
 	touch $(TRAINER) $(SERVER)
 
 train: setup ## the main job: base model, servers, training, evaluation, plots
@@ -70,5 +70,5 @@ $(SERVER): rollout/requirements_cpu.txt
 	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
 	.venv-sglang/bin/pip install --quiet --upgrade pip
 	.venv-sglang/bin/pip install --quiet -r rollout/requirements_cpu.txt
-	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.23 sglang-router==0.3.2
+	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.23
 	touch $@

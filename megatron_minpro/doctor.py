@@ -96,12 +96,9 @@ def _server_environment() -> list[Finding]:
     found = {
         distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions(path=site_packages)
     }
-    return [
-        Finding(subject=name, verdict="ok", detail=f"{found[name]} in {environment}")
-        if name in found
-        else Finding(subject=name, verdict="missing", detail=f"not in {environment}: make setup installs it")
-        for name in ("sglang", "sglang-router")
-    ]
+    if "sglang" not in found:
+        return [Finding(subject="sglang", verdict="missing", detail=f"not in {environment}: make setup installs it")]
+    return [Finding(subject="sglang", verdict="ok", detail=f"{found['sglang']} in {environment}")]
 
 
 def _tools() -> list[Finding]:

@@ -67,6 +67,21 @@ def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
     assert (run_dir / "checkpoints/latest").exists()  # what was reached is kept
 
 
+def test_a_rank_that_dies_while_the_servers_start_ends_the_run_at_once(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    command = minpro("train", *short_run_settings, "name=early_death")
+
+    def ranks() -> list[Any]:
+        return [process for process in command.offspring() if "-u -m megatron_minpro.worker" in " ".join(process.cmdline())]
+
+    wait_for(ranks, command)[0].send_signal(signal.SIGKILL)
+    code, _, err = command.wait(timeout_s=60)
+    assert code == 1
+    assert err.startswith("minpro: error: a trainer rank failed") and len(err.strip().splitlines()) == 1
+    assert command.survivors() == []
+
+
 def test_ctrl_c_while_the_servers_start_leaves_nobody(
     minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
