@@ -6,9 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from checkpoints_convert.atomic_directory import fsync_path, fsync_tree
-
-__all__ = ["fsync_tree", "write_atomically"]
+from checkpoints_convert.atomic_directory import fsync_path
 
 
 def write_atomically(path: str | Path, data: str | bytes, *, durable: bool = True) -> None:

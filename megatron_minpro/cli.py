@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from enum import StrEnum
@@ -80,8 +81,9 @@ def train(
         raise
     except Exception as error:
         logs = run_config.run_dir / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / "launcher_traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / "launcher_traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise RuntimeError(f"{str(error) or type(error).__name__} (logs: {logs})") from error
 
 

@@ -42,6 +42,7 @@ from rollout.processes import ManagedProcess, spawn
 from rollout.server import ServerPool, is_loopback
 
 _REFRESH_S = 0.3
+_FULL_DISK_BYTES = 1 << 20
 
 
 class Interrupted(RuntimeError):
@@ -202,6 +203,8 @@ def _refuse_to_begin(ctrl_c: _CtrlC) -> None:
 
 def _rank_failure(ranks: ManagedProcess, run_dir: Path) -> RuntimeError:
     """What the first failing rank wrote down, or else the last words in the log."""
+    if shutil.disk_usage(run_dir).free < _FULL_DISK_BYTES:
+        return RuntimeError(f"a trainer rank failed: the disk that holds {run_dir} is full; the last checkpoint is kept")
     error = run_dir / ERROR_FILE
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ranks.describe_end()
     return RuntimeError(f"a trainer rank failed: {reason}")

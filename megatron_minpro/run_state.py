@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_minpro.atomic_files import fsync_tree, write_atomically
+from checkpoints_convert.atomic_directory import fsync_tree
+from megatron_minpro.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, flatten_differences
 from megatron_minpro.samples import RolloutBatch, Sample
 from parallel.actor import MegatronActor

@@ -6,6 +6,7 @@ A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -319,7 +320,8 @@ def main(arguments: list[str]) -> None:
         if not path.exists():
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = str(error) or f"at {Path(place.filename).name}:{place.lineno}"
-            write_atomically(path, f"rank {rank}: {type(error).__name__}: {reason}\n")
+            with contextlib.suppress(OSError):  # a full disk; the launcher sees that for itself
+                write_atomically(path, f"rank {rank}: {type(error).__name__}: {reason}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: a thread that waits for a server would hold this rank, and with it all others

@@ -128,3 +128,12 @@ def test_process_killed_at_any_moment_leaves_one_complete_directory(tmp_path: Pa
         assert writer.exitcode == -signal.SIGKILL
         assert len(contents(destination)) == 1
         assert all(name == "out" or name.startswith(".out.partial-") for name in os.listdir(tmp_path))
+
+
+def test_every_file_and_folder_of_a_tree_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("x")
+    flushed: list[str] = []
+    monkeypatch.setattr(atomic_directory, "fsync_path", lambda target: flushed.append(os.path.relpath(target, tmp_path)))
+    atomic_directory.fsync_tree(tmp_path)
+    assert sorted(flushed) == [".", "a", "a/b", "a/b/c"]

@@ -124,7 +124,8 @@ def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
     finally:
         command.kill_everything()
     run_dir = Path(short_run_settings[1].removeprefix("output_dir=")) / "undisturbed"
-    return {"dir": run_dir, "out": out, "survivors": survivors, "metrics": metrics_of(run_dir)}
+    log = (run_dir / "logs/train.log").read_text()
+    return {"dir": run_dir, "out": out, "log": log, "survivors": survivors, "metrics": metrics_of(run_dir)}
 
 
 def interrupt(command: Command) -> None:

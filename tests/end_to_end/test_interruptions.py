@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,29 @@ def test_resuming_a_finished_run_changes_nothing(
     assert code == 0, err
     assert (finished_run["dir"] / "metrics.jsonl").read_bytes() == before
     assert "5 global steps (20 updates)" in out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_keeps_the_last_checkpoint_and_the_run_continues_with_more_space(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        settings = [*short_run_settings, f"output_dir={tmp_path}", "name=full", "checkpoint.every=1"]
+        command = minpro("train", *settings)
+        code, _, err = command.wait()
+        assert code == 1
+        assert f"the disk that holds {tmp_path / 'full'} is full" in err and len(err.strip().splitlines()) == 1
+        assert command.survivors() == []
+        kept = tmp_path / "full/checkpoints" / (tmp_path / "full/checkpoints/latest").read_text()
+        assert (kept / "run.json").is_file()
+        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path)], check=True)
+        code, _, err = minpro("train", *settings, "--resume", "must").wait()
+        assert code == 0, err
+        ours, theirs = metrics_of(tmp_path / "full"), finished_run["metrics"]
+        assert [row.get("loss") for row in ours] == [row.get("loss") for row in theirs]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_port_in_use_is_one_line(minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from megatron_minpro import atomic_files
-from megatron_minpro.atomic_files import fsync_tree, write_atomically
+from megatron_minpro.atomic_files import write_atomically
 
 
 def test_text_and_bytes_arrive_and_replace_what_was_there(tmp_path: Path) -> None:
@@ -38,12 +37,3 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(t
     monkeypatch.setattr(atomic_files, "fsync_path", lambda target: flushed.append((Path(target) == tmp_path, path.exists())))
     write_atomically(path, "x")
     assert flushed == [(False, False), (True, True)]
-
-
-def test_every_file_and_folder_of_a_tree_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/c").write_text("x")
-    flushed: list[str] = []
-    monkeypatch.setattr(atomic_files, "fsync_path", lambda target: flushed.append(os.path.relpath(target, tmp_path)))
-    fsync_tree(tmp_path)
-    assert sorted(flushed) == [".", "a", "a/b", "a/b/c"]
