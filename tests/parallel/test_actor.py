@@ -188,6 +188,11 @@ LAYOUTS = {
     "pp2": {"world_size": 2, "pp": 2},
     "cp2": {"world_size": 2, "cp": 2},
     "pp2 ep2": {"world_size": 4, "pp": 2, "ep": 2},
+    "pp2 vpp2 ep2": {"world_size": 4, "pp": 2, "vpp": 2, "ep": 2},
+    "ep4": {"world_size": 4, "ep": 4},
+    "cp4": {"world_size": 4, "cp": 4},
+    "tp2 sp etp2 ep2": {"world_size": 4, "tp": 2, "sequence_parallel": True, "etp": 2, "ep": 2},
+    "tp2 sp cp2 pp2 ep2": {"world_size": 8, "tp": 2, "sequence_parallel": True, "cp": 2, "pp": 2, "ep": 2},
 }
 DENSE = ("one rank", "tp2 sp", "pp2")  # without experts the other layouts say nothing new
 
@@ -246,3 +251,14 @@ def test_a_checkpoint_continues_on_its_own_layout_bit_for_bit_and_on_another_clo
         assert [report[key] for report in reports] == pytest.approx([report[key] for report in expected_reports[2:]], rel=1e-5)
     for name in weights:
         torch.testing.assert_close(found[f"after.{name}"], expected[f"after.{name}"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["moe"], indirect=True)
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_no_number(family: dict, recompute: str, tmp_path: Path) -> None:
+    runs = {"stored": TRAIN, "recomputed": {**TRAIN, "recompute": recompute}}
+    done = run_ranks(family["directory"], tmp_path, LAYOUTS["ep2"], runs)
+    (stored, stored_reports), (recomputed, recomputed_reports) = done["stored"], done["recomputed"]
+    assert recomputed_reports == stored_reports
+    assert all(torch.equal(recomputed[name], stored[name]) for name in stored)
