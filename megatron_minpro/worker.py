@@ -299,6 +299,7 @@ def main(arguments: list[str]) -> None:
         format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
         stream=sys.stdout,
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
     capabilities = detect()
     if capabilities.device_type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
