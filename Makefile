@@ -37,7 +37,7 @@ setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc f
 train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)
 
-test: setup ## everything CI runs
+test: setup ## all tests; real data from MINPRO_ASSETS or ../shared
 	.venv/bin/python -m pytest $(ARGS)
 
 lint: $(TRAINER) ## ruff, mypy, shellcheck

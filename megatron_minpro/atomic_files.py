@@ -23,6 +23,9 @@ def write_atomically(path: str | Path, data: str | bytes, *, durable: bool = Tru
         if durable:
             fsync_path(temporary)
         os.replace(temporary, path)
+    except OSError as error:  # write(2) knows no file name
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -43,7 +43,7 @@ def measure(
         seed=seed,
     )
     num_samples = config.samples_per_prompt
-    responses, _, _ = judge_responses(
+    responses, _ = judge_responses(
         prompts, client=client, tokenizer=tokenizer, reward=reward, sampling=sampling, num_samples=num_samples, request_prefix="evaluation"
     )
     correct = [

@@ -33,10 +33,11 @@ from megatron_minpro.run_files import (
     LOCK_FILE,
     RESULT_FILE,
     STOP_FILE,
+    forget_unfinished_attempt,
 )
 from megatron_minpro.run_state import latest_checkpoint, read_state, refuse_other_run
 from megatron_minpro.serving import server_settings
-from megatron_minpro.tracking import METRICS_FILE, Progress, write_progress
+from megatron_minpro.tracking import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
 from rollout.processes import ManagedProcess, spawn
 from rollout.server import ServerPool, is_loopback
@@ -107,12 +108,8 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
         raise ValueError(f"{run_dir}: has no checkpoint to resume from; expected one with --resume must")
     run_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        # Of an attempt that ended before its first checkpoint.
-        for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
-            path.unlink(missing_ok=True)
-        for name in ("tensorboard", "rollouts"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (STOP_FILE, ENDPOINTS_FILE, ERROR_FILE, RESULT_FILE, "progress.json"):
+        forget_unfinished_attempt(run_dir)
+    for name in (STOP_FILE, ENDPOINTS_FILE, ERROR_FILE, RESULT_FILE, PROGRESS_FILE):
         (run_dir / name).unlink(missing_ok=True)
     write_atomically(written, dump_config(config))
     if checkpoint is None:
@@ -203,11 +200,10 @@ def _refuse_to_begin(ctrl_c: _CtrlC) -> None:
 
 def _rank_failure(ranks: ManagedProcess, run_dir: Path) -> RuntimeError:
     """What the first failing rank wrote down, or else the last words in the log."""
-    if shutil.disk_usage(run_dir).free < _FULL_DISK_BYTES:
-        return RuntimeError(f"a trainer rank failed: the disk that holds {run_dir} is full; the last checkpoint is kept")
     error = run_dir / ERROR_FILE
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ranks.describe_end()
-    return RuntimeError(f"a trainer rank failed: {reason}")
+    full = f"; the disk that holds {run_dir} is full" if shutil.disk_usage(run_dir).free < _FULL_DISK_BYTES else ""
+    return RuntimeError(f"a trainer rank failed: {reason}{full}")
 
 
 def _watch(

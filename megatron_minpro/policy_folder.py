@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,8 +70,17 @@ def write_policy(
     )
 
 
-def export_policy(destination: Path, tensors: Iterator[tuple[str, Tensor]], *, dtype: torch.dtype, like: Path, replace: bool) -> None:
-    """Write trained weights beside the config and tokenizer of the model folder `like` that training started from."""
+def export_policy(
+    destination: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    like: Path,
+    replace: bool,
+    extra_files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Write trained weights beside the config and tokenizer of the model folder `like` that training started from, and `extra_files`."""
     config = read_config(like)
     architecture = Architecture.from_config(config, source=like / "config.json")
-    write_policy(destination, tensors, architecture, dtype=dtype, config=config, companions=companion_files(like), replace=replace)
+    companions = {**companion_files(like), **extra_files}
+    write_policy(destination, tensors, architecture, dtype=dtype, config=config, companions=companions, replace=replace)

@@ -25,10 +25,10 @@ def check_settings(config: RunConfig) -> Architecture | None:
     architecture = _known_architecture(config)
     if architecture is not None:
         config.layout.check_model(architecture)
-        longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
-        if longest > architecture.max_position_embeddings:
+        prompt = max(config.prompts.max_prompt_tokens, config.evaluation.prompts.max_prompt_tokens)
+        if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
             raise ValueError(
-                f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of {config.prompts.max_prompt_tokens} "
+                f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of up to {prompt} "
                 f"tokens exceed the model's {architecture.max_position_embeddings} positions"
             )
     return architecture

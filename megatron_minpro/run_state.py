@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints_convert.atomic_directory import fsync_tree
@@ -54,7 +54,7 @@ FREE_TO_CHANGE = (
 
 @dataclass(slots=True, kw_only=True)
 class RunCounters:
-    """Where a run stands. Everything here is the same on all ranks."""
+    """Where a run stands. Seconds and what counts lost responses are kept by rank 0; the rest is the same on all ranks."""
 
     next_step: int = 0  # the global step that comes next
     trained_batches: int = 0
@@ -64,15 +64,15 @@ class RunCounters:
     tokens_trained: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
 
-    def count_lost(self, metrics: Iterable[Mapping[str, float | None]]) -> None:
-        """Count as lost what an earlier attempt sampled after this checkpoint and will be sampled anew.
+    def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
+        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
 
-        metrics: the lines that attempt wrote, before they are truncated.
+        metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
         """
+        kept = self.rollouts_sampled - self.rollouts_lost
         sampled = max((int(line.get("rollouts_sampled") or 0) for line in metrics), default=0)
-        lost = max(0, sampled - self.rollouts_sampled)
-        self.rollouts_sampled += lost
-        self.rollouts_lost += lost
+        self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
+        self.rollouts_sampled = kept + self.rollouts_lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,8 @@ def save(
     final, partial = directory / name, directory / f".{name}.partial"
     first = dist.get_rank() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in directory.glob(".step_*.partial"):
+            shutil.rmtree(unfinished)
         (partial / "actor").mkdir(parents=True)
     dist.barrier()
     actor.save(partial / "actor")
@@ -186,7 +187,11 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
         raise ValueError(
             f"{checkpoint / 'actor'}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from error
-    waiting = _unpack(checkpoint / "waiting.safetensors", state.waiting)
+    path = checkpoint / "waiting.safetensors"
+    try:
+        waiting = _unpack(path, state.waiting)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
     return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting)
 
 

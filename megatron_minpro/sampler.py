@@ -34,7 +34,6 @@ class Sampled:
 
     batch: RolloutBatch
     responses: tuple[JudgedResponse, ...]  # in the order of batch.samples
-    generate_s: float
     reward_s: float
 
 
@@ -47,9 +46,8 @@ def judge_responses(
     sampling: SamplingParams,
     num_samples: int,
     request_prefix: str,
-) -> tuple[list[JudgedResponse], float, float]:
-    """num_samples responses to every prompt, prompt by prompt, and the seconds spent generating and grading."""
-    start = time.perf_counter()
+) -> tuple[list[JudgedResponse], float]:
+    """num_samples responses to every prompt, prompt by prompt, and the seconds spent grading them."""
     requests = [
         GenerationRequest(request_id=f"{request_prefix}-{number}", prompt_token_ids=prompt.token_ids)
         for number, prompt in enumerate(prompts)
@@ -69,7 +67,7 @@ def judge_responses(
         JudgedResponse(prompt=prompt, generation=generation, text=text, result=result)
         for prompt, generation, text, result in zip(owners, generations, texts, results, strict=True)
     ]
-    return responses, generated - start, time.perf_counter() - generated
+    return responses, time.perf_counter() - generated
 
 
 def _graded_tokens(generation: Generation, stop_token_ids: Sequence[int]) -> list[int]:
@@ -116,7 +114,7 @@ class Sampler:
             stop_token_ids=(self._tokenizer.eos_token_id,),
             seed=self._seed * 1_000_003 + step,
         )
-        responses, generate_s, reward_s = judge_responses(
+        responses, reward_s = judge_responses(
             self.cursor.next(self._prompts_per_step),
             client=self._client,
             tokenizer=self._tokenizer,
@@ -136,7 +134,7 @@ class Sampler:
                 for number, (response, advantage) in enumerate(zip(responses, advantages, strict=True))
             ),
         )
-        return Sampled(batch=batch, responses=tuple(responses), generate_s=generate_s, reward_s=reward_s)
+        return Sampled(batch=batch, responses=tuple(responses), reward_s=reward_s)
 
 
 def _sample(sample_id: str, response: JudgedResponse, advantage: float) -> Sample:

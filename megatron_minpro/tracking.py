@@ -158,7 +158,7 @@ class RolloutRecord:
 
 
 class RolloutLog:
-    """Keeps the trained responses of every global step as JSON lines: run_dir/rollouts/step_000012.jsonl."""
+    """Keeps the responses sampled in every global step as JSON lines: run_dir/rollouts/step_000012.jsonl."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._folder = Path(run_dir) / ROLLOUTS_FOLDER

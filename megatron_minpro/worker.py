@@ -41,8 +41,10 @@ from megatron_minpro.run_files import (
     ERROR_FILE,
     EXPORT_FOLDER,
     INITIAL_MODEL_FOLDER,
+    LOST_FILE,
     RESULT_FILE,
     STOP_FILE,
+    forget_unfinished_attempt,
 )
 from megatron_minpro.sampler import Sampler
 from megatron_minpro.staleness import StalenessBuffer
@@ -97,6 +99,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     )
     checkpoints = run_dir / "checkpoints"
     checkpoint = run_state.latest_checkpoint(checkpoints)
+    if checkpoint is None and first:
+        forget_unfinished_attempt(run_dir)
     buffer = StalenessBuffer(config.staleness)
     counters, cursor_state = run_state.RunCounters(), None
     if checkpoint is not None:
@@ -131,7 +135,10 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         save=save,
     )
     trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
-    if not trainer.share(run, (run_dir / "evaluation_before.json").exists()):  # rank 0's view: file systems may lag
+    measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
+    if not measured and checkpoint is not None:
+        raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured any more")
+    if not measured:
         trainer.evaluate(run, "before")
     complete = trainer.train(run)
     if complete:
@@ -161,7 +168,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         cursor.load_state(cursor_state)
     reward = make_reward(config.reward.name, **config.reward.options)
     held_out = held_out_prompts(config.evaluation, tokenizer)
-    counters.count_lost(read_metrics(run_dir / METRICS_FILE))
+    count_lost(run_dir, counters)
     metrics = MetricsWriter(run_dir, tensorboard=config.tracking.tensorboard)
     metrics.truncate_after(counters.next_step - 1)
     rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
@@ -207,6 +214,14 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         rollouts=rollouts,
         trained_batches=counters.trained_batches,
     )
+
+
+def count_lost(run_dir: Path, counters: run_state.RunCounters) -> None:
+    """Count what an earlier attempt sampled after its last checkpoint, and keep the count before the metrics that tell it are cut."""
+    path = run_dir / LOST_FILE
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else counters.rollouts_lost
+    counters.count_lost(read_metrics(run_dir / METRICS_FILE), recorded=recorded)
+    write_atomically(path, f"{counters.rollouts_lost}\n")
 
 
 def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, api_key: str | None, admin_key: str | None) -> WeightSync:
@@ -265,7 +280,9 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     base_model.warm_up_actor(actor, recipe, config.prompts, load_tokenizer(folder), report=report)
     tensors = actor.export_weights()
     if first:
-        export_policy(Path(config.model.path), tensors, dtype=DTYPES[config.model.dtype], like=folder, replace=False)
+        made_by = {base_model.RECIPE_FILE: base_model.recipe(config.model, config.prompts).encode()}
+        destination, dtype = Path(config.model.path), DTYPES[config.model.dtype]
+        export_policy(destination, tensors, dtype=dtype, like=folder, replace=False, extra_files=made_by)
     else:
         for _ in tensors:
             raise AssertionError("only rank 0 receives exported weights")

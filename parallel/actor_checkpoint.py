@@ -33,25 +33,35 @@ def _sharded_state(modules: Sequence[HiddenStateModel], optimizer: Any, *, is_lo
 
 # What the pickle in .metadata is made of; torch reads that file without a restriction of its own.
 _METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": None,  # all of it
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "device", "float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"},
     "collections": {"OrderedDict", "defaultdict"},
     "pathlib": {"PosixPath", "Path"},
-    "builtins": {"getattr", "list", "dict", "set", "tuple"},
+    "builtins": {"list", "dict", "set", "tuple"},
 }
+_DAMAGE = (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError, IndexError, ImportError, pickle.UnpicklingError)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = _METADATA_CLASSES.get(module, set())
-        if module != "builtins" or name != "getattr":
-            if allowed is None or name in allowed:
-                return super().find_class(module, name)
-            raise ValueError(f"refers to {module}.{name}, which no checkpoint needs")
-        return _member_of_enum
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of_enum
+        # Exact names only: a dotted one would reach whatever a listed module imports itself.
+        if name in _METADATA_CLASSES.get(module, set()):
+            return super().find_class(module, name)
+        raise ValueError(f"refers to {module}.{name}, which no checkpoint needs")
 
 
 def _member_of_enum(owner: Any, name: str) -> Any:
@@ -66,7 +76,7 @@ def check_metadata(path: Path) -> None:
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
-    except (OSError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not the metadata of a checkpoint ({error})") from error
 
 

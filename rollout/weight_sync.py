@@ -135,9 +135,8 @@ class _CompletenessCheck:
 class DiskWeightSync:
     """Through a checkpoint folder that servers and trainer both see. Simple and slow; any layout, any number of hosts with one file system.
 
-    write_checkpoint(directory, tensors): writes a Hugging Face safetensors checkpoint, streaming. directory: gets one folder per version;
-    the folder of the version before is removed once the new one is in use. model_path: where config.json and its like are taken from
-    is write_checkpoint's business.
+    write_checkpoint(directory, tensors): writes a whole Hugging Face folder (config.json too), streaming. directory: gets one folder per
+    version; the folder of the version before is removed once the new one is in use.
     in_flight: what becomes of responses being generated: "retract" continues them under the new weights (their version spans say so),
     "abort" ends them (the client samples them again).
     """

@@ -228,7 +228,7 @@ class TrackingConfig(Section):
     """What is written down while the run goes."""
 
     tensorboard: bool = Field(default=True, description="event files in RUN/tensorboard")
-    keep_rollouts: bool = Field(default=True, description="every trained response as readable JSON lines in RUN/rollouts")
+    keep_rollouts: bool = Field(default=True, description="every sampled response as readable JSON lines in RUN/rollouts")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
 
 

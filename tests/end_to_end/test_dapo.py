@@ -10,7 +10,7 @@ import pytest
 
 from tests.end_to_end.conftest import Command, metrics_of
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
 
 
 def test_two_global_steps_on_dapo_math_17k(minpro: Callable[..., Command], assets: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
 UPDATES, STALENESS, STEPS, RESPONSES = 4, 2, 5, 64
 
 
@@ -59,7 +59,9 @@ def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_r
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2 * 3 - 4 + 5 * 6 - 7 :"}], add_generation_prompt=True)
     logits = model(torch.tensor([prompt["input_ids"] if not isinstance(prompt, list) else prompt])).logits
     assert torch.isfinite(logits).all()
-    base = load_file(Path(short_run_settings[2].removeprefix("model.path=")) / "model.safetensors")
+    base_folder = Path(short_run_settings[2].removeprefix("model.path="))
+    assert json.loads((base_folder / "warm_up.json").read_text())["warm_up"]["num_steps"] == 60  # how it was made
+    base = load_file(base_folder / "model.safetensors")
     trained = load_file(policy / "model.safetensors")
     assert base.keys() == trained.keys()
     changed = [name for name in base if not torch.equal(base[name], trained[name])]

@@ -84,7 +84,7 @@ class FakeDriver:
     def sample(self, step: int, *, policy_version: int) -> Sampled:
         self.diary.append(("sample", step, policy_version))
         batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
-        return Sampled(batch=batch, responses=(), generate_s=0.0, reward_s=0.0)
+        return Sampled(batch=batch, responses=(), reward_s=0.0)
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))

@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parallel.attention import length_classes
+
 ROOT = Path(__file__).resolve().parents[2]
 # Off policy, packed, masked in the middle, lengths that no parallel size divides.
 LENGTHS = (19, 7, 2, 24, 13, 11, 30, 5)
 # eps near the median gradient (7e-4): with 1e-8 a gradient that cancels to 3e-9 is rounding alone, yet moves its weight by half a rate.
 ADAM: dict[str, Any] = {"weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-4, "gradient_clip": 0.5}
-TRAIN: dict[str, Any] = {"optimizer": ADAM, "learning_rate": 1e-3, "steps": 3}
+# One micro-batch with all lengths (several length classes of attention), against several small ones in the probe.
+TRAIN: dict[str, Any] = {"optimizer": ADAM, "learning_rate": 1e-3, "steps": 3, "max_tokens": 400}
 # eps = 1 makes AdamW's first step lr * g / (|g| + 1): the weights then tell the gradient.
 GRADIENT_PROBE = {"weight_decay": 0.0, "betas": [0.9, 0.98], "eps": 1.0, "gradient_clip": 1e9}
 PROBE = {"optimizer": GRADIENT_PROBE, "learning_rate": 1.0, "steps": 1}
@@ -194,6 +197,13 @@ LAYOUTS = {
     "tp2 sp etp2 ep2": {"world_size": 4, "tp": 2, "sequence_parallel": True, "etp": 2, "ep": 2},
     "tp2 sp cp2 pp2 ep2": {"world_size": 8, "tp": 2, "sequence_parallel": True, "cp": 2, "pp": 2, "ep": 2},
 }
+
+
+def test_one_micro_batch_of_all_sequences_needs_several_attention_grids() -> None:
+    for multiple in (1, 4, 8):  # padded as under cp 1, 2 and 4
+        assert len(length_classes([-(-(length - 1) // multiple) * multiple for length in LENGTHS])) > 1
+
+
 DENSE = ("one rank", "tp2 sp", "pp2")  # without experts the other layouts say nothing new
 
 

@@ -37,6 +37,16 @@ def test_a_pickle_that_imports_anything_else_is_refused_by_name(content: object,
         check_metadata(path)
 
 
+def test_a_dotted_name_does_not_reach_what_a_listed_module_imports(tmp_path: Path) -> None:
+    module, name, argument = b"torch.distributed.checkpoint.metadata", b"os.system", b"echo should never run"
+    payload = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(text)]) + text for text in (module, name)) + b"\x93"
+    payload += b"\x8c" + bytes([len(argument)]) + argument + b"\x85R."
+    path = tmp_path / ".metadata"
+    path.write_bytes(payload)
+    with pytest.raises(ValueError, match=r"refers to torch\.distributed\.checkpoint\.metadata\.os\.system"):
+        check_metadata(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"not a pickle at all"], ids=["empty", "cut short", "text"])
 def test_damaged_metadata_is_one_error_that_names_the_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / ".metadata"

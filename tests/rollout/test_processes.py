@@ -90,28 +90,31 @@ FAMILY = """
     # A grandchild whose own parent is gone, and one that ignores SIGTERM as this process does.
     subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}'])"])
     subprocess.Popen([sys.executable, "-c", f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {sleep}"])
-    time.sleep(1)
     print("up", flush=True)
     time.sleep(60)
 """
 
 
-def test_terminate_ends_the_whole_tree_even_if_it_ignores_sigterm(tmp_path: Path) -> None:
+def family_of_three(tmp_path: Path) -> ManagedProcess:
     child = start(FAMILY, tmp_path)
-    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    # The grandchild whose own parent is gone comes last; before that the parent itself may be counted.
+    wait_for(lambda: child.last_log_lines(1) == ["up"] and [len(child.tree()) for _ in range(3)] == [3, 3, 3])
+    return child
+
+
+def test_terminate_ends_the_whole_tree_even_if_it_ignores_sigterm(tmp_path: Path) -> None:
+    child = family_of_three(tmp_path)
     members = child.tree()
-    assert len(members) == 3
     began = time.monotonic()
     child.terminate(deadline_s=0.3)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert child.exit_code == -signal.SIGKILL
     assert not any(psutil.pid_exists(member.pid) and member.status() != psutil.STATUS_ZOMBIE for member in members)
     child.terminate()  # again: nothing to do
 
 
 def test_terminate_sweeps_up_after_a_child_that_was_killed(tmp_path: Path) -> None:
-    child = start(FAMILY, tmp_path)
-    wait_for(lambda: child.last_log_lines(1) == ["up"])
+    child = family_of_three(tmp_path)
     members = child.tree()
     os.kill(child.pid, signal.SIGKILL)
     child.wait(10)
@@ -127,8 +130,8 @@ def test_several_trees_share_one_deadline(tmp_path: Path) -> None:
     for child in children:
         wait_for(lambda child=child: child.last_log_lines(1) == ["up"])
     began = time.monotonic()
-    terminate_all(children, deadline_s=0.5)
-    assert time.monotonic() - began < 1.8
+    terminate_all(children, deadline_s=3)
+    assert time.monotonic() - began < 9, "one after the other would take 12 s"
     assert [child.exit_code for child in children] == [-signal.SIGKILL] * 4
 
 
@@ -209,7 +212,7 @@ def test_terminate_ends_the_helpers_that_a_killed_worker_in_another_session_left
     assert len(helpers) == 2 and not any(is_gone(helper) for helper in helpers)
     began = time.monotonic()
     family.terminate(deadline_s=30)
-    assert time.monotonic() - began < 4, "helpers that wait for nothing are not waited for until the deadline"
+    assert time.monotonic() - began < 15, "helpers that wait for nothing are not waited for until the deadline"
     assert all(is_gone(helper) for helper in helpers)
     assert child.is_running and other.is_running, "other trees are not touched"
     terminate_all([child, other], deadline_s=1)
