@@ -57,7 +57,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
         (["model.warm_up.seed=1"], r"^model\.path: .* was made by another recipe"),
         (
             ["rollout.max_new_tokens=200"],
-            r"^rollout\.max_new_tokens: responses of 200 after prompts of 64 tokens exceed the model's 256 positions$",
+            r"^rollout\.max_new_tokens: responses of 200 after prompts of up to 64 tokens exceed the model's 256 positions$",
         ),
         (
             ["megatron={moe_router_topkk: 1}"],
