@@ -116,15 +116,19 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
 def check_gap(config: RunConfig, gap: torch.Tensor) -> None:
     """With debug.check_weights: raise RuntimeError when server and trainer score the sampled tokens differently.
 
-    gap: |engine - trainer| log-prob of every response token. float32 on both sides differs by rounding only; otherwise the mean
-    difference of bf16 arithmetic is allowed.
+    gap: |engine - trainer| log-prob of every response token. In float32 on both sides 99 of 100 tokens must agree to 1e-4; not all:
+    where two experts' gates tie, rounding decides which one a token visits, and that token's log-prob jumps. With bf16 on either
+    side the mean difference of its arithmetic is allowed, 0.05.
     """
     if not config.debug.check_weights:
         return
-    exact = config.model.dtype == config.rollout.dtype == "float32"
-    found, allowed = (float(gap.max()), 1e-3) if exact else (float(gap.mean()), 0.05)
+    if config.model.dtype == config.rollout.dtype == "float32":
+        what, allowed = "99 of 100", 1e-4
+        found = float(gap.kthvalue(math.ceil(0.99 * len(gap))).values) if gap.isfinite().all() else math.nan
+    else:
+        what, allowed, found = "the mean", 0.05, float(gap.mean())
     if not found <= allowed:
-        raise RuntimeError(f"debug.check_weights: server and trainer log-probs differ by {found:.3g}, allowed {allowed}")
+        raise RuntimeError(f"debug.check_weights: server and trainer log-probs differ by {found:.3g} ({what}), allowed {allowed}")
 
 
 def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:

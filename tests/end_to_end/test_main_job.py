@@ -36,9 +36,10 @@ def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run
 
 
 def test_server_and_trainer_score_the_same_tokens_alike(finished_run: dict[str, Any]) -> None:
-    gaps = [row["engine_logprob_gap_max"] for row in finished_run["metrics"] if "engine_logprob_gap_max" in row]
+    gaps = [row["engine_logprob_gap_mean"] for row in finished_run["metrics"] if "engine_logprob_gap_mean" in row]
     assert len(gaps) == STEPS
-    assert max(gaps) < 1e-4  # fp32 on both sides, sums in another order
+    # fp32 on both sides, sums in another order. The mean, as a tie of two experts' gates may send one token elsewhere.
+    assert max(gaps) < 1e-5
 
 
 def test_kept_rollouts_can_be_read_and_carry_their_version(finished_run: dict[str, Any]) -> None:

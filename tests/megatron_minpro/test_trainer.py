@@ -237,9 +237,11 @@ def test_weights_are_checked_after_every_publication_when_asked(one_rank_group: 
 @pytest.mark.parametrize(
     ("dtype", "gaps", "passes"),
     [
-        ("float32", [0.0, 0.0009], True),
-        ("float32", [0.0, 0.0011], False),
-        ("float32", [0.0, float("nan")], False),
+        ("float32", [0.00009] * 1000, True),
+        ("float32", [0.00011] * 1000, False),
+        ("float32", [3e-7] * 995 + [2e-3] * 5, True),  # five tokens whose experts' gates tie
+        ("float32", [3e-7] * 985 + [2e-3] * 15, False),
+        ("float32", [0.0] * 999 + [float("nan")], False),
         ("bfloat16", [0.0, 0.09], True),
         ("bfloat16", [0.0, 0.11], False),
     ],
