@@ -24,7 +24,7 @@ from megatron_minpro.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.console import Console
 from megatron_minpro.preflight import check_machine, check_model, check_prompts, check_settings
-from megatron_minpro.report import write_report
+from megatron_minpro.report import stopped, write_report
 from megatron_minpro.run_files import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -69,7 +69,7 @@ def run(config: RunConfig, *, resume: str) -> Path:
             seconds["train_and_servers"] = _train(config, console, ctrl_c)
         result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         if not result["complete"]:
-            raise Interrupted(f"stopped after {result['trained_batches']} trained batches with a checkpoint; the same command continues")
+            raise Interrupted(stopped(result))
         console.log(write_report(config, run_dir, {**result["seconds"], **seconds, "total": time.monotonic() - started}))
     return run_dir
 

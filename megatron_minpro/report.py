@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_minpro import plots, summary
 from megatron_minpro.config import RunConfig, load_config
@@ -41,12 +42,17 @@ def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float])
     return summary.paragraph(built, name=config.name, objective=config.objective.name, staleness=config.staleness, run_dir=run_dir)
 
 
+def stopped(result: Mapping[str, Any]) -> str:
+    """What to say of a run that ended before its last step. result: the content of result.json."""
+    return f"stopped after {result['trained_batches']} trained batches with a checkpoint; the same command continues"
+
+
 def main(arguments: list[str]) -> None:
     """For runs that were not started by `minpro train`, such as Slurm jobs."""
     run_dir = Path(arguments[0])
     result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
     if not result["complete"]:
-        print(f"{run_dir}: stopped after {result['trained_batches']} trained batches with a checkpoint; the same command continues")
+        print(f"{run_dir}: {stopped(result)}")
         return
     print(write_report(load_config(run_dir / CONFIG_FILE, []), run_dir, result["seconds"]))
 

@@ -21,6 +21,7 @@ from megatron_minpro.samples import RolloutBatch
 from megatron_minpro.staleness import StalenessBuffer, expected_lag
 from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
 from parallel.packing import TokenSequence
+from parallel.weights import take_part
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -175,8 +176,7 @@ def publish(run: TrainingRun) -> None:
             run.driver.check_weights(run.actor.export_weights())
         return
     for _ in range(2 if run.config.debug.check_weights else 1):
-        for _nothing in run.actor.export_weights():
-            raise AssertionError("only rank 0 receives exported weights")
+        take_part(run.actor.export_weights())
 
 
 def evaluate(run: TrainingRun, label: str) -> None:

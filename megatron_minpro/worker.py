@@ -54,6 +54,7 @@ from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.optimizer import OptimizerSettings
 from parallel.process_groups import ProcessGroups
+from parallel.weights import take_part
 from rollout.client import GenerationClient
 from rollout.processes import die_with_parent
 from rollout.server import read_key
@@ -148,8 +149,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
             driver.heartbeat("export")
             export_policy(run_dir / EXPORT_FOLDER, tensors, dtype=DTYPES[config.model.dtype], like=folder, replace=True)
         else:
-            for _ in tensors:
-                raise AssertionError("only rank 0 receives exported weights")
+            take_part(tensors)
     if driver is not None:
         driver.metrics.close()
         driver.reward.close()
@@ -284,8 +284,7 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         destination, dtype = Path(config.model.path), DTYPES[config.model.dtype]
         export_policy(destination, tensors, dtype=dtype, like=folder, replace=False, extra_files=made_by)
     else:
-        for _ in tensors:
-            raise AssertionError("only rank 0 receives exported weights")
+        take_part(tensors)
 
 
 def collective_timeout_s(config: RunConfig) -> float:

@@ -143,6 +143,12 @@ class WeightExporter:
         return [part.view(parameter.megatron_shape) for part, parameter in zip(flat.split(sizes), bucket, strict=True)]
 
 
+def take_part(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """What every rank but 0 does with `export_weights`: send its share, receive nothing."""
+    for name, _ in tensors:
+        raise AssertionError(f"only rank 0 receives exported weights, this one got {name}")
+
+
 def _owners(names_of_rank: Sequence[Sequence[str]], layout: ParallelLayout) -> dict[str, int]:
     """The lowest rank that holds each parameter and is first in its tensor-parallel group."""
     owner: dict[str, int] = {}

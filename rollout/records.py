@@ -1,6 +1,6 @@
 """What goes into the rollout engine and what comes out: frozen records, no torch, no HTTP.
 
-A policy version is the trainer's count of published weights; SGLang calls it `weight_version` and speaks of it as a string.
+A policy version is the number of optimizer steps behind the weights; SGLang calls it `weight_version` and speaks of it as a string.
 """
 
 from __future__ import annotations
