@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 # Rows of a bf16 weight that are widened to fp32 at a time where the device has no bf16 product with an fp32 result.
 _WIDENED_ROWS = 8192
+# Vocabulary entries whose exponentials are held at a time, beside the logits.
+_EXPONENTIALS = 8192
 
 
 def token_logprobs(
@@ -36,7 +38,7 @@ def token_logprobs(
         vocab_size), padding included.
     vocab_size: true size; rows at and beyond it (padding of the embedding) have probability 0 and gradient 0.
     tp_group: None, or a group of one: no collective.
-    chunk_tokens: tokens whose [c, V] fp32 logits are held at a time (two such buffers).
+    chunk_tokens: tokens whose [c, V] fp32 logits are held at a time, in one buffer that all chunks share.
     -> (logprobs fp32 [T] with gradient, entropy fp32 [T] without, or None if not with_entropy).
 
     Logits, softmax and weight gradient are accumulated in fp32 also for bf16 inputs: near -5 neighbouring bf16 log-probs differ by 0.03. In
@@ -103,8 +105,9 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         used_VH = weight_VH[:num_rows]
+        buffer_cV = _logits_buffer(hidden_TH, used_VH, chunk_tokens)
         parts = [
-            _local_softmax_parts(hidden_cH, used_VH, labels_c, temperature, with_entropy)
+            _local_softmax_parts(hidden_cH, used_VH, labels_c, temperature, with_entropy, buffer_cV)
             for hidden_cH, labels_c in zip(hidden_TH.split(chunk_tokens), local_labels_T.split(chunk_tokens), strict=True)
         ]
         max_T, parts_3T = (torch.cat(x, dim=-1) for x in zip(*parts, strict=True))
@@ -130,10 +133,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device) if needs_weight else None
 
+        buffer_cV = _logits_buffer(hidden_TH, used_VH, ctx.chunk_tokens)
         for start in range(0, len(hidden_TH), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
             hidden_cH, grad_c = hidden_TH[rows], grad_T[rows] / ctx.temperature
-            grad_cV = _logits(hidden_cH, used_VH, ctx.temperature)
+            grad_cV = _logits(hidden_cH, used_VH, ctx.temperature, buffer_cV)
             grad_cV.sub_(log_sum_T[rows, None]).exp_().mul_(-grad_c[:, None])
             mine_c, label_c = _own_labels(local_labels_T[rows], ctx.num_rows)
             if ctx.num_rows:
@@ -149,7 +153,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _local_softmax_parts(
-    hidden_cH: Tensor, weight_VH: Tensor, labels_c: Tensor, temperature: float, with_entropy: bool
+    hidden_cH: Tensor, weight_VH: Tensor, labels_c: Tensor, temperature: float, with_entropy: bool, buffer_cV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of one chunk: the largest logit m, fp32 [c], and [3, c]: the label's logit (0 if another rank's), sum exp(l - m)
     and sum exp(l - m) (l - m). A rank without a single true row has m = -inf and zeros."""
@@ -157,18 +161,18 @@ def _local_softmax_parts(
     if not len(weight_VH):
         zeros_3c = torch.zeros(3, num_tokens, device=hidden_cH.device)
         return torch.full((num_tokens,), -torch.inf, device=hidden_cH.device), zeros_3c
-    logits_cV = _logits(hidden_cH, weight_VH, temperature)
+    logits_cV = _logits(hidden_cH, weight_VH, temperature, buffer_cV)
     mine_c, label_c = _own_labels(labels_c, len(weight_VH))
     label_logit_c = torch.where(mine_c, logits_cV.gather(1, label_c[:, None])[:, 0], 0.0)
     max_c = logits_cV.amax(1)
-    shifted_cV = logits_cV.sub_(max_c[:, None])
-    if with_entropy:
-        exp_cV = shifted_cV.exp()
-        weighted_c = torch.linalg.vecdot(exp_cV, shifted_cV)
-    else:
-        exp_cV = shifted_cV.exp_()
-        weighted_c = torch.zeros_like(max_c)
-    return max_c, torch.stack([label_logit_c, exp_cV.sum(1), weighted_c])
+    exp_sum_c, weighted_c = torch.zeros_like(max_c), torch.zeros_like(max_c)
+    for part in logits_cV.split(_EXPONENTIALS, dim=1):
+        shifted = part.sub_(max_c[:, None])
+        exponentials = shifted.exp()
+        exp_sum_c += exponentials.sum(1)
+        if with_entropy:
+            weighted_c += exponentials.mul_(shifted).sum(1)
+    return max_c, torch.stack([label_logit_c, exp_sum_c, weighted_c])
 
 
 def _combine(max_T: Tensor, parts_3T: Tensor, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -190,14 +194,18 @@ def _own_labels(labels_c: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return mine_c, labels_c.where(mine_c, 0)
 
 
-def _logits(hidden_cH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
-    """hidden @ weight.T / temperature in fp32, a fresh buffer [c, V]."""
+def _logits_buffer(hidden_TH: Tensor, weight_VH: Tensor, chunk_tokens: int) -> Tensor:
+    return torch.empty(min(chunk_tokens, len(hidden_TH)), len(weight_VH), dtype=torch.float32, device=hidden_TH.device)
+
+
+def _logits(hidden_cH: Tensor, weight_VH: Tensor, temperature: float, buffer_cV: Tensor) -> Tensor:
+    """hidden @ weight.T / temperature in fp32: the first rows of `buffer_cV`, written over."""
+    logits_cV = buffer_cV[: len(hidden_cH)]
     if hidden_cH.dtype == torch.float32:
-        logits_cV = hidden_cH @ weight_VH.t()
+        torch.mm(hidden_cH, weight_VH.t(), out=logits_cV)
     elif hidden_cH.is_cuda:
-        logits_cV = torch.mm(hidden_cH, weight_VH.t(), out_dtype=torch.float32)
+        torch.mm(hidden_cH, weight_VH.t(), out_dtype=torch.float32, out=logits_cV)
     else:
-        logits_cV = torch.empty(len(hidden_cH), len(weight_VH), device=hidden_cH.device)
         wide_cH = hidden_cH.float()
         for rows, out in zip(weight_VH.split(_WIDENED_ROWS), logits_cV.split(_WIDENED_ROWS, dim=1), strict=True):
             out.copy_(wide_cH @ rows.float().t())

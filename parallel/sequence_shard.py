@@ -13,10 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.token_rows import TokenRows, fold_tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +82,7 @@ class SequenceShard:
 
     @property
     def num_local_tokens(self) -> int:
-        return sum(self.padded_lengths) // self.cp_size
+        return len(self.position_T)
 
     @property
     def num_chunks(self) -> int:
@@ -94,6 +97,12 @@ class SequenceShard:
     @property
     def device(self) -> torch.device:
         return self.position_T.device
+
+    @cached_property
+    def rows(self) -> TokenRows:
+        """Local tokens folded into rows, for scans. Made at the first use and kept."""
+        chunk_lengths = torch.tensor(self.padded_lengths, dtype=torch.int64) // self.num_chunks
+        return fold_tokens(chunk_lengths.repeat_interleave(len(self.chunk_indices)), self.device)
 
     def to(self, device: torch.device | str) -> SequenceShard:
         """The same shard with its tensors on `device`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rows import table
 
-BENCHMARKS = ("scan", "logprobs", "actor")  # files beside this one, each with rows(folder) -> list[Row]
+BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading")  # files beside this one, each with rows(folder) -> list[Row]
 
 
 def main() -> None:
@@ -40,9 +40,8 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": 1,
     }
-    (out / "results.json").write_text(
-        json.dumps({**machine, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}, indent=2) + "\n"
-    )
+    numbers = [{**asdict(row), "ratio": row.ratio, "bytes_ratio": row.bytes_ratio} for row in rows]
+    (out / "results.json").write_text(json.dumps({**machine, "rows": numbers}, indent=2) + "\n")
     (out / "results.md").write_text(table(rows))
     print(table(rows))
 

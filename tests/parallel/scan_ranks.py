@@ -34,12 +34,16 @@ def main() -> None:
 
     for cp_size, group in groups.items():
         shard = SequenceShard.zigzag(given["lengths"], dist.get_rank(group), cp_size, group)
-        x_T, mask_T = shard.local(given["xs"], fill=float("nan")), shard.local(given["masks"], fill=False)
+        x_T, mask_T = shard.local(given["xs"], fill=float("nan")).requires_grad_(), shard.local(given["masks"], fill=False)
         entered.clear()
         sent.clear()
         prefix = [PrefixMin(x_T, mask_T), PrefixSum(x_T, mask_T), PrefixSum(x_T, mask_T, exclusive=True)]
         answers = scan(shard, [*prefix, SequenceSum(x_T, mask_T), SequenceMean(x_T, mask_T), SequenceMax(x_T, mask_T)])
-        result = {"collectives_of_scan": list(entered), "numbers_sent": sum(sent)}
+        result = {"collectives_of_scan": list(entered), "numbers_sent": sum(sent), "trained_tokens": int(mask_T.sum())}
+        entered.clear()
+        (x_T * sum(answers[:3]) * shard.per_token(sum(answers[3:])))[mask_T].sum().backward()
+        result["collectives_of_backward"] = list(entered)
+        x_T = x_T.detach()
         result["answers"] = [*(shard.assemble(answer) for answer in answers[:3]), *(list(answer) for answer in answers[3:])]
         for whole, again in zip(given["masks"], shard.assemble(mask_T), strict=True):
             assert torch.equal(whole, again), "assemble must keep booleans"

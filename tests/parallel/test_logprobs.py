@@ -64,6 +64,16 @@ def test_large_logits_neither_overflow_nor_lose_the_entropy() -> None:
     assert entropy.isfinite().all() and logprobs.isfinite().all()
 
 
+def test_a_vocabulary_of_many_blocks_of_exponentials_equals_float64() -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(5, 4, generator=generator), torch.randn(20_000, 4, generator=generator)
+    labels = torch.tensor([0, 8191, 8192, 16_384, 19_999])
+    logprobs, entropy = token_logprobs(hidden, weight, labels, **options(vocab_size=20_000, chunk_tokens=2))
+    table = (hidden.double() @ weight.double().t()).log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), table[torch.arange(5), labels], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(table.exp() * table).sum(-1), rtol=1e-6, atol=1e-6)
+
+
 def test_bf16_inputs_get_fp32_logits() -> None:
     hidden, weight, labels, upstream = inputs(seed=1)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()

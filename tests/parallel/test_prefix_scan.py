@@ -104,7 +104,7 @@ def test_scan_equals_stepping_token_by_token(lengths: list[int], cp_size: int, s
     assert_equals_reference(simulated_scan(lengths, cp_size, xs, masks), xs, masks)
 
 
-@pytest.mark.parametrize("lengths", [[512] * 4, [511, 1, 1, 511, 1024], [100, 2000, 3, 3, 3, 1500], [4096], [1] * 1100])
+@pytest.mark.parametrize("lengths", [[512] * 4, [511, 1, 1, 511, 1024], [100, 2000, 3, 3, 3, 1500], [4096], [1] * 1100, [5, 1, 9000, 7]])
 def test_prefix_min_restarts_wherever_chunks_fall_in_its_rows(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     # Rising values: whatever leaks from an earlier sequence is smaller and shows.
@@ -112,6 +112,23 @@ def test_prefix_min_restarts_wherever_chunks_fall_in_its_rows(lengths: list[int]
     (prefix_min_T,) = scan(SequenceShard.whole(lengths), [PrefixMin(torch.cat(xs), torch.ones(sum(lengths), dtype=torch.bool))])
     for got, x in zip(prefix_min_T.split(lengths), xs, strict=True):
         assert got[0] == 0.0 and torch.equal(got[1:], x.cummin(0).values[:-1])
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_long_chunks_over_ranks_equal_torch_on_each_sequence(cp_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9001, 5, 7000, 8192, 6500]
+    xs = [torch.randn(length, generator=generator) - 3 * s for s, length in enumerate(lengths)]
+    masks = [torch.rand(length, generator=generator) < 0.9 for length in lengths]
+    answers = simulated_scan(lengths, cp_size, xs, masks)
+    for s, (x, mask) in enumerate(zip(xs, masks, strict=True)):
+        seen, zeroed = x.where(mask, math.inf).cummin(0).values, x.double().where(mask, 0.0)
+        before = torch.cat([torch.tensor([math.inf]), seen[:-1]])
+        assert torch.equal(answers[0][s], before.where(before < math.inf, 0.0))
+        sums = (zeroed.cumsum(0), zeroed.cumsum(0) - zeroed, zeroed.sum(), zeroed.sum() / mask.sum())
+        for got, want in zip((answer[s] for answer in answers[1:5]), sums, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2**-22, atol=2**-22 * float(zeroed.abs().sum()))
+        assert answers[5][s] == x[mask].max()
 
 
 def test_golden_prefix_min_restarts_skips_masked_tokens_and_is_not_capped() -> None:
@@ -159,6 +176,19 @@ def test_the_local_scan_orders_every_kind_of_float() -> None:
     assert torch.equal(prefix_min_T[1:], x_T.cummin(0).values[:-1])
 
 
+def test_one_rank_enters_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a collective at cp_size = 1")
+
+    for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    shard = SequenceShard.zigzag([3, 2], 0, 1, None)
+    x_T = torch.randn(5, requires_grad=True)
+    (prefix_min_T, *_rest) = scan(shard, requests_for(x_T, torch.ones(5, dtype=torch.bool)))
+    (prefix_min_T * x_T).sum().backward()
+    assert torch.equal(x_T.grad, prefix_min_T)
+
+
 def test_results_carry_no_gradient_and_no_request_costs_nothing() -> None:
     shard = SequenceShard.whole([3])
     x_T, mask_T = torch.zeros(3, requires_grad=True), torch.ones(3, dtype=torch.bool)
@@ -187,11 +217,14 @@ def test_a_shard_cut_without_a_group_cannot_scan() -> None:
 
 @pytest.mark.ranks
 def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(tmp_path: Path) -> None:
-    """cp 2 (two groups) and cp 4 in one launch of four processes, with short, all-masked and one-token sequences."""
+    """cp 2 (two groups) and cp 4 in one launch of four processes, with short, all-masked and one-token sequences.
+
+    Only the first 8th of each sequence is trained on, so that at cp 4 three ranks hold no trained token, and take part.
+    """
     generator = torch.Generator().manual_seed(3)
     lengths = [37, 1, 6, 18, 2, 64]
     xs = [torch.randn(length, generator=generator) for length in lengths]
-    masks = [torch.rand(length, generator=generator) < 0.6 for length in lengths]
+    masks = [torch.arange(length) < -(-length // 8) for length in lengths]
     masks[3] = torch.zeros(18, dtype=torch.bool)
     torch.save({"lengths": lengths, "xs": xs, "masks": masks}, tmp_path / "input.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
@@ -204,9 +237,10 @@ def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(tmp_path: 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    for cp_size in (2, 4):
+    for cp_size, idle in ((2, [1, 3]), (4, [1, 2, 3])):
         for rank in range(4):
             out = torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True)
-            assert out["collectives_of_scan"] == ["all_gather_into_tensor"]
+            assert out["collectives_of_scan"] == ["all_gather_into_tensor"] and out["collectives_of_backward"] == []
+            assert (out["trained_tokens"] == 0) == (rank in idle)
             assert out["numbers_sent"] == 2 * len(lengths) * 7, "chunks x sequences x columns"
             assert_equals_reference(out["answers"], xs, masks)
