@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_minpro.idle_clip import idle_clip
 from megatron_minpro.tracking import METRICS_FILE, Progress, read_progress
 
 Metrics = Mapping[str, float | None]
@@ -91,6 +92,7 @@ class Console:
         self._steps_done = 0
         self._step_seconds: list[float] = []
         self._last_phase: str | None = None
+        self._idle_clip_reported = False
         self._started_at = time.monotonic()
         self._live: Live | None = None
 
@@ -130,8 +132,13 @@ class Console:
         seconds = line.get("seconds/step")
         if seconds is not None:
             self._step_seconds = [*self._step_seconds[-(_NUM_RECENT - 1) :], seconds]
-        if self._live is None and (self._resumed_from is None or step > self._resumed_from):
+        if self._resumed_from is not None and step <= self._resumed_from:
+            return
+        if self._live is None:
             self.log(self._plain_line(line))
+        if not self._idle_clip_reported and (warning := idle_clip(line)) is not None:
+            self.log(f"warning: global step {step}: {warning}")
+            self._idle_clip_reported = True
 
     def _plain_line(self, line: Metrics) -> str:
         parts = [f"trained {self._steps_done}/{self._num_global_steps}"]

@@ -94,6 +94,7 @@ class RunDriver:
 
 
 def _records(sampled: Sampled) -> list[RolloutRecord]:
+    num_trained = len(sampled.batch.samples)
     return [
         RolloutRecord(
             prompt_id=response.prompt.prompt_id,
@@ -107,6 +108,7 @@ def _records(sampled: Sampled) -> list[RolloutRecord]:
             policy_version=sample.policy_versions[1],
             finish_reason=sample.finish_reason,
             num_response_tokens=len(sample.response_token_ids),
+            dropped=None if number < num_trained else "dynamic sampling: its group's responses are all equal",
         )
-        for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True)
+        for number, (response, sample) in enumerate(zip(sampled.responses, (*sampled.batch.samples, *sampled.dropped), strict=True))
     ]

@@ -32,6 +32,7 @@ def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float])
         rollouts_sampled=result["rollouts_sampled"],
         rollouts_trained=result["rollouts_trained"],
         rollouts_lost=result["rollouts_lost"],
+        rollouts_dropped=result["rollouts_dropped"],
         seconds=seconds,
         evaluation_before=measured["before"],
         evaluation_after=measured["after"],

@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from megatron_minpro.answers import as_integer, last_answer_line, last_boxed, strip_decoration
+from megatron_minpro.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify
 from megatron_minpro.arithmetic_chains import END_TOKEN
 from megatron_minpro.grader_pool import GraderPool
 from megatron_minpro.nearest import nearest
+from megatron_minpro.objectives.options import check_number
 from megatron_minpro.prompts import Prompt
 
 
@@ -87,13 +88,13 @@ class FinalStepReward:
 class MathVerifyReward:
     """1 if the response's final answer equals the label, else 0.
 
-    Integers are compared as Python integers ("025" equals "25", 23 digits stay exact); everything else by math-verify in worker
-    processes. An answer that breaks or outlasts the grader is wrong and counted in error_counts.
+    What digits and text can decide is decided by them ("025" equals "25", 23 digits stay exact; see answers.compare_plainly), everything
+    else by math-verify in worker processes. An answer that breaks or outlasts the grader is wrong and counted in error_counts.
     """
 
     name = "math_verify"
 
-    def __init__(self, *, style: Literal["dapo", "boxed"], timeout_s: float = 5.0, workers: int = 1, memory_mb: int = 4096) -> None:
+    def __init__(self, *, style: AnswerStyle, timeout_s: float = 5.0, workers: int = 1, memory_mb: int = 4096) -> None:
         """style: where the prompts ask for the answer: dapo = the last "Answer:" line, boxed = the last \\boxed{...}. Never both: a grader
         that accepts the other form rewards what the prompt did not ask for. timeout_s: per answer. Raises ValueError for bad options."""
         if style not in ("dapo", "boxed"):
@@ -112,31 +113,26 @@ class MathVerifyReward:
         results: list[RewardResult] = []
         undecided: list[tuple[int, str, str]] = []  # index, label, answer
         for index, (prompt, response, finish_reason) in enumerate(zip(prompts, responses, finish_reasons, strict=True)):
-            extracted = self._extract(response, truncated=finish_reason != "stop")
+            extracted = extract_answer(response, style=self._style, truncated=finish_reason != "stop")
             if extracted is None:
                 results.append(_judged(False, None))
                 continue
-            found, label = as_integer(extracted), as_integer(prompt.answer)
-            if found is not None and label is not None:
-                results.append(_judged(found == label, extracted))
+            verdict = compare_plainly(prompt.answer, extracted)
+            if verdict is not None:
+                results.append(_judged(verdict, extracted))
                 continue
             results.append(_judged(False, extracted))  # until the workers have spoken
             undecided.append((index, prompt.answer, extracted))
 
-        verdicts = self._pool.compare([(strip_decoration(label), strip_decoration(answer)) for _, label, answer in undecided])
-        for (index, _, answer), verdict in zip(undecided, verdicts, strict=True):
-            if verdict.error is not None:
-                self.error_counts[verdict.error.partition(":")[0]] += 1
-            results[index] = _judged(verdict.equal is True, answer, verdict.error)
+        judgements = self._pool.compare([(for_math_verify(label), for_math_verify(answer)) for _, label, answer in undecided])
+        for (index, _, answer), judgement in zip(undecided, judgements, strict=True):
+            if judgement.error is not None:
+                self.error_counts[judgement.error.partition(":")[0]] += 1
+            results[index] = _judged(judgement.equal is True, answer, judgement.error)
         return results
 
     def close(self) -> None:
         self._pool.close()
-
-    def _extract(self, response: str, *, truncated: bool) -> str | None:
-        if self._style == "dapo":
-            return last_answer_line(response, truncated=truncated)
-        return last_boxed(response)
 
 
 class FunctionReward:
@@ -183,7 +179,12 @@ class OverlongShaping:
     """
 
     def __init__(self, reward: Reward, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> None:
-        """Raises ValueError unless 0 < buffer_tokens <= max_tokens and factor > 0."""
+        """max_tokens, buffer_tokens: L_max and L_cache of the paper; max_tokens is the limit that cuts responses. factor: 1 in the paper.
+
+        Raises ValueError unless 0 < buffer_tokens <= max_tokens and factor > 0.
+        """
+        for name, value in (("max_tokens", max_tokens), ("buffer_tokens", buffer_tokens), ("factor", factor)):
+            check_number(f"reward.overlong: {name}", value)
         if not 0 < buffer_tokens <= max_tokens:
             raise ValueError(f"reward.overlong: buffer_tokens = {buffer_tokens}, expected 1 to max_tokens = {max_tokens}")
         if not factor > 0:

@@ -61,6 +61,7 @@ class RunCounters:
     rollouts_sampled: int = 0
     rollouts_trained: int = 0
     rollouts_lost: int = 0
+    rollouts_dropped: int = 0  # by dynamic sampling
     tokens_trained: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
 
@@ -196,7 +197,12 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
 
 
 # Long per-token lists go into tensors, everything else into JSON. float64 keeps the engine's numbers bit for bit.
-_PER_TOKEN = {"token_ids": torch.int32, "engine_logprobs": torch.float64, "behaviour_logprobs": torch.float64}
+_PER_TOKEN = {
+    "token_ids": torch.int32,
+    "engine_logprobs": torch.float64,
+    "behaviour_logprobs": torch.float64,
+    "correction_weights": torch.float64,
+}
 
 
 def _pack(batches: Sequence[RolloutBatch]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -204,22 +210,25 @@ def _pack(batches: Sequence[RolloutBatch]) -> tuple[dict[str, torch.Tensor], lis
     records: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         samples = []
-        joined: dict[str, list[float]] = {name: [] for name in _PER_TOKEN}
+        # Corrections may be off: then no sample of the batch has their weights.
+        joined: dict[str, list[float]] = {name: [] for name in _PER_TOKEN if getattr(batch.samples[0], name) is not None}
         for sample in batch.samples:
             if sample.behaviour_logprobs is None:
                 raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
             record = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
             for name in _PER_TOKEN:
                 values = record.pop(name)
-                joined[name] += values
+                if name in joined:
+                    joined[name] += values
             samples.append({**record, "num_tokens": len(sample.token_ids)})
-        for name, dtype in _PER_TOKEN.items():
-            tensors[f"{number}.{name}"] = torch.tensor(joined[name], dtype=dtype)
+        for name, values in joined.items():
+            tensors[f"{number}.{name}"] = torch.tensor(values, dtype=_PER_TOKEN[name])
         records.append(
             {
                 "sampled_at_step": batch.sampled_at_step,
                 "policy_version": batch.policy_version,
                 "group_size": batch.group_size,
+                "per_token": list(joined),
                 "samples": samples,
             }
         )
@@ -232,12 +241,12 @@ def _unpack(path: Path, records: Sequence[dict[str, Any]]) -> tuple[RolloutBatch
     batches = []
     with safe_open(path, framework="pt") as file:
         for number, record in enumerate(records):
-            values = {name: file.get_tensor(f"{number}.{name}").tolist() for name in _PER_TOKEN}
-            position = dict.fromkeys(_PER_TOKEN, 0)
+            values = {name: file.get_tensor(f"{number}.{name}").tolist() for name in record.pop("per_token")}
+            position = dict.fromkeys(values, 0)
             samples = []
             for fields in record["samples"]:
                 num_tokens = fields.pop("num_tokens")
-                lengths = dict.fromkeys(_PER_TOKEN, num_tokens - fields["prompt_tokens"]) | {"token_ids": num_tokens}
+                lengths = dict.fromkeys(values, num_tokens - fields["prompt_tokens"]) | {"token_ids": num_tokens}
                 streams = {}
                 for name, length in lengths.items():
                     streams[name] = tuple(values[name][position[name] : position[name] + length])

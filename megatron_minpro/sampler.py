@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 
+from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.prompts import Prompt, PromptCursor
 from megatron_minpro.rewards import Reward, RewardResult
 from megatron_minpro.samples import RolloutBatch, Sample
 from rollout.client import GenerationClient
 from rollout.records import Generation, GenerationRequest, SamplingParams
+
+log = logging.getLogger(__name__)
 
 AdvantageFunction = Callable[[torch.Tensor], torch.Tensor]  # rewards [G groups, K responses] -> advantages, same shape
 
@@ -33,8 +38,11 @@ class Sampled:
     """What one call of `Sampler.sample` made."""
 
     batch: RolloutBatch
-    responses: tuple[JudgedResponse, ...]  # in the order of batch.samples
+    responses: tuple[JudgedResponse, ...]  # in the order of batch.samples, then of dropped
     reward_s: float
+    dropped: tuple[Sample, ...] = ()  # by dynamic sampling: whole groups, sampled and never trained; their advantage is 0
+    rounds: int = 1  # times that responses were asked for
+    equal_groups: int = 0  # equal groups that dynamic sampling had to leave in the batch
 
 
 def judge_responses(
@@ -56,7 +64,7 @@ def judge_responses(
     generated = time.perf_counter()
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     generations = [generation for group in groups for generation in group]
-    texts = tokenizer.batch_decode([_graded_tokens(generation, sampling.stop_token_ids) for generation in generations])
+    texts = tokenizer.batch_decode([graded_tokens(generation, sampling.stop_token_ids) for generation in generations])
     results = reward.score(
         owners,
         texts,
@@ -70,14 +78,24 @@ def judge_responses(
     return responses, time.perf_counter() - generated
 
 
-def _graded_tokens(generation: Generation, stop_token_ids: Sequence[int]) -> list[int]:
+def graded_tokens(generation: Generation, stop_token_ids: Sequence[int]) -> list[int]:
     """The response without the token that ended it: the grader would read that token as part of the answer."""
     tokens = list(generation.response_token_ids)
     return tokens[:-1] if generation.finish_reason == "stop" and tokens[-1] in stop_token_ids else tokens
 
 
+def choose_groups(useful: Sequence[bool], wanted: int) -> list[int]:
+    """Indices of the `wanted` groups to train, ascending: the earliest useful ones, and where these are too few the earliest others."""
+    return sorted(sorted(range(len(useful)), key=lambda group: (not useful[group], group))[:wanted])
+
+
 class Sampler:
-    """Draws prompts, samples a group of responses to each, judges them and computes advantages."""
+    """Draws prompts, samples a group of responses to each, judges them and computes advantages.
+
+    With dynamic sampling (DAPO, arXiv:2503.14476, eq. 11) a group whose rewards (or verdicts, see DynamicSamplingConfig) are all equal is
+    set aside, and as many further prompts are drawn as groups are missing, up to max_rounds rounds in one step. Then the earliest
+    groups set aside fill the batch, so that its size never changes; the others are dropped and reported, responses and all.
+    """
 
     def __init__(
         self,
@@ -92,6 +110,7 @@ class Sampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        dynamic_sampling: DynamicSamplingConfig | None = None,
     ) -> None:
         self.cursor = cursor
         self._client = client
@@ -103,6 +122,7 @@ class Sampler:
         self._max_new_tokens = max_new_tokens
         self._temperature = temperature
         self._seed = seed
+        self._dynamic_sampling = dynamic_sampling
 
     def sample(self, step: int, *, policy_version: int) -> Sampled:
         """The batch of global step `step`, not yet scored by the trainer. Raises what the client raises, ValueError for a wrong version."""
@@ -114,27 +134,58 @@ class Sampler:
             stop_token_ids=(self._tokenizer.eos_token_id,),
             seed=self._seed * 1_000_003 + step,
         )
-        responses, reward_s = judge_responses(
-            self.cursor.next(self._prompts_per_step),
-            client=self._client,
-            tokenizer=self._tokenizer,
-            reward=self._reward,
-            sampling=sampling,
-            num_samples=self._group_size,
-            request_prefix=f"step{step}",
-        )
-        rewards = torch.tensor([response.result.reward for response in responses], dtype=torch.float32)
+        groups: list[list[tuple[str, JudgedResponse]]] = []  # with their sample ids, in the order they were asked for
+        numbers, reward_s, rounds = count(), 0.0, 0
+        while missing := self._missing_groups(groups, rounds):
+            responses, seconds = judge_responses(
+                self.cursor.next(missing),
+                client=self._client,
+                tokenizer=self._tokenizer,
+                reward=self._reward,
+                sampling=sampling,
+                num_samples=self._group_size,
+                # A response's seed hangs on its request's name, so every round has its own.
+                request_prefix=f"step{step}-round{rounds}" if rounds else f"step{step}",
+            )
+            named = [(f"step{step}-{next(numbers)}", response) for response in responses]
+            groups += [named[start : start + self._group_size] for start in range(0, len(named), self._group_size)]
+            reward_s += seconds
+            rounds += 1
+        useful = [self._is_useful(group) for group in groups]
+        chosen = choose_groups(useful, self._prompts_per_step)
+        trained = [item for group in chosen for item in groups[group]]
+        dropped = [item for group in range(len(groups)) if group not in chosen for item in groups[group]]
+        equal_groups = sum(not useful[group] for group in chosen)
+        if equal_groups:
+            log.warning("step %d: %d equal groups stay in the batch after %d rounds of sampling", step, equal_groups, rounds)
+        rewards = torch.tensor([response.result.reward for _, response in trained], dtype=torch.float32)
         advantages = self._advantages(rewards.view(-1, self._group_size)).reshape(-1).tolist()
         batch = RolloutBatch(
             sampled_at_step=step,
             policy_version=policy_version,
             group_size=self._group_size,
-            samples=tuple(
-                _sample(f"step{step}-{number}", response, advantage)
-                for number, (response, advantage) in enumerate(zip(responses, advantages, strict=True))
-            ),
+            samples=tuple(_sample(*item, advantage) for item, advantage in zip(trained, advantages, strict=True)),
         )
-        return Sampled(batch=batch, responses=tuple(responses), reward_s=reward_s)
+        return Sampled(
+            batch=batch,
+            responses=tuple(response for _, response in (*trained, *dropped)),
+            reward_s=reward_s,
+            dropped=tuple(_sample(*item, 0.0) for item in dropped),
+            rounds=rounds,
+            equal_groups=equal_groups,
+        )
+
+    def _missing_groups(self, groups: Sequence[Sequence[tuple[str, JudgedResponse]]], rounds: int) -> int:
+        """How many more prompts to draw; 0 also when no further round is allowed."""
+        if rounds >= (1 if self._dynamic_sampling is None else self._dynamic_sampling.max_rounds):
+            return 0
+        return self._prompts_per_step - sum(self._is_useful(group) for group in groups)
+
+    def _is_useful(self, group: Sequence[tuple[str, JudgedResponse]]) -> bool:
+        if self._dynamic_sampling is None:
+            return True
+        by_reward = self._dynamic_sampling.equal == "reward"
+        return len({response.result.reward if by_reward else response.result.correct for _, response in group}) > 1
 
 
 def _sample(sample_id: str, response: JudgedResponse, advantage: float) -> Sample:

@@ -25,6 +25,7 @@ class Sample:
     reward: float
     correct: bool
     advantage: float
+    correction_weights: tuple[float, ...] | None = None  # [R] for the server's different log-probs, of corrections.py; None: no correction
 
     def __post_init__(self) -> None:
         num_response = len(self.token_ids) - self.prompt_tokens
@@ -32,7 +33,7 @@ class Sample:
             raise ValueError(
                 f"{self.sample_id}: {self.prompt_tokens} prompt and {num_response} response tokens, expected at least 1 of each"
             )
-        for name in ("engine_logprobs", "behaviour_logprobs"):
+        for name in ("engine_logprobs", "behaviour_logprobs", "correction_weights"):
             values = getattr(self, name)
             if values is not None and len(values) != num_response:
                 raise ValueError(f"{self.sample_id}: {len(values)} {name} for {num_response} response tokens")
@@ -57,9 +58,11 @@ class Sample:
         behaviour = torch.zeros(len(mask), dtype=torch.float32)
         behaviour[mask] = torch.tensor(self.behaviour_logprobs, dtype=torch.float32)
         advantages = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))
-        return TokenSequence(
-            token_ids=torch.tensor(self.token_ids), loss_mask=mask, streams={"behaviour_logprobs": behaviour, "advantages": advantages}
-        )
+        streams = {"behaviour_logprobs": behaviour, "advantages": advantages}
+        if self.correction_weights is not None:
+            streams["correction_weights"] = torch.zeros(len(mask), dtype=torch.float32)
+            streams["correction_weights"][mask] = torch.tensor(self.correction_weights, dtype=torch.float32)
+        return TokenSequence(token_ids=torch.tensor(self.token_ids), loss_mask=mask, streams=streams)
 
     def _loss_mask(self) -> Tensor:
         # Logit position p scores token p + 1, so the first response token is scored by the last prompt position.
@@ -85,6 +88,8 @@ class RolloutBatch:
                 raise ValueError(
                     f"{sample.sample_id}: sampled under policy versions {sample.policy_versions}, expected {self.policy_version} throughout"
                 )
+            if (sample.correction_weights is None) != (self.samples[0].correction_weights is None):
+                raise ValueError(f"{sample.sample_id}: correction_weights must be there for all samples of a batch or for none")
 
     @property
     def num_groups(self) -> int:

@@ -22,6 +22,7 @@ def build_summary(
     rollouts_sampled: int,
     rollouts_trained: int,
     rollouts_lost: int,
+    rollouts_dropped: int,
     seconds: Mapping[str, float],
     evaluation_before: Mapping[str, float],
     evaluation_after: Mapping[str, float],
@@ -29,7 +30,8 @@ def build_summary(
     """The contents of summary.json.
 
     metrics: the lines of metrics.jsonl, one per global step (names: megatron_minpro.tracking).
-    updates: optimizer steps over the whole run, resumed parts included. rollouts_*: responses, likewise. seconds: wall time by phase.
+    updates: optimizer steps over the whole run, resumed parts included. rollouts_*: responses, likewise, sampled = trained + lost +
+    dropped. seconds: wall time by phase.
     evaluation_*: e.g. {"pass_at_1": 0.34, "pass_at_8": 0.71}; every key appears with _before and _after.
     reward_first and reward_last are means over the first and last reward_window sampled batches; lag_min and lag_max are over the batches
     trained after the ramp (from the staleness-th on), None when there is none; global_steps counts trained batches.
@@ -60,6 +62,7 @@ def build_summary(
         "rollouts_sampled": rollouts_sampled,
         "rollouts_trained": rollouts_trained,
         "rollouts_lost": rollouts_lost,
+        "rollouts_dropped": rollouts_dropped,
         "seconds": {phase: round(duration, 3) for phase, duration in seconds.items()},
         "tokens_per_second": tokens / step_seconds if step_seconds > 0 else None,
     }
@@ -91,11 +94,12 @@ def paragraph(summary: Mapping[str, Any], *, name: str, objective: str, stalenes
         for measure in measures
     )
     lost = f"{summary['rollouts_lost']:,} lost" if summary["rollouts_lost"] else "none lost"
+    dropped = f"{summary['rollouts_dropped']:,} dropped by dynamic sampling, " if summary["rollouts_dropped"] else ""
     speed = "" if summary["tokens_per_second"] is None else f" at {summary['tokens_per_second']:,.0f} response tokens/s"
     return (
         f"{name}: {summary['global_steps']} global steps ({summary['updates']} updates) of {objective} with staleness {staleness}{lag}. "
         f"Reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}"
         f"{f'; held-out {evaluated}' if evaluated else ''}. "
-        f"{summary['rollouts_sampled']:,} responses sampled, {summary['rollouts_trained']:,} trained, {lost}{speed}. "
+        f"{summary['rollouts_sampled']:,} responses sampled, {summary['rollouts_trained']:,} trained, {dropped}{lost}{speed}. "
         f"Everything is in {run_dir}: curves, metrics, rollouts, checkpoints and the exported policy."
     )

@@ -5,9 +5,10 @@ One rank writes; the console, the plots and the summary only read the files, so 
 Global steps count from 0; step k samples batch k and trains batch k - staleness, so the first steps only sample and the last only train.
 Metric names that the console, the plots and the summary know (others are kept, and shown in TensorBoard):
 
-    reward               mean reward of the batch sampled in this step
+    reward               mean reward of all responses sampled in this step, those that dynamic sampling dropped included
     lag_min, lag_max     optimizer steps between the sampling weights and the weights each mini-batch met
     prefix_min_ratio, hard_clip_fraction, soft_clip_fraction, entropy    of the trained tokens
+    unit_ratio_fraction  of the trained tokens; all of them at a lag is warned of (idle_clip.py)
     trained_batches      batches trained so far
     tokens_per_second    response tokens sampled and trained over the step's wall time
     seconds/<phase>      wall time of sample, score, update, sync; seconds/step is their sum
@@ -155,6 +156,7 @@ class RolloutRecord:
     policy_version: int  # newest weights that sampled it
     finish_reason: str
     num_response_tokens: int
+    dropped: str | None  # why it is not trained; None when it is
 
 
 class RolloutLog:

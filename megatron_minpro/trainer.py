@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_minpro.config import RunConfig
+from megatron_minpro.corrections import correct
+from megatron_minpro.idle_clip import idle_clip
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from megatron_minpro.run_state import RunCounters
 from megatron_minpro.sampler import Sampled
-from megatron_minpro.samples import RolloutBatch
+from megatron_minpro.samples import RolloutBatch, Sample
 from megatron_minpro.staleness import StalenessBuffer, expected_lag
 from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
 from parallel.packing import TokenSequence
@@ -50,6 +52,7 @@ class TrainingRun:
     control_group: dist.ProcessGroup
     stop_requested: Callable[[], bool]  # asked on rank 0
     save: Callable[[], None]
+    idle_clip_reported: bool = False
 
 
 def train(run: TrainingRun) -> bool:
@@ -94,24 +97,31 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
     """Sample a batch under the current weights and attach its behaviour log-probs."""
     with timer("sample"):
         sampled = run.driver.sample(step, policy_version=run.actor.policy_version) if run.driver is not None else None
-        batch: RolloutBatch = share(run, sampled.batch if sampled is not None else None)
+        batch, num_dropped = share(run, (sampled.batch, len(sampled.dropped)) if sampled is not None else None)
     if sampled is not None:
+        metrics |= sampling_metrics((*batch.samples, *sampled.dropped), group_size=batch.group_size)
+        if run.config.rollout.dynamic_sampling is not None:
+            metrics |= {"sampling_rounds": sampled.rounds, "equal_groups": sampled.equal_groups, "responses_dropped": num_dropped}
         timer.split("sample", "reward", sampled.reward_s)
         errors = sum(response.result.error is not None for response in sampled.responses)
         metrics["reward_errors"] = errors
         if errors:
             log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(sampled.responses))
-    run.counters.rollouts_sampled += len(batch.samples)
+    run.counters.rollouts_sampled += len(batch.samples) + num_dropped
+    run.counters.rollouts_dropped += num_dropped
     with timer("score"):
         scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
     engine = torch.tensor([x for sample in batch.samples for x in sample.engine_logprobs])
     trainer = torch.tensor([x for sample in scored.samples for x in sample.behaviour_logprobs or ()])
     gap = (engine - trainer).abs()
     check_gap(run.config, gap)
-    metrics |= sampling_metrics(batch) | {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
-    if run.config.behaviour_logprobs == "trainer":
-        return scored
-    return batch.scored_by_engine()
+    metrics |= {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
+    if run.config.behaviour_logprobs == "engine":
+        return batch.scored_by_engine()
+    if run.config.corrections.active:
+        scored, corrected = correct(scored, run.config.corrections)
+        metrics |= corrected
+    return scored
 
 
 def check_gap(config: RunConfig, gap: torch.Tensor) -> None:
@@ -166,6 +176,9 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         "trained_reward": sum(sample.reward for sample in batch.samples) / len(batch.samples),
         "trained_tokens": tokens,
     }
+    if not run.idle_clip_reported and (warning := idle_clip(metrics)) is not None:
+        log.warning("batch of step %d: %s", batch.sampled_at_step, warning)
+        run.idle_clip_reported = True
 
 
 def publish(run: TrainingRun) -> None:
@@ -197,6 +210,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
         "batches_waiting": len(run.buffer),
         "rollouts_sampled": counters.rollouts_sampled,
         "rollouts_trained": counters.rollouts_trained,
+        "rollouts_dropped": counters.rollouts_dropped,
         "seconds/step": seconds,
         "tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
     }
@@ -204,16 +218,16 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
         run.driver.record(step, metrics, trained)
 
 
-def sampling_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Means over the responses of a batch, under the policy that sampled it."""
-    samples = batch.samples
-    rewards = torch.tensor([sample.reward for sample in samples]).view(-1, batch.group_size)
+def sampling_metrics(samples: Sequence[Sample], *, group_size: int) -> dict[str, float]:
+    """Means over whole groups of responses, dropped ones included: how good the policy that sampled them is, whatever is trained."""
+    tokens = sum(len(sample.response_token_ids) for sample in samples)
+    rewards = torch.tensor([sample.reward for sample in samples]).view(-1, group_size)
     return {
         "reward": float(rewards.mean()),
         "correct": sum(sample.correct for sample in samples) / len(samples),
         "zero_variance_groups": float((rewards == rewards[:, :1]).all(1).float().mean()),
-        "response_tokens": batch.num_response_tokens,
-        "response_length": batch.num_response_tokens / len(samples),
+        "response_tokens": tokens,
+        "response_length": tokens / len(samples),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
     }
 
@@ -242,6 +256,7 @@ def token_batch(local: LocalTokens) -> TokenBatch:
         logprobs_T=local.logprobs_T,
         behaviour_logprobs_T=local.streams["behaviour_logprobs"],
         advantages_T=local.streams["advantages"],
+        correction_weights_T=local.streams.get("correction_weights"),
         loss_mask_T=local.loss_mask_T,
         shard=local.shard,
         global_tokens=local.global_tokens,

@@ -11,6 +11,7 @@ from megatron_minpro.config.sections import (
     ActorConfig,
     AdvantagesConfig,
     CheckpointConfig,
+    CorrectionsConfig,
     DebugConfig,
     EvaluationConfig,
     ModelConfig,
@@ -37,6 +38,9 @@ class RunConfig(Section):
         description="whose log-probabilities are pi_old; trainer: computed under the sampling weights; engine: as sampled"
     )
     objective: ObjectiveConfig = Field(description="what is optimised")
+    corrections: CorrectionsConfig = Field(
+        default_factory=CorrectionsConfig, description="for the difference between server and trainer log-probs; off unless given"
+    )
     advantages: AdvantagesConfig = Field(description="from rewards to advantages")
     reward: RewardConfig = Field(description="how a response is judged")
     model: ModelConfig = Field(description="which model is trained")
@@ -57,6 +61,8 @@ class RunConfig(Section):
         self._check_layout()
         self._check_mini_batches()
         self._check_micro_batch()
+        self._check_corrections()
+        self._check_overlong()
         return self
 
     def _check_layout(self) -> None:
@@ -88,6 +94,21 @@ class RunConfig(Section):
                 f"actor.max_tokens_per_micro_batch = {self.actor.max_tokens_per_micro_batch}: expected at least {padded}, the longest "
                 f"sequence, padded: prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} "
                 f"+ rollout.max_new_tokens {self.rollout.max_new_tokens}"
+            )
+
+    def _check_corrections(self) -> None:
+        if self.corrections.active and self.behaviour_logprobs == "engine":
+            raise ValueError(
+                f"behaviour_logprobs = 'engine': expected 'trainer' with corrections.{self.corrections.active[0]}, which compares "
+                "the server's log-probs with the trainer's; as pi_old the server's own need no correction"
+            )
+
+    def _check_overlong(self) -> None:
+        overlong = self.reward.options.get("overlong")
+        if overlong is not None and overlong["max_tokens"] > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong.max_tokens = {overlong['max_tokens']}: expected at most rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens}, where every response ends; the punishment would never be reached in full"
             )
 
     @property

@@ -1,6 +1,6 @@
 """The sections of a run's configuration. Frozen; an unknown key is an error; what changes the result has no default.
 
-Keys with a default are those that cannot move a trained number: places, ports, time limits, logging.
+Keys with a default are those that cannot move a trained number (places, ports, time limits, logging) and those whose null means off.
 """
 
 from __future__ import annotations
@@ -138,6 +138,49 @@ class EvaluationConfig(Section):
     every: int = Field(ge=0, description="also evaluate every so many global steps; 0: only before and after training")
 
 
+class TruncatedIsConfig(Section):
+    """Importance weight of a token, cut off above."""
+
+    max_weight: float = Field(ge=1, description="largest weight of a token; 2 is common")
+
+
+class MaskedIsConfig(Section):
+    """Importance weight of a token, 0 outside the bounds (IcePop)."""
+
+    low: float = Field(ge=0, le=1, description="smallest ratio kept; 0.5 is common")
+    high: float = Field(ge=1, description="largest ratio kept; 5 is common")
+
+
+class RejectionConfig(Section):
+    """Responses whose ratio as a whole lies outside the bounds have weight 0."""
+
+    level: Literal["geometric_mean", "product"] = Field(description="ratio of a response: of its tokens' ratios, the mean or the product")
+    low: float = Field(ge=0, le=1, description="smallest ratio kept; 0.999 is common for geometric_mean")
+    high: float = Field(ge=1, description="largest ratio kept; 1.001 is common for geometric_mean")
+
+
+class CorrectionsConfig(Section):
+    """For the difference between server and trainer log-probs of the same weights; they compose (see megatron_minpro.corrections)."""
+
+    truncated_is: TruncatedIsConfig | None = Field(default=None, description="null: off")
+    masked_is: MaskedIsConfig | None = Field(default=None, description="null: off")
+    rejection: RejectionConfig | None = Field(default=None, description="null: off")
+
+    @property
+    def active(self) -> list[str]:
+        """Names of those that are on."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+class DynamicSamplingConfig(Section):
+    """Groups from which nothing can be learnt are dropped and replaced by responses to further prompts (DAPO, arXiv:2503.14476, eq. 11)."""
+
+    equal: Literal["reward", "correct"] = Field(
+        description="what makes a group useless: equal rewards, or (DAPO) all responses right or all wrong whatever length shaping says"
+    )
+    max_rounds: int = Field(ge=2, description="times a global step may sample, the first included; then equal groups fill the batch")
+
+
 class RolloutConfig(Section):
     """Where responses come from: how many, how long, how sampled, by which servers."""
 
@@ -150,6 +193,7 @@ class RolloutConfig(Section):
     top_p: float = Field(description="must be 1: a truncated distribution is not the policy whose log-probabilities are trained")
     dtype: Dtype = Field(description="of the servers' weights")
     weight_sync: Literal["collective", "disk"] = Field(description="how new weights travel to the servers")
+    dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="null: every group is trained")
     host: str = Field(default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys")
     base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
     api_key_path: str | None = Field(default=None, description="one-line file with the key that every request must carry")

@@ -15,7 +15,7 @@ from parallel.sequence_shard import SequenceShard
 
 
 class NonFiniteTokenError(ValueError):
-    """A trained token has a NaN or infinite log-prob or advantage. One rank may see it alone: the caller must stop all ranks together."""
+    """A trained token has a NaN or infinite value. One rank may see it alone: the caller must stop all ranks together."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,6 +34,7 @@ class TokenBatch:
     shard: SequenceShard  # sequence and position of every local token; the scans
     global_tokens: int  # trained tokens of the whole mini-batch, over DP, CP and micro-batches
     global_sequences: int  # sequences of the whole mini-batch with at least one trained token
+    correction_weights_T: Tensor | None = None  # fp32: multiplies each token's loss, without gradient; None multiplies nothing
 
     def __post_init__(self) -> None:
         shape = (self.shard.num_local_tokens,)
@@ -43,6 +44,8 @@ class TokenBatch:
             "advantages_T": torch.float32,
             "loss_mask_T": torch.bool,
         }
+        if self.correction_weights_T is not None:
+            expected["correction_weights_T"] = torch.float32
         for name, dtype in expected.items():
             x = getattr(self, name)
             if x.dtype != dtype:
@@ -56,7 +59,8 @@ class TokenBatch:
         self._check_values()
 
     def _check_values(self) -> None:
-        names = ("logprobs_T", "behaviour_logprobs_T", "advantages_T")
+        names = ["logprobs_T", "behaviour_logprobs_T", "advantages_T"]
+        names += ["correction_weights_T"] if self.correction_weights_T is not None else []
         finite = torch.stack([torch.isfinite(getattr(self, name).detach()) for name in names])
         wrong_T = self.loss_mask_T & ~(finite.all(0) & ~self.shard.padding_T)
         if not wrong_T.any():  # the only wait for the device
@@ -78,7 +82,7 @@ class ObjectiveOutput:
     """What an objective makes of one TokenBatch. Everything adds up over ranks, micro-batches and (metrics) mini-batches."""
 
     loss: Tensor  # scalar fp32 with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
-    weights_T: Tensor  # fp32, detached: d loss / d logprobs_T = -weights_T * advantages_T / divisor; 0 at masked tokens
+    weights_T: Tensor  # fp32, detached: d loss / d logprobs_T = -weights_T * advantages_T / divisor, corrections included; 0 if masked
     metrics: dict[
         str, Tensor
     ]  # float64; [2] = (sum, count), or [B] = counts of the fixed bins of metrics.py where the key ends in _histogram

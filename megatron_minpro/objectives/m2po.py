@@ -31,9 +31,11 @@ def m2po(
       paper              harmful tokens with the largest (log rho)^2 are dropped until the mean over the remaining harmful ones meets it.
       official           the released code: PPO-min with bounds exp(-+tau), tau such that the mean of min((log rho)^2, tau^2) over harmful
                          tokens meets it. Gates more tokens than `paper`.
-      second_moment_all  as `paper`, over all trained tokens whatever the sign of A; the smallest stay even when they exceed the budget.
-    Choices: scope is the whole mini-batch (the released code takes each micro-batch of each rank). Dropped tokens keep their place in the
-    denominator. Thresholds fall on the bins of value_bins.py, 0.1 % wide; a bin is kept or dropped as a whole.
+      second_moment_all  as `paper`, over all trained tokens whatever the sign of A, as AReaL does; the smallest stay even when they exceed
+                         the budget. AReaL's further PPO clip is left out: it is another objective.
+    Choices: scope is the whole mini-batch (the released code takes each micro-batch of each rank) and the sign is that of the token's own A
+    (there, of the row's first column). Without a harmful token nothing is dropped. Dropped tokens keep their place in the denominator.
+    Thresholds fall on the bins of value_bins.py, 0.1 % wide; a bin is kept or dropped as a whole.
     statistics: the sum of `m2po_statistics` over the mini-batch. Raises ValueError for an option out of range.
     """
     check_number("budget", budget, above=0)

@@ -15,6 +15,9 @@ from torch import Tensor
 from megatron_minpro.objectives.base import TokenBatch
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, ratio
 
+# A log ratio within this is that of a ratio of 1: log-probs down to -20 carry fp32 errors of 2e-6 and more when packed differently.
+UNIT_LOG_RATIO = 1e-5
+
 HISTOGRAM_SUFFIX = "_histogram"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -45,7 +48,7 @@ def token_metrics(
     count = mask_T.sum().double()
 
     def mean_of(x_T: Tensor) -> Tensor:
-        return torch.stack([torch.where(mask_T, x_T.double(), 0.0).sum(), count])
+        return torch.stack([torch.where(mask_T, x_T.detach().double(), 0.0).sum(), count])
 
     d_T = log_ratio_T.detach()
     ratio_T = ratio(d_T.double())
@@ -54,7 +57,7 @@ def token_metrics(
         "ratio": mean_of(ratio_T),
         "log_ratio": mean_of(d_T),
         "log_ratio_squared": mean_of(d_T.double().square()),
-        "unit_ratio_fraction": mean_of(d_T == 0),
+        "unit_ratio_fraction": mean_of(d_T.abs() <= UNIT_LOG_RATIO),
         "prefix_min_ratio": mean_of(ratio(prefix_min_T.double())),
         "weight": mean_of(weights_T),
         "weight_squared": mean_of(weights_T.double().square()),

@@ -71,6 +71,9 @@ def ppo_clip(
 def _output(
     batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, loss_T: Tensor, weights_T: Tensor, *, hard_T: Tensor, soft_T: Tensor
 ) -> ObjectiveOutput:
+    if batch.correction_weights_T is not None:
+        correction_T = trained(batch, batch.correction_weights_T.detach())
+        loss_T, weights_T = loss_T * correction_T, weights_T * correction_T
     loss = aggregate(batch, loss_T, scanned.divisors_T)
     metrics = token_metrics(
         batch,

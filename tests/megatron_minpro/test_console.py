@@ -63,6 +63,17 @@ def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["trained 3/3"]
 
 
+def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_attempts_steps(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(3):
+            writer.write(step, {**STEP, "unit_ratio_fraction": 1.0})
+    for resumed_from, told in ((None, ["warning: global step 0"]), (0, ["warning: global step 1"]), (2, [])):
+        rich, out = plain()
+        with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, out=rich):
+            pass
+        assert [line[:22] for line in out.getvalue().splitlines() if "every ratio is 1" in line] == told
+
+
 def test_on_a_terminal_the_numbers_the_bar_and_the_time_left_are_shown(tmp_path: Path) -> None:
     out = io.StringIO()
     rich = RichConsole(file=out, force_terminal=True, width=140)

@@ -96,6 +96,15 @@ def test_a_saved_run_comes_back_bit_for_bit(one_rank_group: dist.ProcessGroup, m
     assert all(type(value) is int for batch in found.waiting for sample in batch.samples for value in sample.token_ids)
 
 
+def test_correction_weights_come_back_bit_for_bit_or_not_at_all(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    plain = awkward_batch(make_batch, 3)
+    samples = [replace(sample, correction_weights=sample.engine_logprobs) for sample in awkward_batch(make_batch, 4).samples]
+    waiting = (plain, replace(awkward_batch(make_batch, 4), samples=tuple(samples)))
+    assert load(save(tmp_path / "checkpoints", 5, waiting=waiting)).waiting == waiting
+
+
 def test_a_run_without_waiting_batches_comes_back_empty(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
     assert load(save(tmp_path / "checkpoints", 1)).waiting == ()
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megatron_minpro.advantages import make_advantages
+from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.prompts import Prompt, PromptCursor, PromptList
 from megatron_minpro.rewards import RewardResult
-from megatron_minpro.sampler import Sampler
+from megatron_minpro.sampler import Sampled, Sampler, choose_groups
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
 
 GROUP = 3
@@ -166,3 +167,134 @@ def test_prompts_go_on_where_the_last_batch_ended() -> None:
     sampler = make_sampler(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
     seen = [sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0] for step in range(4)]
     assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]
+
+
+# ------------------------------------------------------------------------------------------------------------ dynamic sampling
+
+
+class Scripted(SecondWord):
+    """Rewards that a table of prompt ids names, one per response of a group; the answer is right where the reward is above 0.5."""
+
+    def __init__(self, rewards: dict[str, Sequence[float]]) -> None:
+        super().__init__()
+        self.rewards = rewards
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
+    ) -> list[RewardResult]:
+        rewards = [self.rewards[prompt.prompt_id][int(text.split()[1])] for prompt, text in zip(prompts, responses, strict=True)]
+        return [RewardResult(reward=x, correct=x > 0.5, extracted=None, error=None) for x in rewards]
+
+
+class InOrder:
+    """Prompts p0, p1, p2, ... one after the other."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        numbers = range(self.position, self.position + num_prompts)
+        self.position += num_prompts
+        return [Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers]
+
+
+EQUAL, MIXED, SHAPED = (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, -0.5, 0.25)  # SHAPED: all wrong, told apart by their lengths
+
+
+def dynamically(rewards: list[Sequence[float]], *, equal: str = "reward", max_rounds: int = 3) -> tuple[Sampled, Client, InOrder]:
+    client, cursor = Client(), InOrder()
+    sampler = make_sampler(
+        client,
+        Scripted({f"p{i}": row for i, row in enumerate(rewards)}),
+        cursor=cursor,
+        prompts_per_step=3,
+        dynamic_sampling=DynamicSamplingConfig(equal=equal, max_rounds=max_rounds),
+    )
+    return sampler.sample(7, policy_version=4), client, cursor
+
+
+def prompts_of(samples: Sequence[Any]) -> list[int]:
+    return [sample.token_ids[0] - 10 for sample in samples[::GROUP]]
+
+
+def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() -> None:
+    sampled, client, cursor = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    assert [[request.prompt_token_ids[0] - 10 for request in requests] for requests, _, _ in client.asked] == [[0, 1, 2], [3, 4], [5]]
+    assert prompts_of(sampled.batch.samples) == [1, 4, 5] and prompts_of(sampled.dropped) == [0, 2, 3]
+    assert (sampled.rounds, sampled.equal_groups, cursor.position) == (3, 0, 6)
+    assert [sample.reward for sample in sampled.batch.samples] == list(MIXED) * 3
+    assert [sample.advantage for sample in sampled.batch.samples] == pytest.approx([-1 / 3, 2 / 3, -1 / 3] * 3)
+    assert [sample.advantage for sample in sampled.dropped] == [0.0] * 9
+
+
+def test_every_response_is_either_in_the_batch_or_dropped_and_has_a_name_and_a_seed_of_its_own() -> None:
+    sampled, client, _ = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    everything = [*sampled.batch.samples, *sampled.dropped]
+    assert sorted(int(sample.sample_id.removeprefix("step7-")) for sample in everything) == list(range(18))
+    names = [request.request_id for requests, _, _ in client.asked for request in requests]
+    assert len(set(names)) == 6, "a response's seed hangs on its request's name"
+    for response, sample in zip(sampled.responses, everything, strict=True):
+        assert response.prompt.token_ids == sample.token_ids[:2]
+
+
+def test_when_the_rounds_run_out_the_earliest_equal_groups_fill_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    sampled, client, _ = dynamically([EQUAL, EQUAL, EQUAL, EQUAL, MIXED, EQUAL], max_rounds=2)
+    assert len(client.asked) == 2
+    assert prompts_of(sampled.batch.samples) == [0, 1, 4] and prompts_of(sampled.dropped) == [2, 3, 5]
+    assert (sampled.rounds, sampled.equal_groups) == (2, 2)
+    assert "step 7: 2 equal groups stay in the batch after 2 rounds of sampling" in caplog.text
+    assert [sample.advantage for sample in sampled.batch.samples[: 2 * GROUP]] == [0.0] * 6
+
+
+def test_rewards_that_length_shaping_told_apart_are_equal_by_correctness() -> None:
+    rewards = [SHAPED, MIXED, MIXED, MIXED]
+    assert prompts_of(dynamically(rewards, equal="reward")[0].batch.samples) == [0, 1, 2]
+    assert prompts_of(dynamically(rewards, equal="correct")[0].batch.samples) == [1, 2, 3]
+
+
+def test_a_full_first_round_is_the_batch_of_a_sampler_without_the_option() -> None:
+    rewards = Scripted(dict.fromkeys(("p0", "p1"), MIXED))
+    plain_client, client = Client(), Client()
+    plain = make_sampler(plain_client, rewards).sample(0, policy_version=4)
+    option = DynamicSamplingConfig(equal="reward", max_rounds=2)
+    dynamic = make_sampler(client, rewards, dynamic_sampling=option).sample(0, policy_version=4)
+    assert (dynamic.batch, dynamic.dropped, client.asked) == (plain.batch, (), plain_client.asked)
+
+
+def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones() -> None:
+    numbers = range(40)
+    prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers)
+    rewards = Scripted({f"p{i}": EQUAL if i % 3 else MIXED for i in numbers})
+
+    def sampler() -> Sampler:
+        return make_sampler(
+            Client(),
+            rewards,
+            cursor=PromptCursor(PromptList(name="test", prompts=prompts), seed=5),
+            prompts_per_step=4,
+            dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
+        )
+
+    whole, resumed = sampler(), sampler()
+    batches = [whole.sample(step, policy_version=4) for step in range(2)]
+    assert batches[0].rounds == 3, "the seed is one that needs further rounds"
+    state = whole.cursor.state()
+    batches += [whole.sample(step, policy_version=4) for step in range(2, 4)]
+    resumed.cursor.load_state(state)
+    assert [resumed.sample(step, policy_version=4).batch for step in range(2, 4)] == [sampled.batch for sampled in batches[2:]]
+    again = sampler()
+    repeated = [again.sample(step, policy_version=4) for step in range(4)]
+    assert [(sampled.batch, sampled.dropped) for sampled in repeated] == [(sampled.batch, sampled.dropped) for sampled in batches]
+
+
+@pytest.mark.parametrize(
+    ("useful", "wanted", "chosen"),
+    [
+        ([True, False, True], 2, [0, 2]),
+        ([True, True, True], 2, [0, 1]),
+        ([False, True, False, False], 3, [0, 1, 2]),
+        ([False, False], 2, [0, 1]),
+    ],
+)
+def test_choice_of_groups_by_hand(useful: list[bool], wanted: int, chosen: list[int]) -> None:
+    assert choose_groups(useful, wanted) == chosen

@@ -31,6 +31,7 @@ def summary_of(lines: list[dict[str, Any]], *, staleness: int, **changes: Any) -
         "rollouts_sampled": 2560,
         "rollouts_trained": 2560,
         "rollouts_lost": 0,
+        "rollouts_dropped": 0,
         "seconds": {"sample": 12.34567, "base model": 60.0},
         "evaluation_before": {"pass_at_1": 0.34, "pass_at_8": 0.71},
         "evaluation_after": {"pass_at_1": 0.86, "pass_at_8": 0.99},
@@ -54,6 +55,7 @@ def test_the_summary_holds_every_promised_key_with_hand_computed_values() -> Non
         "rollouts_sampled": 2560,
         "rollouts_trained": 2560,
         "rollouts_lost": 0,
+        "rollouts_dropped": 0,
         "seconds": {"sample": 12.346, "base model": 60.0},
         "tokens_per_second": pytest.approx(sum(100.0 * (step + 1) * 2.0 for step in range(12)) / 24.0),
     }
@@ -95,4 +97,6 @@ def test_the_paragraph_tells_what_was_achieved() -> None:
         "2,560 responses sampled, 2,560 trained, none lost at 650 response tokens/s. "
         "Everything is in runs/tiny: curves, metrics, rollouts, checkpoints and the exported policy."
     )
+    dropped = paragraph(summary | {"rollouts_dropped": 1200}, name="tiny", objective="minpro", staleness=2, run_dir="runs/tiny")
+    assert "2,560 trained, 1,200 dropped by dynamic sampling, none lost" in dropped
     assert "3 lost" in paragraph(summary | {"rollouts_lost": 3}, name="tiny", objective="minpro", staleness=2, run_dir="runs/tiny")

@@ -97,6 +97,7 @@ RECORD = RolloutRecord(
     policy_version=16,
     finish_reason="stop",
     num_response_tokens=7,
+    dropped=None,
 )
 
 

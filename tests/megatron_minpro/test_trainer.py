@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ class FakeActor:
         self.policy_version = policy_version
         self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
         self.learning_rates: list[float] = []
+        self.corrections: list[float] = []
+        self.unit_ratios = torch.tensor([0.0, 1.0])
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
         self.diary.append(("score", self.policy_version))
@@ -56,6 +60,9 @@ class FakeActor:
         seen = {x for sequence in minibatch for x in sequence.streams["behaviour_logprobs"][sequence.loss_mask].tolist()}
         self.trained.append((self.policy_version, seen))
         self.learning_rates.append(learning_rate)
+        for sequence in minibatch:
+            if "correction_weights" in sequence.streams:
+                self.corrections += sequence.streams["correction_weights"][sequence.loss_mask].tolist()
         self.diary.append(("update", self.policy_version))
         self.policy_version += 1
         tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
@@ -65,7 +72,7 @@ class FakeActor:
             learning_rate=learning_rate,
             policy_version=self.policy_version,
             num_tokens=tokens,
-            metrics={"entropy": torch.tensor([float(self.policy_version), 1.0])},
+            metrics={"entropy": torch.tensor([float(self.policy_version), 1.0]), "unit_ratio_fraction": self.unit_ratios},
         )
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,11 +87,13 @@ class FakeDriver:
         self.make_batch = make_batch
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.fields: Callable[[int], dict[str, Any]] = lambda policy_version: {}
+        self.num_dropped = 0  # samples of every batch that go to the dropped ones
 
     def sample(self, step: int, *, policy_version: int) -> Sampled:
         self.diary.append(("sample", step, policy_version))
         batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
-        return Sampled(batch=batch, responses=(), reward_s=0.0)
+        kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
+        return Sampled(batch=replace(batch, samples=kept), responses=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
@@ -153,6 +162,53 @@ def test_the_engines_own_logprobs_are_trained_when_the_configuration_says_so(
     batch = make_batch(0, groups=4)
     expected = {float(torch.tensor(x)) for sample in batch.samples for x in sample.engine_logprobs}
     assert set().union(*(seen for _, seen in diary.actor.trained)) == expected
+
+
+def test_corrections_compare_the_server_with_the_trainer_at_sampling_time_and_leave_pi_old_alone(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    def run(*overrides: str) -> Diary:
+        diary = Diary(small_config(*overrides), one_rank_group, make_batch)
+        # The server says half the probability that the trainer says, and 16 times of it.
+        diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8 - math.log(2), -(version + 1) / 8 + math.log(16))}
+        trainer.train(diary.run)
+        return diary
+
+    plain, corrected = run(), run("corrections.truncated_is.max_weight=1.5")
+    assert plain.actor.corrections == []
+    assert corrected.actor.corrections == pytest.approx([1.5, 1 / 16] * 32), "also for batches that waited while the weights moved"
+    assert corrected.actor.trained == plain.actor.trained
+    line = dict(corrected.driver.lines)[1]
+    assert (line["correction_weight"], line["correction_truncated_fraction"]) == (pytest.approx((1.5 + 1 / 16) / 2), 0.5)
+    assert not [name for _, line in plain.driver.lines for name in line if name.startswith("correction")]
+
+
+def test_dropped_responses_are_counted_and_seen_in_the_sampling_metrics(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("rollout.dynamic_sampling={equal: reward, max_rounds: 2}"), one_rank_group, make_batch)
+    diary.driver.num_dropped = 4  # of 8 samples, rewards 0, 1, 0, 1, ...
+    diary.driver.fields = lambda version: {"reward": 1.0}
+    trainer.train(diary.run)
+    counters = diary.run.counters
+    assert (counters.rollouts_sampled, counters.rollouts_trained, counters.rollouts_dropped) == (32, 16, 16)
+    first, later, last = (dict(diary.driver.lines)[step] for step in (0, 2, 5))
+    assert (first["responses_dropped"], first["sampling_rounds"], first["equal_groups"]) == (4, 2, 1)
+    assert (first["zero_variance_groups"], first["response_tokens"]) == (1.0, 16)
+    waiting = 2 * 4  # the batches of steps 1 and 2
+    assert later["rollouts_sampled"] == later["rollouts_trained"] + waiting + later["rollouts_dropped"] == 24
+    assert last["rollouts_sampled"] == last["rollouts_trained"] + last["rollouts_dropped"] == 32
+
+
+def test_ratios_of_one_at_a_lag_are_warned_of_once(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    assert "every ratio is 1" not in caplog.text
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.actor.unit_ratios = torch.tensor([3.0, 3.0])
+    trainer.train(diary.run)
+    [warning] = [record for record in caplog.records if "every ratio is 1" in record.message]
+    assert (warning.levelname, warning.message[:21]) == ("WARNING", "batch of step 0: ever")
 
 
 def test_metrics_of_a_step_by_hand(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
@@ -293,8 +349,7 @@ def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
         make_sample(n, reward=reward, correct=correct, finish_reason=reason, response=tokens)
         for n, (reward, correct, reason, tokens) in enumerate(described)
     )
-    batch = RolloutBatch(sampled_at_step=0, policy_version=0, group_size=2, samples=samples)
-    assert trainer.sampling_metrics(batch) == pytest.approx(
+    assert trainer.sampling_metrics(samples, group_size=2) == pytest.approx(
         {
             "reward": 0.5,
             "correct": 0.5,
@@ -324,6 +379,8 @@ def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -
     assert float(out.loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
     out.loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, -0.5])
+    corrected = replace(local, streams={**local.streams, "correction_weights": torch.tensor([0.0, 0.5, 0.0])})
+    assert float(trainer.make_loss_function(make_objective("reinforce"))(corrected).loss.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
 
 
 def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None:

@@ -22,6 +22,7 @@ class Case:
     behaviour: list[Tensor]
     advantages: list[Tensor]
     masks: list[Tensor]
+    corrections: list[Tensor] | None = None
 
     @classmethod
     def of_ratios(cls, ratios: Sequence[float], advantages: Sequence[float] | float = 1.0) -> Case:
@@ -64,8 +65,15 @@ class Case:
             shard=shard,
             global_tokens=self.num_tokens,
             global_sequences=self.num_sequences,
+            correction_weights_T=None if self.corrections is None else shard.local([self.corrections[i] for i in indices], fill=math.nan),
         )
         return batch, shard
+
+    def corrected(self, seed: int = 0) -> Case:
+        """The same case with correction weights, a third of them 0."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = [2 * torch.rand(mask.shape, generator=generator) for mask in self.masks]
+        return replace(self, corrections=[torch.where(torch.rand(w.shape, generator=generator) < 0.3, 0.0, w) for w in weights])
 
     def with_garbage(self, value: float) -> Case:
         """The same case with `value` at every masked position of every stream."""
@@ -73,7 +81,13 @@ class Case:
         def spoil(xs: list[Tensor]) -> list[Tensor]:
             return [x.where(mask, value) for x, mask in zip(xs, self.masks, strict=True)]
 
-        return replace(self, logprobs=spoil(self.logprobs), behaviour=spoil(self.behaviour), advantages=spoil(self.advantages))
+        return replace(
+            self,
+            logprobs=spoil(self.logprobs),
+            behaviour=spoil(self.behaviour),
+            advantages=spoil(self.advantages),
+            corrections=None if self.corrections is None else spoil(self.corrections),
+        )
 
 
 @dataclass(frozen=True)
@@ -115,10 +129,13 @@ def check(objective: Objective, reference: Reference, case: Case, *, divisor: st
         d = (case.logprobs[s].double() - case.behaviour[s].double())[mask].tolist()
         a = case.advantages[s].double()[mask].tolist()
         expected = reference(d, a, case.logprobs[s].double()[mask].tolist())
+        if case.corrections is not None:
+            expected = [(w * c, part * c) for (w, part), c in zip(expected, case.corrections[s].double()[mask].tolist(), strict=True)]
         count = {
             "token_mean": case.num_tokens,
             "seq_mean_token_mean": case.num_sequences * len(d),
             "seq_mean_token_sum": case.num_sequences,
+            "constant": case.num_sequences * 7,
         }
         weight = torch.zeros(len(mask), dtype=torch.float64)
         gradient = torch.zeros(len(mask), dtype=torch.float64)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_minpro.objectives import OBJECTIVES, TokenBatch, make_objective
+from megatron_minpro.objectives import TokenBatch
 from parallel.sequence_shard import SequenceShard
+from tests.megatron_minpro.objectives.variants import VARIANTS, make
 
 
 def main() -> None:
@@ -33,8 +34,8 @@ def main() -> None:
     for cp_size, group, indices in ((4, dist.group.WORLD, [0, 1, 2, 3, 4, 5]), (2, pairs, [[0, 2, 5], [1, 3, 4]][dist.get_rank() // 2])):
         shard = SequenceShard.zigzag([len(case["masks"][i]) for i in indices], dist.get_rank(group), cp_size, group)
         results = {}
-        for name in OBJECTIVES:
-            objective = make_objective(name, **({"scale": 0.5} if name == "scaled_cispo" else {}))
+        for name in VARIANTS:
+            objective = make(name)
             batch = TokenBatch(
                 logprobs_T=shard.local([case["logprobs"][i] for i in indices], fill=math.nan).requires_grad_(),
                 behaviour_logprobs_T=shard.local([case["behaviour"][i] for i in indices], fill=math.nan),
@@ -43,6 +44,7 @@ def main() -> None:
                 shard=shard,
                 global_tokens=int(sum(mask.sum() for mask in case["masks"])),
                 global_sequences=sum(bool(mask.any()) for mask in case["masks"]),
+                correction_weights_T=shard.local([case["corrections"][i] for i in indices], fill=math.nan),
             )
             statistics = None
             if objective.needs_minibatch_statistics:

@@ -37,3 +37,9 @@ def test_the_scale_has_no_default_and_is_positive() -> None:
         make_objective("scaled_cispo")
     with pytest.raises(ValueError, match="scale must be a finite number above 0, got 0"):
         make_objective("scaled_cispo", scale=0)
+
+
+def test_reinforce_bounds_nothing(cases, run_objective) -> None:
+    ran = run_objective(make_objective("reinforce"), cases.of_ratios([0.1, 1.0, 9.0]))
+    assert ran.weights[0].tolist() == [1.0, 1.0, 1.0]
+    assert ran.metrics["soft_clip_fraction"].tolist() == ran.metrics["hard_clip_fraction"].tolist() == [0.0, 3.0]

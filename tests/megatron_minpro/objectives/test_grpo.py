@@ -38,3 +38,10 @@ def test_equals_the_formula_token_by_token(
 
     objective = make_objective("grpo", dual_clip=dual_clip, aggregation=aggregation)
     check_objective(objective, reference, cases.random(seed, 0.7), divisor=aggregation)
+
+
+def test_a_log_ratio_beyond_twenty_is_held_there_without_gradient(cases, run_objective) -> None:
+    ran = run_objective(make_objective("grpo"), cases.of_ratios([math.exp(25.0), math.exp(19.0)], -1.0))
+    torch.testing.assert_close(ran.weights[0], torch.tensor([0.0, math.exp(19.0)]), rtol=1e-5, atol=0)
+    assert ran.loss == pytest.approx((math.exp(20.0) + math.exp(19.0)) / 2, rel=1e-5)
+    assert finalize_metrics(ran.metrics)["hard_clip_fraction"] == 0.5

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megatron_minpro.objectives import OBJECTIVES, make_objective
 from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
 
 
@@ -41,3 +42,38 @@ def test_metrics_add_up_and_refuse_to_mix() -> None:
         add_metrics([{"a": torch.zeros(2)}, {"b": torch.zeros(2)}])
     with pytest.raises(ValueError, match="metric 'a' has shape"):
         finalize_metrics({"a": torch.zeros(3)})
+
+
+def test_a_ratio_of_one_up_to_rounding_counts_as_one(cases, run_objective) -> None:
+    case = cases.of_ratios([1.0, math.exp(5e-6), math.exp(-5e-6), math.exp(2e-5), math.exp(-2e-5), 2.0])
+    assert run_objective(make_objective("minpro"), case).metrics["unit_ratio_fraction"].tolist() == [3.0, 6.0]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_reports_the_same_list(name: str, cases, run_objective) -> None:
+    objective = make_objective(name, **({"scale": 1.0} if name == "scaled_cispo" else {}))
+    quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
+    assert finalize_metrics(run_objective(objective, cases.random(0)).metrics).keys() == quantiles | {
+        "ratio",
+        "log_ratio",
+        "log_ratio_squared",
+        "unit_ratio_fraction",
+        "prefix_min_ratio",
+        "weight",
+        "weight_squared",
+        "effective_sample_size",
+        "hard_clip_fraction",
+        "soft_clip_fraction",
+        "advantage",
+        "kl_to_behaviour",
+        "policy_loss",
+    }
+
+
+def test_quantiles_of_log_ratio_and_prefix_min_by_hand(cases, run_objective) -> None:
+    """Ratios 1/8, 2, 4, 8, ...: the smallest earlier ratio is 1 once and 1/8 ever after."""
+    final = finalize_metrics(run_objective(make_objective("minpro"), cases.of_ratios([0.125, *[2.0] * 50, *[4.0] * 49])).metrics)
+    bin_width = 10 ** (1 / 16)
+    for name, ratio in (("prefix_min/p05", 0.125), ("prefix_min/p95", 0.125), ("log_ratio/p25", 2.0), ("log_ratio/p75", 4.0)):
+        assert math.log(ratio) / final[name] == pytest.approx(1.0, abs=bin_width - 1), name
+    assert final["prefix_min_ratio"] == pytest.approx((1 + 99 / 8) / 100)

@@ -21,6 +21,15 @@ def pooled(case) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     return d, torch.tensor([float(case.advantages[s][t]) for s, t in places], dtype=torch.float64), places
 
 
+def loss_of(case, per_token_loss: torch.Tensor, places: list[tuple[int, int]]) -> float:
+    """Of the mini-batch, dropped tokens in the denominator."""
+    return float(per_token_loss.sum()) / len(places)
+
+
+def logprobs_at(case, places: list[tuple[int, int]]) -> torch.Tensor:
+    return torch.stack([case.logprobs[s][t] for s, t in places]).double()
+
+
 def weights_at(ran, places: list[tuple[int, int]]) -> torch.Tensor:
     return torch.stack([ran.weights[s][t] for s, t in places]).double()
 
@@ -50,7 +59,9 @@ def test_m2po_drops_the_largest_until_the_budget_is_met(cases, run_objective, ru
         keep[i] = True
     assert 0 < int(keep.sum()) < len(d) and int((keep & candidate).sum()) > 0
     ran = run_objective(make_objective("m2po", rule=rule), case, micro_batches)
-    torch.testing.assert_close(weights_at(ran, places), torch.where(keep, d.exp(), 0.0), rtol=1e-5, atol=1e-7)
+    weights = torch.where(keep, d.exp(), 0.0)
+    torch.testing.assert_close(weights_at(ran, places), weights, rtol=1e-5, atol=1e-7)
+    assert ran.loss == pytest.approx(loss_of(case, -weights * a * logprobs_at(case, places), places), rel=1e-5, abs=1e-6)
     assert ran.metrics["hard_clip_fraction"].tolist() == [int((~keep).sum()), len(d)]
 
 
@@ -69,6 +80,16 @@ def test_m2po_official_bound_is_the_winsorized_budget(cases, run_objective) -> N
     gated = ((a > 0) & (d > tau)) | ((a < 0) & (d < -tau))
     ran = run_objective(make_objective("m2po", rule="official"), case, SPLIT)
     torch.testing.assert_close(weights_at(ran, places), torch.where(gated, 0.0, d.exp()), rtol=1e-5, atol=1e-7)
+    # The bound falls on a bin's mean, 0.1 % wide.
+    surrogate = torch.minimum(d.exp() * a, d.clamp(-tau, tau).exp() * a)
+    assert ran.loss == pytest.approx(loss_of(case, -surrogate, places), rel=2e-3)
+
+
+@pytest.mark.parametrize("rule", ["paper", "official"])
+def test_m2po_tokens_without_an_advantage_or_a_drift_are_not_harmful(cases, run_objective, rule: str) -> None:
+    # Of the harmful two the mean of (log rho)^2 is 0.051; with the two others it would be 0.026 and nothing dropped.
+    case = cases.of_ratios([1.2, 1.3, 1.0, 1.01], [1.0, 1.0, 1.0, 0.0])
+    assert run_objective(make_objective("m2po", rule=rule), case).weights[0].tolist() == pytest.approx([1.2, 0.0, 1.0, 1.01], rel=1e-6)
 
 
 def test_m2po_within_the_budget_drops_nothing(cases, run_objective) -> None:
@@ -88,7 +109,7 @@ def test_m2po_over_the_budget_everywhere_keeps_the_smallest_under_second_moment_
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
 def test_prefix_filter_drops_the_lowest_prefixes_of_the_whole_mini_batch(cases, run_objective, micro_batches, fraction: float) -> None:
     case = cases.random(7, 0.5)
-    d, _, places = pooled(case)
+    d, a, places = pooled(case)
     cumulative, total, last = [], 0.0, None
     for (s, _t), x in zip(places, d.tolist(), strict=True):
         total = x if s != last else total + x
@@ -99,7 +120,15 @@ def test_prefix_filter_drops_the_lowest_prefixes_of_the_whole_mini_batch(cases, 
     expected[dropped] = 0.0
     ran = run_objective(make_objective("prefix_filter", fraction=fraction), case, micro_batches)
     torch.testing.assert_close(weights_at(ran, places), expected, rtol=1e-5, atol=1e-7)
+    assert ran.loss == pytest.approx(loss_of(case, -expected * a * logprobs_at(case, places), places), rel=1e-5, abs=1e-6)
     assert ran.metrics["hard_clip_fraction"].tolist() == [len(dropped), len(d)]
+
+
+def test_a_token_that_is_dropped_is_not_also_counted_as_bounded(cases, run_objective) -> None:
+    # Prefix products 0.001, 0.006, 6, 6: the first two are dropped, of the others the third is bounded to 5.
+    ran = run_objective(make_objective("prefix_filter", fraction=0.5), cases.of_ratios([0.001, 6.0, 1000.0, 1.0]))
+    assert ran.weights[0].tolist() == pytest.approx([0.0, 0.0, 5.0, 1.0])
+    assert (ran.metrics["hard_clip_fraction"].tolist(), ran.metrics["soft_clip_fraction"].tolist()) == ([2.0, 4.0], [1.0, 4.0])
 
 
 def test_statistics_must_be_handed_back_and_only_where_they_are_needed(cases) -> None:

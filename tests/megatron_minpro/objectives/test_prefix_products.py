@@ -42,6 +42,11 @@ def test_ctpo_holds_the_cumulative_log_ratio_but_keeps_the_gradient(cases, run_o
     torch.testing.assert_close(ran.weights[0], torch.tensor([8.0, 10.0]).exp(), rtol=1e-5, atol=0)
 
 
+def test_ctpo_holds_a_tokens_log_ratio_within_twenty(cases, run_objective) -> None:
+    ran = run_objective(make_objective("ctpo"), cases.of_ratios([math.exp(-25.0), math.exp(22.0)]))
+    torch.testing.assert_close(ran.weights[0], torch.tensor([math.exp(-20.0), 1.0]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("level", ["sequence", "sequence_mean", "token"])
 @pytest.mark.parametrize("tapers", [(1.0, 1.0, 0.0, 1.0), (0.2, 0.9, 0.1, 0.7), (1.0, 1.0, 0.0, 0.0)])
 def test_topr_equals_the_formula(cases, check_objective, level: str, tapers: tuple[float, float, float, float]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_minpro.objectives import OBJECTIVES, make_objective
+from tests.megatron_minpro.objectives.variants import VARIANTS, make
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.ranks
 def test_four_ranks_equal_one_for_every_objective(cases, run_objective, tmp_path: Path) -> None:
     # Wide enough to clip, narrow enough that no token of this seed lies on a gate.
-    case = cases.random(11, 0.6)
-    torch.save({name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks")}, tmp_path / "case.pt")
+    case = cases.random(11, 0.6).corrected()
+    torch.save(
+        {name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks", "corrections")}, tmp_path / "case.pt"
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("sharded_ranks.py")
@@ -28,8 +30,8 @@ def test_four_ranks_equal_one_for_every_objective(cases, run_objective, tmp_path
 
     for cp_size in (4, 2):
         ranks = [torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True) for rank in range(4)]
-        for name in OBJECTIVES:
-            expected = run_objective(make_objective(name, **({"scale": 0.5} if name == "scaled_cispo" else {})), case)
+        for name in VARIANTS:
+            expected = run_objective(make(name), case)
             outs = [rank[name] for rank in ranks]
             # A sum of terms around 0.1 that nearly cancel: absolute in fp32.
             assert sum(out["loss"] for out in outs) == pytest.approx(expected.loss, rel=1e-5, abs=2e-7)
