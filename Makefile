@@ -10,16 +10,17 @@ ARGS ?=
 
 TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
+OVERLAY := .venv/megatron_core_0.19.2/.complete
 SOURCES := megatron_minpro parallel rollout checkpoints_convert
 SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test lint format bench clean
+.PHONY: help setup setup-gpu train test test-slurm overlay lint format bench bench-gpu plan-report clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
 	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run, with settings that differ from the file"
@@ -37,8 +38,13 @@ setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc f
 train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)
 
-test: setup ## all tests; real data from MINPRO_ASSETS or ../shared
-	.venv/bin/python -m pytest $(ARGS)
+test: setup overlay ## all tests but the next; real data from MINPRO_ASSETS or ../shared
+	.venv/bin/python -m pytest --ignore=tests/slurm $(ARGS)
+
+test-slurm: setup ## the job scripts on a throw-away Slurm on this machine (root; Debian: slurmctld slurmd slurm-client munge iproute2)
+	.venv/bin/python -m pytest tests/slurm $(ARGS)
+
+overlay: $(OVERLAY) ## a later Megatron-Core in a folder of its own, which tests/parallel/test_megatron_overlay.py lays over .venv
 
 lint: $(TRAINER) ## ruff, mypy, shellcheck
 	.venv/bin/ruff check .
@@ -53,6 +59,12 @@ format: $(TRAINER) ## let ruff format and fix
 bench: $(TRAINER) ## measure: a table, and JSON in runs/benchmarks
 	.venv/bin/python tests/benchmarks/run.py --out runs/benchmarks $(ARGS)
 
+bench-gpu: $(TRAINER) ## measure on a CUDA device: parity, scan, log-probs, actor step; without one it says so
+	.venv/bin/python tests/benchmarks/gpu.py --out runs/benchmarks $(ARGS)
+
+plan-report: $(TRAINER) ## the planner's predictions beside published steps: errors and a parity plot in runs/plan_report
+	.venv/bin/python -m parallel.planner.report runs/plan_report
+
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
@@ -63,6 +75,11 @@ $(TRAINER): pyproject.toml
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet torch==2.13.0
 	.venv/bin/pip install --quiet -e '.[dev]'
+	touch $@
+
+# It declares Python 3.12 and runs on 3.11. --no-deps: everything it needs is in .venv.
+$(OVERLAY): $(TRAINER)
+	.venv/bin/pip install --quiet --upgrade --target $(@D) --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
 # --no-deps: SGLang's own requirements ask for CUDA packages, and for a newer torch than its CPU engine needs.

@@ -1,0 +1,56 @@
+"""Where a model's sizes come from when its weights are elsewhere: a config.json, or the data in configs/models."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.planner.shape import ModelShape, from_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
+
+_VARIANT = re.compile(r"[-_](base|instruct|thinking|instruct-2507|thinking-2507)$")
+
+
+def known_models() -> list[str]:
+    """Names of the files in configs/models."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_shape(path: Path) -> ModelShape:
+    """From a config.json, or from the folder that holds it. Raises ValueError naming the file and what is wrong with it."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); expected a Hugging Face config.json or a folder with one") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: holds a JSON {type(config).__name__}, expected an object")
+    return from_config(config, name=path.name if path.is_dir() else path.stem, source=file)
+
+
+def find_shape(path: str, *, architecture: Mapping[str, Any] | None) -> ModelShape:
+    """The model at `path`: its own config.json, else the recipe it would be made by, else the data shipped under its name.
+
+    The name is the last part of the path without -Base and the like. Raises ValueError saying what was looked for.
+    """
+    folder = Path(path)
+    if folder.exists():
+        return read_shape(folder)
+    if architecture is not None:
+        # A tokenizer that is yet to be made decides the vocabulary.
+        return from_config({"vocab_size": 64, **architecture}, name=folder.name, source="model.warm_up.architecture")
+    name = _VARIANT.sub("", folder.name.lower()).replace("-", "_")
+    if name in known_models():
+        return read_shape(FOLDER / f"{name}.json")
+    near = difflib.get_close_matches(name, known_models(), n=1)
+    raise ValueError(
+        f"model.path: {path} does not exist and no shipped sizes are called {name}{f' (nearest: {near[0]})' if near else ''}; "
+        f"expected a Hugging Face folder, --model-config CONFIG.json, or one of {', '.join(known_models())}"
+    )

@@ -1,0 +1,80 @@
+"""Published steps of reinforcement learning and the planner's prediction for each. Shown, not fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from parallel.layout import ParallelLayout
+from parallel.planner.hardware import read_hardware
+from parallel.planner.plan import Work, make_plan
+from parallel.planner.published import ROWS, shape_of
+from parallel.planner.rl import GlobalStep, Rollouts
+from parallel.planner.training import Training
+
+_PROMPT_TOKENS = 100
+_SYNC_S = 7.0  # published for these systems, 5 to 10 s; this project's own sender is slower for large models
+_TRAINING = Training(
+    precision="bf16",
+    spec="fused",
+    recompute="full",
+    dispatcher="alltoall",
+    overlap=False,
+    cuda_graphs="none",
+    fp8_attention=False,
+    fsdp=False,
+    imbalance=1.55,
+    gradient_bytes=4,
+    chunk_tokens=None,
+    release=26.04,
+)
+
+
+@dataclass(frozen=True)
+class RlRow:
+    """One published global step beside its prediction."""
+
+    id: str
+    published_s: float
+    predicted: GlobalStep
+
+
+def read_rl_rows() -> list[RlRow]:
+    return [_row(values) for values in yaml.safe_load(ROWS.read_text())["rl"]]
+
+
+def _row(values: dict[str, Any]) -> RlRow:
+    tp = values.get("tp", 1)
+    colocated = values["sampling_gpus"] == values["gpus"]
+    layout = ParallelLayout(
+        world_size=values["gpus"] - (0 if colocated else values["sampling_gpus"]),
+        tp=tp,
+        pp=values.get("pp", 1),
+        cp=values.get("cp", 1),
+        ep=values["ep"],
+        sequence_parallel=tp > 1,
+    )
+    rollouts = Rollouts(
+        sequences=values["sequences"],
+        prompt_tokens=_PROMPT_TOKENS,
+        mean_tokens=values["mean"] - _PROMPT_TOKENS,
+        max_tokens=values["max"] - _PROMPT_TOKENS,
+        servers=values["sampling_gpus"] // values["server_tp"],
+        tp=values["server_tp"],
+    )
+    work = Work(
+        sequences=values["sequences"],
+        mean_tokens=values["mean"],
+        max_tokens=values["max"],
+        micro_batch_tokens=values["max"],
+        updates_per_step=1,
+        staleness=values["staleness"],
+        rollouts=rollouts,
+        colocated=colocated,
+    )
+    step = make_plan(shape_of(values["model"]), layout, _TRAINING, read_hardware(values["hardware"]), work).global_step
+    assert step is not None
+    with_reference = replace(step, logprobs_s=2 * step.logprobs_s, sync_s=_SYNC_S)
+    return RlRow(id=values["id"], published_s=values["step_s"], predicted=with_reference)

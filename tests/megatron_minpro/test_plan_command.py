@@ -1,0 +1,75 @@
+"""`minpro plan` from the outside: what it prints, and one line with exit code 2 for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_minpro import cli
+
+PUBLISHED = [
+    "configs/qwen3_30b_a3b.yaml",
+    *("parallel.tp=1", "parallel.cp=1", "parallel.ep=16"),
+    *("--world-size", "16", "--global-batch", "1024"),
+]
+
+
+def plan(*arguments: str) -> int:
+    return cli.run(["plan", *arguments])
+
+
+def test_json_holds_the_published_step_of_qwen3_30b(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*PUBLISHED, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step_s"] == pytest.approx(20.147, rel=0.10)
+    assert found["tokens_per_s_per_gpu"] == pytest.approx(13011, rel=0.10)
+    assert found["tflops_per_gpu"] == pytest.approx(299.35, rel=0.10)
+    stage = found["memory_gb"][0]
+    assert stage["total"] == pytest.approx(62.5, rel=0.05)
+    parts = ("parameters", "gradients", "optimizer", "activations", "recomputed", "logits", "dispatch", "context", "rollout")
+    assert sum(stage[part] for part in parts) == pytest.approx(stage["total"])
+    assert found["fits"]
+
+
+@pytest.mark.parametrize("config", ["qwen3_30b_a3b", "qwen3_235b_a22b", "qwen3_8b", "tiny_moe_cpu"])
+def test_every_config_is_planned_without_weights(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(f"configs/{config}.yaml", "--hardware", "h200") == 0
+    shown = capsys.readouterr().out
+    assert "memory per GPU" in shown and "tokens/s/GPU" in shown and "global step" in shown
+
+
+def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("configs/qwen3_30b_a3b.yaml", "actor.recompute=none", "--layers", "fused") == 0
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown and "activations" in shown and ", fits," in shown
+
+
+def test_a_search_prints_layouts_and_draws_the_front(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "front.png"
+    assert plan("configs/qwen3_30b_a3b.yaml", "--search", "--world-size", "16", "--plot", str(picture), "--json", "--top", "3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["fitting"]) == 3 and found["front"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["configs/qwen3_30b_a3b.yaml", "parallel.tp=8", "parallel.cp=1"], "tp=8 does not divide 4 key-value heads"),
+        (["configs/qwen3_30b_a3b.yaml", "parallel.pp=3"], "world_size=16 is not a multiple"),
+        (["configs/qwen3_30b_a3b.yaml", "--hardware", "gb20"], "did you mean gb200"),
+        (["configs/qwen3_30b_a3b.yaml", "--precision", "mxfp8"], "mxfp8 is not one of h100's"),
+        (["configs/qwen3_30b_a3b.yaml", "--dispatcher", "deep"], "did you mean 'deepep'"),
+        (["configs/qwen3_30b_a3b.yaml", "model.path=models/Qwen3-31B-A3B"], "does not exist and no shipped sizes"),
+        (["configs/qwen3_30b_a3b.yaml", "--model-config", "absent.json"], "absent.json: cannot be read"),
+        (["configs/qwen3_235b_a22b.yaml", "--search", "--world-size", "8"], "GB too much; largest part: optimizer"),
+        ([], "CONFIG is missing"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert expected in errors[0]

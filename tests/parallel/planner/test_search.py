@@ -1,0 +1,89 @@
+"""Search, front, remedies and the reinforcement-learning step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from parallel.layout import ParallelLayout
+from parallel.planner.hardware import read_hardware
+from parallel.planner.plan import Work, batch_of, make_plan, remedies
+from parallel.planner.published import read_rows, shape_of
+from parallel.planner.rl import GlobalStep, Rollouts, sampling_seconds
+from parallel.planner.search import legal_layouts, pareto_front, search
+
+SHAPE = shape_of("qwen3_30b_a3b")
+H100 = read_hardware("h100")
+TRAINING = read_rows()[0].training
+PLAIN = Work(
+    sequences=256,
+    mean_tokens=4096,
+    max_tokens=4096,
+    micro_batch_tokens=4096,
+    updates_per_step=1,
+    staleness=0,
+    rollouts=None,
+    colocated=False,
+)
+
+
+def test_the_search_is_sorted_split_by_what_fits_and_holds_every_legal_layout_once() -> None:
+    found = search(SHAPE, 16, TRAINING, H100, PLAIN)
+    rates = [plan.time.tokens_per_s_per_gpu for plan in found.fitting]
+    assert rates == sorted(rates, reverse=True)
+    assert all(plan.fullest.total <= H100.usable_bytes for plan in found.fitting)
+    assert all(plan.fullest.total > H100.usable_bytes for plan in found.failing)
+    layouts = [plan.layout for plan in (*found.fitting, *found.failing)]
+    assert len(set(layouts)) == len(layouts) == len(list(legal_layouts(SHAPE, 16, H100)))
+    assert ParallelLayout(world_size=16, ep=16) in layouts
+
+
+def test_the_front_holds_exactly_the_plans_that_no_other_beats_in_both() -> None:
+    plans = search(SHAPE, 16, TRAINING, H100, PLAIN).fitting
+    best = [
+        plan
+        for plan in plans
+        if not any(
+            other.fullest.total <= plan.fullest.total
+            and other.time.step_s <= plan.time.step_s
+            and (other.fullest.total, other.time.step_s) != (plan.fullest.total, plan.time.step_s)
+            for other in plans
+        )
+    ]
+    points = {(plan.fullest.total, plan.time.step_s) for plan in best}
+    assert {(plan.fullest.total, plan.time.step_s) for plan in pareto_front(plans)} == points
+
+
+def test_a_remedy_of_a_plan_that_does_not_fit_makes_it_fit() -> None:
+    crowded = make_plan(SHAPE, ParallelLayout(world_size=16, ep=8), TRAINING, H100, replace(PLAIN, micro_batch_tokens=16384))
+    assert not crowded.fits
+    found = remedies(crowded)
+    assert found and found[0][1].fits
+    assert "actor.recompute=full" in [change for change, _ in found]
+
+
+def test_micro_batches_hold_whole_sequences_and_interleaving_rounds_them_up() -> None:
+    work = replace(PLAIN, sequences=100, mean_tokens=1000, max_tokens=1000, micro_batch_tokens=4096)
+    assert batch_of(work, ParallelLayout(world_size=4)).num_micro_batches == math.ceil(25 / 4)
+    assert batch_of(work, ParallelLayout(world_size=16, pp=4, vpp=2)).num_micro_batches == 8
+    batch = batch_of(work, ParallelLayout(world_size=4))
+    assert batch.num_micro_batches * batch.micro_batch_tokens == pytest.approx(25 * 1000, abs=batch.num_micro_batches)
+
+
+def test_a_step_of_staleness_hides_training_behind_sampling() -> None:
+    phases = {"sampling_s": 100.0, "steady_sampling_s": 100.0, "logprobs_s": 10.0, "updates_s": 60.0, "sync_s": 5.0}
+    assert GlobalStep(**phases, staleness=0).step_s == 175
+    one = GlobalStep(**phases, staleness=1)
+    assert (one.step_s, one.hidden_s) == (105, 70)
+
+
+def test_sampling_grows_with_length_and_shrinks_with_servers_and_batches_under_way() -> None:
+    rollouts = Rollouts(sequences=2048, prompt_tokens=200, mean_tokens=3000, max_tokens=8192, servers=8, tp=2)
+    base = sampling_seconds(SHAPE, H100, rollouts)
+    assert sampling_seconds(SHAPE, H100, replace(rollouts, servers=16)) < base
+    assert sampling_seconds(SHAPE, H100, replace(rollouts, mean_tokens=6000)) > base
+    assert sampling_seconds(SHAPE, H100, rollouts, batches_under_way=2) < base
+    with pytest.raises(ValueError, match=r"rollout\.tp: 1 GPUs of h100"):
+        sampling_seconds(shape_of("qwen3_235b_a22b"), H100, replace(rollouts, tp=1))
