@@ -12,6 +12,7 @@ from megatron_minpro.prompt_sources import load_prompts
 from megatron_minpro.serving import check_server_options
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
+from parallel.model import check_machine_options
 from rollout.server import default_server_python
 
 
@@ -53,7 +54,8 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_machine(config: RunConfig, capabilities: Capabilities) -> None:
-    """Raises ValueError when this one machine cannot hold the servers and the ranks it would start."""
+    """Raises ValueError when this one machine cannot hold the servers and ranks it would start, or lacks what an option needs."""
+    check_machine_options(config.megatron, capabilities)
     servers, tp = config.rollout.servers, config.rollout.tp
     if servers:
         default_server_python()

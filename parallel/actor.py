@@ -18,20 +18,22 @@ from torch import Tensor
 from checkpoints_convert.mapping import Architecture
 from parallel import actor_checkpoint
 from parallel.capabilities import Capabilities
+from parallel.finite import FiniteWatch
 from parallel.layout import ParallelLayout
 from parallel.logprobs import token_logprobs
 from parallel.mcore import (
     DistributedDataParallel,
-    DistributedDataParallelConfig,
     Float16Module,
     finalize_model_grads,
     get_forward_backward_func,
 )
 from parallel.model import TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, check_options, transformer_config
-from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer, set_learning_rate
-from parallel.packing import MicroBatch, TokenSequence, build_micro_batch, plan_replicas
+from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer, clip_and_step, set_learning_rate
+from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, settle_weights
+from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
+from parallel.router import check_router_options
 from parallel.sequence_shard import SequenceShard
 from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
 
@@ -86,8 +88,11 @@ class UpdateReport:
 
 
 def check_option_names(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that the installed Megatron-Core does not know, naming the nearest known one."""
-    check_options(options, TRANSFORMER_FIELDS | OPTIMIZER_FIELDS, {}, section="megatron")
+    """Raises ValueError for an option that the installed Megatron-Core does not know, naming the nearest known one, or that the actor
+    cannot honour."""
+    check_options(options, TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS, {}, section="megatron")
+    check_router_options(options)
+    data_parallel_config({name: value for name, value in options.items() if name in OVERLAP_FIELDS})
 
 
 class MegatronActor:
@@ -109,19 +114,22 @@ class MegatronActor:
         self._groups = groups
         self._settings = settings
         self._device = torch.device(capabilities.device_type)
-        optimizer_options = {name: value for name, value in settings.megatron_options.items() if name in OPTIMIZER_FIELDS}
-        model_options = {name: value for name, value in settings.megatron_options.items() if name not in OPTIMIZER_FIELDS}
+        options = settings.megatron_options
+        optimizer_options = {name: value for name, value in options.items() if name in OPTIMIZER_FIELDS}
+        overlap_options = {name: value for name, value in options.items() if name in OVERLAP_FIELDS}
+        model_options = {name: value for name, value in options.items() if name not in OPTIMIZER_FIELDS | OVERLAP_FIELDS}
         self._config = transformer_config(
             architecture, layout, capabilities, dtype=settings.dtype, recompute=settings.recompute, options=model_options
         )
-        self._modules: list[HiddenStateModel] = build_model_chunks(architecture, layout, self._config, device_type=capabilities.device_type)
+        self._modules: list[HiddenStateModel] = build_model_chunks(architecture, layout, self._config, capabilities)
         self._local = local_parameters(self._modules, architecture, layout, groups)
         mark_tensor_parallel(self._local, architecture)
         wrapped = [Float16Module(self._config, module) if settings.dtype == torch.bfloat16 else module for module in self._modules]
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
+        ddp_config = data_parallel_config(overlap_options)
         self._chunks = [
             DistributedDataParallel(self._config, ddp_config, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)
         ]
+        connect(self._config, self._chunks, self._modules)
         # The loss is already divided by its global denominator; Megatron is not to divide by a token count as well.
         self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
         self._optimizer = build_optimizer(self._chunks, settings.optimizer, dtype=settings.dtype, options=optimizer_options)
@@ -140,10 +148,12 @@ class MegatronActor:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and tensors, streamed to rank 0 bucket by bucket. Other ranks must iterate and get nothing."""
+        settle_weights(self._chunks)
         return iter(self._exporter)
 
     def save(self, directory: Path) -> None:
         """Model and optimizer as a Megatron torch_dist checkpoint in an existing, empty directory. Loads onto other layouts."""
+        settle_weights(self._chunks)
         actor_checkpoint.save(directory, self._modules, self._optimizer)
 
     def load(self, directory: Path, *, policy_version: int) -> None:
@@ -151,20 +161,31 @@ class MegatronActor:
         actor_checkpoint.load(directory, self._modules, self._optimizer)
         self.policy_version = policy_version
 
+    def load_model(self, directory: Path) -> None:
+        """Take weights alone from a torch_dist checkpoint, as `minpro convert hf-to-megatron` writes it. The optimizer's copy follows."""
+        actor_checkpoint.load_model(directory, self._modules)
+        self._optimizer.reload_model_params()
+
     # -- forward and backward -----------------------------------------------------------------------------------------
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """Log-probabilities under the current weights, no gradient: one fp32 CPU tensor [num_tokens - 1] per sequence."""
+        """Log-probabilities under the current weights, no gradient: one fp32 CPU tensor [num_tokens - 1] per sequence.
+
+        Raises ValueError for malformed sequences, FloatingPointError for a NaN or infinity where a loss mask is True.
+        """
+        micro_batches = self._micro_batches(sequences)
+        watch = self._watch()
         scored: dict[int, Tensor] = {}
 
         def keep(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            logprobs_T, _ = self._score(micro_batch, hidden, module, with_entropy=False)
+            logprobs_T, _ = self._score(micro_batch, hidden, module, watch, with_entropy=False)
             if micro_batch.indices:
-                scored.update(zip(micro_batch.indices, micro_batch.shard.assemble(logprobs_T), strict=True))
+                scored.update(zip(micro_batch.indices, micro_batch.shard.assemble(logprobs_T), strict=False))  # padding may follow
             return logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(self._micro_batches(sequences), keep, forward_only=True)
+            self._run(micro_batches, keep, forward_only=True)
+        watch.raise_together("nothing is scored")
         sizes = [sequence.num_positions for sequence in sequences]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
         place = self._groups.coordinates
@@ -181,43 +202,50 @@ class MegatronActor:
         For the few objectives that must know the whole mini-batch before any gradient. statistics_fn returns one shape always.
         """
         counts = _count(minibatch)
+        micro_batches = self._micro_batches(minibatch)
+        watch = self._watch()
         totals: dict[str, Tensor] = {}
 
         def add(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            local = self._local_tokens(micro_batch, hidden, module, counts)
+            local = self._local_tokens(micro_batch, hidden, module, watch, counts)
             _add_to(totals, {"statistics": statistics_fn(local)})
             return local.logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(self._micro_batches(minibatch), add, forward_only=True)
+            self._run(micro_batches, add, forward_only=True)
+        watch.raise_together(f"nothing changed, the policy stays at version {self.policy_version}")
         return self._sum_statistics(totals if self._speaks else None)["statistics"]
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
         """Forward, backward, clip, step over one mini-batch.
 
-        Raises ValueError for a mini-batch without a trained token; FloatingPointError when the gradient is not finite (no
-        step is taken, on any rank).
+        Raises ValueError for a malformed mini-batch, on every rank and before anything is exchanged; FloatingPointError, on every
+        rank, when one of them meets a NaN or infinity at a trained token, or the gradient is not finite: no step is taken then.
         """
         counts = _count(minibatch)
+        micro_batches = self._micro_batches(minibatch)
+        watch = self._watch()
+        unchanged = f"not stepped, the policy stays at version {self.policy_version}"
         totals: dict[str, Tensor] = {}
 
         def compute_loss(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            out = loss_fn(self._local_tokens(micro_batch, hidden, module, counts))
+            out = loss_fn(self._local_tokens(micro_batch, hidden, module, watch, counts))
             _add_to(totals, {"loss": out.loss.detach(), **out.metrics})
             return out.loss, torch.zeros((), dtype=torch.int), None
 
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        self._run(self._micro_batches(minibatch), compute_loss, forward_only=False)
+        self._run(micro_batches, compute_loss, forward_only=False)
+        watch.raise_together(unchanged)
         sums = self._sum_metrics(totals if self._speaks else None)
 
         set_learning_rate(self._optimizer, learning_rate, weight_decay=self._settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm} in the update after policy version {self.policy_version}; not stepped")
-        self._optimizer.step()
+            raise FloatingPointError(f"gradient norm is {grad_norm}; {unchanged}")
+        clip_and_step(self._optimizer, grad_norm=grad_norm)
         self.policy_version += 1
         return UpdateReport(
             loss=float(sums.pop("loss")),
@@ -233,8 +261,13 @@ class MegatronActor:
         """One rank of each tensor-parallel group of the last stage contributes to sums."""
         return self._groups.is_last_stage and self._groups.coordinates.tp == 0
 
-    def _local_tokens(self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, counts: _Counts) -> LocalTokens:
-        logprobs_T, entropy_T = self._score(micro_batch, hidden, module, with_entropy=True)
+    def _watch(self) -> FiniteWatch:
+        return FiniteWatch(rank=self._groups.coordinates.rank, control_group=self._groups.control)
+
+    def _local_tokens(
+        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, watch: FiniteWatch, counts: _Counts
+    ) -> LocalTokens:
+        logprobs_T, entropy_T = self._score(micro_batch, hidden, module, watch, with_entropy=True)
         assert entropy_T is not None
         return LocalTokens(
             logprobs_T=logprobs_T,
@@ -247,9 +280,9 @@ class MegatronActor:
         )
 
     def _score(
-        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, *, with_entropy: bool
+        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, watch: FiniteWatch, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return token_logprobs(
+        logprobs_T, entropy_T = token_logprobs(
             module.head_input(hidden),
             module.head_weight(),
             micro_batch.labels_T,
@@ -259,13 +292,19 @@ class MegatronActor:
             vocab_size=self.architecture.vocab_size,
             with_entropy=with_entropy,
         )
+        return watch.screen(logprobs_T, micro_batch), entropy_T
 
     def _micro_batches(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
+        check_sequences(sequences, vocab_size=self.architecture.vocab_size)
         lengths = [sequence.num_positions for sequence in sequences]
-        plan = plan_replicas(lengths, self.layout, max_tokens=self._settings.max_tokens_per_micro_batch)
+        budget = self._settings.max_tokens_per_micro_batch
+        plan = plan_replicas(lengths, self.layout, max_tokens=budget, break_even=break_even_tokens(self.architecture))
+        # The allgather dispatcher exchanges equal parts: all ranks that share experts need equally many tokens.
+        equal = self._config.moe_token_dispatcher_type == "allgather" and self.layout.ep * self.layout.etp > 1
+        sizes = common_sizes(plan, lengths, self.layout) if equal else [0] * len(plan[0])
         return [
-            build_micro_batch(sequences, indices, self.layout, cp_group=self._groups.cp, device=self._device)
-            for indices in plan[self._groups.coordinates.dp]
+            build_micro_batch(sequences, indices, self.layout, cp_group=self._groups.cp, device=self._device, fill_to=size)
+            for indices, size in zip(plan[self._groups.coordinates.dp], sizes, strict=True)
         ]
 
     def _run(self, micro_batches: list[MicroBatch], finish: Callable[..., tuple[Tensor, Tensor, None]], *, forward_only: bool) -> None:

@@ -1,4 +1,4 @@
-"""Core attention for packed sequences, where TransformerEngine is absent.
+"""Rotary embedding and core attention of packed sequences, where TransformerEngine is absent.
 
 Tokens arrive packed, [T, heads, head_size]; each sequence attends to itself only. Sequences of similar length are laid side by side
 in a [sequences, longest] grid so that torch's causal kernel does the work, and nothing of size T x T exists. Under context
@@ -26,11 +26,13 @@ class _Grid:
     """Some sequences side by side in a [sequences, width] grid, out of T packed tokens.
 
     token_G: which packed tokens are in it. slot_G: their flat slots. position_SW: position in every slot, -1 where empty.
+    is_view: all packed tokens in their order, no slot empty (sequences of equal length): nothing has to move.
     """
 
     token_G: Tensor
     slot_G: Tensor
     position_SW: Tensor
+    is_view: bool
 
     @classmethod
     def of(cls, sequence_id_T: Tensor, position_T: Tensor, sequences: Tensor) -> _Grid:
@@ -50,18 +52,22 @@ class _Grid:
         slot_G = row_G * width + column_G
         position_SW = torch.full((len(sequences) * width,), -1, device=slot_G.device, dtype=position_T.dtype)
         position_SW[slot_G] = position_T[token_G]
-        return cls(token_G=token_G, slot_G=slot_G, position_SW=position_SW.view(len(sequences), width))
+        is_view = len(slot_G) == len(position_SW) == len(position_T) and bool((slot_G == token_G).all())
+        return cls(token_G=token_G, slot_G=slot_G, position_SW=position_SW.view(len(sequences), width), is_view=is_view)
 
     def spread(self, x_THD: Tensor) -> Tensor:
         """[T, heads, size] -> [sequences, heads, width, size]; empty slots are zero."""
         num_sequences, width = self.position_SW.shape
+        if self.is_view:
+            return x_THD.unflatten(0, (num_sequences, width)).transpose(1, 2)
         chosen = x_THD if len(self.token_G) == len(x_THD) else x_THD.index_select(0, self.token_G)
         flat = x_THD.new_zeros((num_sequences * width, *x_THD.shape[1:])).index_copy(0, self.slot_G, chosen)
         return flat.view(num_sequences, width, *x_THD.shape[1:]).transpose(1, 2)
 
     def collect(self, x_SHWD: Tensor) -> Tensor:
         """[sequences, heads, width, size] -> the grid's tokens [G, heads, size]."""
-        return x_SHWD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_G)
+        flat = x_SHWD.transpose(1, 2).flatten(0, 1)
+        return flat if self.is_view else flat.index_select(0, self.slot_G)
 
 
 def length_classes(lengths: Sequence[int]) -> list[list[int]]:
@@ -82,10 +88,12 @@ class ShardedPackedSeqParams(PackedSeqParams):
     """Megatron's packed-sequence record, plus the shard it was made from. Grids are built once and shared by all layers."""
 
     shard: SequenceShard | None = None
+    sequence_weights: tuple[float, ...] = ()  # [S], in the router's balance loss; 0 for a sequence of padding
     _grids: list[tuple[_Grid, _Grid]] | None = field(default=None, repr=False)
+    _rotation: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_shard(cls, shard: SequenceShard) -> ShardedPackedSeqParams:
+    def from_shard(cls, shard: SequenceShard, *, sequence_weights: tuple[float, ...] = ()) -> ShardedPackedSeqParams:
         return cls(
             qkv_format="thd",
             cu_seqlens_q=shard.cu_seqlens,
@@ -95,7 +103,20 @@ class ShardedPackedSeqParams(PackedSeqParams):
             max_seqlen_q=shard.max_seqlen,
             max_seqlen_kv=shard.max_seqlen,
             shard=shard,
+            sequence_weights=sequence_weights,
         )
+
+    def rotation(self, head_size: int, *, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every local token's angles, [T, 1, head_size / 2] each. Made once and shared by all layers.
+
+        Angle i is position / base^(2i / head_size) (RoFormer, arXiv:2104.09864, eq. 15), taken in fp32.
+        """
+        if self._rotation is None:
+            assert self.shard is not None
+            exponents = torch.arange(0, head_size, 2, device=self.shard.device).float() / head_size
+            angles = self.shard.position_T[:, None, None].float() * (1.0 / base**exponents)
+            self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._rotation
 
     def grids(self) -> list[tuple[_Grid, _Grid]]:
         """By length class: grid of this rank's queries, grid of all ranks' keys (the same one without context parallelism)."""
@@ -119,6 +140,28 @@ class ShardedPackedSeqParams(PackedSeqParams):
         return self._grids
 
 
+class _Rotate(torch.autograd.Function):
+    """Turns the pairs (x_i, x_{i + size/2}) of every head by its token's angles; backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_THD, cos, sin, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad, *ctx.saved_tensors, sign=-1), None, None
+
+
+def _turn(x_THD: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
+    first, second = x_THD.chunk(2, dim=-1)
+    turned = torch.empty_like(x_THD)
+    first_out, second_out = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin, value=sign)
+    return turned
+
+
 class _GatherOverContext(torch.autograd.Function):
     """[T_local, ...] -> [cp * T_local, ...] in rank order; backward reduce-scatters the sum."""
 
@@ -137,7 +180,11 @@ class _GatherOverContext(torch.autograd.Function):
 
 
 class PackedAttention(torch.nn.Module):
-    """Drop-in `core_attention`: causal self-attention of packed sequences, grouped queries, context parallel."""
+    """Drop-in `core_attention`: causal self-attention of packed sequences, grouped queries, context parallel.
+
+    It applies the rotary embedding itself, to the positions that its shard knows: Megatron's runs over every sequence of every layer.
+    rotary_base: theta of the model.
+    """
 
     def __init__(
         self,
@@ -147,9 +194,12 @@ class PackedAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        rotary_base: float,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.rotary_base = rotary_base
         self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
@@ -158,8 +208,10 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T, heads, size], key and value [T, key-value heads, size] -> [T, 1, heads * size]."""
         assert isinstance(packed_seq_params, ShardedPackedSeqParams), "this project trains packed sequences only"
-        # Megatron hands [T, 1, heads, size] or [T, heads, size] depending on whether rotary embedding ran on packed data.
+        # Megatron hands [T, 1, heads, size] or [T, heads, size], by the kind of packing that it was told.
         query, key, value = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
+        rotation = packed_seq_params.rotation(query.size(-1), base=self.rotary_base, dtype=query.dtype)
+        query, key = (_Rotate.apply(x, *rotation) for x in (query, key))
         if self.cp_group.size() > 1:
             gathered = _GatherOverContext.apply(torch.cat([key, value], dim=-1), self.cp_group)
             key, value = gathered.split([key.size(-1), value.size(-1)], dim=-1)

@@ -1,6 +1,7 @@
 """What this machine offers, and so which of two ways everything runs: the one file where CPU and GPU part.
 
-Seen so far: gloo, the local layer spec and torch's own optimizer. Chosen from what is importable, never from an exception.
+Seen so far: gloo, the local layer spec and torch's own optimizer. Never run: TransformerEngine's layer spec. Chosen from what is
+importable, never from an exception.
 """
 
 from __future__ import annotations
@@ -43,17 +44,28 @@ class Capabilities:
         return "nccl" if self.cuda_devices else "gloo"
 
     @property
-    def layer_spec(self) -> Literal["local"]:
-        """Megatron-Core's local spec with this project's norm and attention, everywhere. TransformerEngine's is not in use yet."""
-        return "local"
+    def layer_spec(self) -> Literal["transformer_engine", "local"]:
+        """TransformerEngine's where it can be imported and CUDA is there; else Megatron-Core's local one with this project's plug-ins."""
+        return "transformer_engine" if self.cuda_devices and self.transformer_engine_version is not None else "local"
+
+    @property
+    def expert_product(self) -> Literal["grouped", "loop"]:
+        """How `experts.py` multiplies. On a CPU the loop is the faster one (make bench)."""
+        return "grouped" if self.cuda_devices else "loop"
+
+    def describe_layers(self) -> str:
+        """Which layers the model is made of."""
+        if self.layer_spec == "transformer_engine":
+            return f"TransformerEngine {self.transformer_engine_version}'s layer spec"
+        return f"the local layer spec with this project's attention, norm and experts ({self.expert_product})"
 
     def lines(self) -> list[str]:
         """For people: one fact and its consequence a line."""
         return [
             f"device: {self.device_name}, {self.cuda_devices} CUDA device(s); collectives over {self.backend}",
             f"torch {self.torch_version}, megatron-core {self.megatron_core_version}",
-            f"TransformerEngine {self.transformer_engine_version or 'absent'}, Apex {self.apex_version or 'absent'}; "
-            f"{self.layer_spec} layer spec",
+            f"TransformerEngine {self.transformer_engine_version or 'absent'}, Apex {self.apex_version or 'absent'}",
+            f"layers: {self.describe_layers()}",
         ]
 
 

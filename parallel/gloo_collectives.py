@@ -1,18 +1,24 @@
-"""Two gaps that only appear on gloo and with torch's own AdamW, filled once Megatron-Core is imported.
+"""Four gaps that only appear on a CPU, with gloo and torch's own AdamW, filled once Megatron-Core is imported.
 
 1. gloo has no all-gather or reduce-scatter of unequal parts, which the all-to-all dispatcher needs when both expert
    and expert-tensor parallelism are in use: every rank pads to the largest part.
 2. torch's AdamW keeps a `step` in its state that Megatron's fully reshardable checkpoint does not carry.
+3. gloo copies all gradients and all weights through buffers of its own even where the distributed optimizer has one replica.
+4. Apex's kernels that add weight gradients to Megatron's buffer are CUDA: `weight_gradient.py` stands in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import layers, mappings
+
+from parallel import weight_gradient
 
 _gather = mappings._gather_along_first_dim
 _reduce_scatter = mappings._reduce_scatter_along_first_dim
@@ -61,8 +67,23 @@ def _set_states_keeping_step(self: DistributedOptimizer, model_param: torch.nn.P
     return _set_states(self, model_param, tensors)
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, left out where a single rank would send a buffer to itself. Positional: output, input."""
+
+    def run(output: torch.Tensor, input_: torch.Tensor, *, group: dist.ProcessGroup, **options: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == input_.data_ptr():
+            return None
+        return collective(output, input_, group=group, **options)
+
+    return run
+
+
 def install() -> None:
     """Idempotent."""
     mappings._gather_along_first_dim = gather_along_first_dim
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
+    param_and_grad_buffer.dist_all_gather_func = _unless_alone(dist.all_gather_into_tensor)
+    param_and_grad_buffer.dist_reduce_scatter_func = _unless_alone(dist.reduce_scatter_tensor)
+    layers.fused_weight_gradient_mlp_cuda = weight_gradient
+    layers._grad_accum_fusion_available = True
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_keeping_step

@@ -7,18 +7,25 @@ from parallel import megatron_cpu  # isort: skip  (must come before any megatron
 from megatron.core import __version__ as version
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -29,14 +36,22 @@ if megatron_cpu.INSTALLED:
     gloo_collectives.install()
 
 __all__ = [
+    "ColumnParallelLinear",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
     "GPTModel",
+    "MLPSubmodules",
+    "MoEAuxLossAutoScaler",
+    "ModuleSpec",
     "OptimizerConfig",
     "PackedSeqParams",
+    "RowParallelLinear",
+    "SequentialMLP",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "clip_grad_by_total_norm_fp32",
     "copy_to_tensor_model_parallel_region",
     "dist_checkpointing",
     "ensure_metadata_has_dp_cp_group",
@@ -44,6 +59,7 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "get_standard_config_overrides",
@@ -51,4 +67,5 @@ __all__ = [
     "parallel_state",
     "set_tensor_model_parallel_attributes",
     "version",
+    "weighted_bias_swiglu_impl",
 ]

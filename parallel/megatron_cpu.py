@@ -47,6 +47,8 @@ RULES = (
         "all_to_all wants split sizes as a list; Megatron converts them only when they come from a GPU",
     ),
     Rule(re.compile(r"hasattr\(_C, '_cuda_setRNGState'\)"), "False", "the random state is the CPU's"),
+    Rule(re.compile(r"(?m)^import triton$"), "from parallel import triton_stand_in as triton", "kernels that only CUDA tensors reach"),
+    Rule(re.compile(r"(?m)^import triton\.language as tl$"), "from parallel.triton_stand_in import language as tl", "their annotations"),
 )
 
 # Not needed by the actor, and full of CUDA of their own.

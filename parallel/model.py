@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,18 +19,25 @@ from torch import Tensor
 from checkpoints_convert.mapping import Architecture
 from parallel.attention import PackedAttention
 from parallel.capabilities import Capabilities
+from parallel.experts import PackedExperts
 from parallel.layout import ParallelLayout
 from parallel.mcore import (
+    ColumnParallelLinear,
     GPTModel,
+    MLPSubmodules,
+    ModuleSpec,
+    RowParallelLinear,
     TransformerBlockSubmodules,
     TransformerConfig,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
     parallel_state,
 )
 from parallel.norm import RMSNorm
+from parallel.router import SequenceBalancedRouter, check_router_options, follow_packing
 
 TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
 
@@ -45,6 +53,17 @@ def check_options(options: Mapping[str, Any], known: frozenset[str], fixed: Mapp
             raise ValueError(f"{section}.{name}: the installed megatron-core has no such option; nearest: {near}")
         if name in fixed:
             raise ValueError(f"{section}.{name}: decided by the layout, the model or the actor (here {fixed[name]!r}); remove it")
+
+
+def check_machine_options(options: Mapping[str, Any], capabilities: Capabilities) -> None:
+    """Raises ValueError for an option that this machine cannot honour, before any process group: nothing is silently left out."""
+    for name in ("fp8", "fp4"):
+        if options.get(name) and capabilities.layer_spec != "transformer_engine":
+            raise ValueError(
+                f"megatron.{name} = {options[name]!r}: needs TransformerEngine on CUDA, here is {capabilities.describe_layers()}"
+            )
+    if options.get("moe_token_dispatcher_type") == "flex" and capabilities.device_type != "cuda":
+        raise ValueError("megatron.moe_token_dispatcher_type = 'flex': needs CUDA and DeepEP; expected alltoall or allgather on a CPU")
 
 
 def transformer_config(
@@ -107,7 +126,11 @@ def transformer_config(
             "moe_router_score_function": "softmax",
             # Softmax over the chosen experts only equals softmax over all, renormalised: Qwen3's norm_topk_prob.
             "moe_router_pre_softmax": not a.norm_topk_prob,
-            "moe_grouped_gemm": False,
+            "moe_grouped_gemm": capabilities.layer_spec == "transformer_engine",
+            # What Qwen3's experts do not have and `PackedExperts` does not compute.
+            "moe_apply_probs_on_input": False,
+            "activation_func_clamp_value": None,
+            "glu_linear_offset": 0.0,
         }
     if recompute == "full":
         fixed |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -121,14 +144,21 @@ def transformer_config(
                 "bias_dropout_fusion",
                 "persist_layer_norm",
                 "apply_rope_fusion",
-                "gradient_accumulation_fusion",
             ),
             False,
         )
+        fixed["gradient_accumulation_fusion"] = True  # see weight_gradient.py
     else:
         fixed |= {"persist_layer_norm": False, "gradient_accumulation_fusion": capabilities.apex_version is not None}
     check_options(options, TRANSFORMER_FIELDS, fixed, section="megatron")
-    defaults = {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.0}
+    check_router_options(options)
+    check_machine_options(options, capabilities)
+    defaults = {
+        "moe_router_load_balancing_type": "none",
+        # Where no token travels, the allgather dispatcher copies them less often; Megatron refuses it for pipelines of varying lengths.
+        "moe_token_dispatcher_type": "allgather" if layout.ep * layout.etp * layout.pp == 1 else "alltoall",
+        "moe_aux_loss_coeff": 0.0,
+    }
     return TransformerConfig(**{**defaults, **fixed, **options})
 
 
@@ -155,7 +185,7 @@ class HiddenStateModel(GPTModel):
         return hidden_states.squeeze(1).to(self.head_weight().dtype)
 
 
-def _local_layer_spec(architecture: Architecture) -> Any:
+def _local_layer_spec(architecture: Architecture, capabilities: Capabilities) -> Any:
     spec = get_gpt_layer_local_spec(
         num_experts=architecture.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
     )
@@ -163,16 +193,38 @@ def _local_layer_spec(architecture: Architecture) -> Any:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(module=PackedAttention, params={"rotary_base": architecture.rope_theta})
+    if architecture.is_moe:
+        moe = _moe_submodules(spec)
+        moe.router = SequenceBalancedRouter
+        moe.experts = ModuleSpec(
+            module=PackedExperts,
+            params={"product": capabilities.expert_product},
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
     return spec
 
 
+def _transformer_engine_layer_spec(architecture: Architecture) -> Any:
+    """Megatron-Core's own, norms fused into linear layers and experts in one grouped product; only the router is this project's."""
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=architecture.num_experts, moe_grouped_gemm=True, qk_layernorm=True)
+    if architecture.is_moe:
+        _moe_submodules(spec).router = SequenceBalancedRouter
+    return spec
+
+
+def _moe_submodules(spec: Any) -> Any:
+    mlp = spec.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules  # a partial since 0.17
+
+
 def build_model_chunks(
-    architecture: Architecture, layout: ParallelLayout, config: TransformerConfig, *, device_type: str
+    architecture: Architecture, layout: ParallelLayout, config: TransformerConfig, capabilities: Capabilities
 ) -> list[HiddenStateModel]:
     """This rank's model chunks, one per virtual pipeline stage (one without), uninitialised. Needs Megatron's process groups."""
     chunks = []
-    layer_spec = _local_layer_spec(architecture)
+    with_engine = capabilities.layer_spec == "transformer_engine"
+    layer_spec = _transformer_engine_layer_spec(architecture) if with_engine else _local_layer_spec(architecture, capabilities)
     for index in range(layout.vpp or 1):
         vp_stage = index if layout.vpp is not None else None
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -185,7 +237,7 @@ def build_model_chunks(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if with_engine else "none",  # `PackedAttention` applies it itself
             rotary_base=architecture.rope_theta,
             vp_stage=vp_stage,
         )
@@ -193,5 +245,6 @@ def build_model_chunks(
             if ".experts." in name:
                 # 0.16.1 reduces expert gradients as dense ones when ep=1 and etp != tp: right logits, wrong gradients.
                 parameter.allreduce = False
-        chunks.append(chunk.to(device_type))
+        follow_packing(chunk)
+        chunks.append(chunk.to(capabilities.device_type))
     return chunks

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from parallel.mcore import DistributedDataParallel, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from parallel.mcore import (
+    DistributedDataParallel,
+    OptimizerConfig,
+    clip_grad_by_total_norm_fp32,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from parallel.model import check_options
 
 OPTIMIZER_FIELDS = frozenset(field.name for field in dataclasses.fields(OptimizerConfig))
@@ -41,12 +47,17 @@ def build_optimizer(
         "adam_eps": settings.eps,
         "clip_grad": settings.gradient_clip,
         "use_distributed_optimizer": True,
+        "overlap_param_gather_with_optimizer_step": False,
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
     }
     check_options(options, OPTIMIZER_FIELDS, fixed, section="megatron")
     config = OptimizerConfig(**{**fixed, **options})
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=get_standard_config_overrides(config))
+    for each in inner_optimizers(optimizer):
+        if isinstance(each.optimizer, torch.optim.AdamW):  # Apex and TransformerEngine bring fused ones of their own
+            for group in each.optimizer.param_groups:
+                group["fused"] = True
     _create_state(optimizer)
     return optimizer
 
@@ -77,3 +88,16 @@ def set_learning_rate(optimizer: Any, learning_rate: float, *, weight_decay: flo
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def clip_and_step(optimizer: Any, *, grad_norm: float) -> None:
+    """What Megatron's `step` does after `prepare_grads`, with the norm that is known already: it would compute it again."""
+    for each in inner_optimizers(optimizer):
+        if each.config.clip_grad > 0.0 and not each.is_stub_optimizer:
+            clip_grad_by_total_norm_fp32(
+                each.get_parameters(),
+                max_norm=each.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=each.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()

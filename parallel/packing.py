@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoints_convert.mapping import Architecture
 from parallel.attention import ShardedPackedSeqParams
 from parallel.layout import ParallelLayout
 from parallel.sequence_shard import SequenceShard
@@ -27,6 +28,8 @@ class TokenSequence:
     streams: Mapping[str, Tensor]  # fp32 [L-1] each
 
     def __post_init__(self) -> None:
+        if self.token_ids.dtype != torch.int64 or self.token_ids.dim() != 1:
+            raise ValueError(f"token_ids: {self.token_ids.dtype} {tuple(self.token_ids.shape)}, expected torch.int64 and one axis")
         length = len(self.token_ids)
         if length < 2:
             raise ValueError(f"token_ids: a sequence needs at least 2 tokens, this one has {length}")
@@ -48,7 +51,7 @@ class TokenSequence:
 class MicroBatch:
     """This rank's part of some packed sequences. T: local tokens, padding included."""
 
-    indices: tuple[int, ...]  # which sequences of the mini-batch, in packing order
+    indices: tuple[int, ...]  # which sequences of the mini-batch, in packing order; a sequence of padding may follow them
     shard: SequenceShard
     packed_seq_params: ShardedPackedSeqParams
     token_ids_T: Tensor
@@ -57,18 +60,62 @@ class MicroBatch:
     streams: Mapping[str, Tensor]
 
 
-def split_over_replicas(lengths: Sequence[int], *, num_replicas: int) -> list[list[int]]:
+def check_sequences(sequences: Sequence[TokenSequence], *, vocab_size: int) -> None:
+    """Refuse what would go wrong on some rank only, or nowhere visibly. Every rank holds all sequences, so all refuse together.
+
+    Raises ValueError naming the sequence, by its index: no sequence at all, streams that others have and it lacks, a token outside the
+    vocabulary, a NaN or infinity in a stream where loss_mask is True.
+    """
+    if not sequences:
+        raise ValueError("sequences: none, expected at least one")
+    names = sorted(sequences[0].streams)
+    for index, sequence in enumerate(sequences):
+        if sorted(sequence.streams) != names:
+            raise ValueError(f"sequence {index}: streams {sorted(sequence.streams)}, expected {names} as in sequence 0")
+        lowest, highest = (int(x) for x in sequence.token_ids.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            outside = lowest if lowest < 0 else highest
+            raise ValueError(f"sequence {index}: token_ids holds {outside}, expected 0 to {vocab_size - 1}")
+        for name, stream in sequence.streams.items():
+            wrong = sequence.loss_mask & ~stream.isfinite()
+            if wrong.any():
+                at = int(wrong.nonzero()[0, 0])
+                raise ValueError(f"sequence {index}: {name} is {float(stream[at])} at position {at}, where loss_mask is True")
+
+
+def break_even_tokens(architecture: Architecture) -> float:
+    """Length at which causal attention costs as many multiplications as everything else of the model together.
+
+    Per token and layer a forward pass multiplies each active weight once, and attention heads * head_dim * length times (scores and
+    values, half of the square each). The output layer counts 4/3: its logits are computed again in backward (`logprobs.py`).
+    """
+    a = architecture
+    attention = a.hidden_size * a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads)
+    if a.num_experts is None:
+        mlp = 3 * a.hidden_size * a.intermediate_size
+    else:
+        assert a.num_experts_per_tok is not None and a.moe_intermediate_size is not None
+        mlp = a.hidden_size * (a.num_experts + 3 * a.num_experts_per_tok * a.moe_intermediate_size)
+    head = 4 / 3 * a.hidden_size * a.vocab_size / a.num_hidden_layers
+    return (attention + mlp + head) / (a.num_attention_heads * a.head_dim)
+
+
+def compute_cost(length: int, *, break_even: float) -> float:
+    """Relative cost of a sequence of `length` positions: linear in it, plus attention's square. See `break_even_tokens`."""
+    return length * (1 + length / break_even)
+
+
+def split_over_replicas(costs: Sequence[float], *, num_replicas: int) -> list[list[int]]:
     """Share sequences among data-parallel replicas so that their compute is even. Deterministic.
 
-    lengths: positions per sequence. The cost of a sequence is taken as its length (matrix products dominate until lengths
-    far beyond the hidden size). Longest first onto the least loaded replica (Graham, 1969).
+    costs: one per sequence, in any unit. Most expensive first onto the least loaded replica (Graham, 1969: at most 4/3 of the optimum).
     """
-    load = [0] * num_replicas
+    load = [0.0] * num_replicas
     replicas: list[list[int]] = [[] for _ in range(num_replicas)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         target = min(range(num_replicas), key=lambda r: (load[r], r))
         replicas[target].append(index)
-        load[target] += lengths[index]
+        load[target] += costs[index]
     return replicas
 
 
@@ -94,37 +141,63 @@ def plan_micro_batches(indices: Sequence[int], lengths: Sequence[int], *, max_to
     return groups
 
 
-def plan_replicas(lengths: Sequence[int], layout: ParallelLayout, *, max_tokens: int) -> list[list[list[int]]]:
+def plan_replicas(lengths: Sequence[int], layout: ParallelLayout, *, max_tokens: int, break_even: float) -> list[list[list[int]]]:
     """Micro-batches of every replica, [dp][micro-batch][index]; all replicas get the same number (some may be empty lists).
 
+    Replicas are balanced by compute, micro-batches filled by tokens. The most expensive micro-batch of each replica comes first: experts
+    exchange tokens between replicas in every layer, so the n-th micro-batches of all replicas wait for each other.
     Expert parallelism and pipelines need equal counts on all ranks; the interleaved pipeline needs a multiple of pp.
     max_tokens: positions of one packed micro-batch over all its context-parallel ranks, padding included.
+    break_even: see `break_even_tokens`.
     """
     multiple = layout.sequence_multiple
     padded = [-(-length // multiple) * multiple for length in lengths]
-    replicas = split_over_replicas(padded, num_replicas=layout.dp)
+    costs = [compute_cost(length, break_even=break_even) for length in padded]
+    replicas = split_over_replicas(costs, num_replicas=layout.dp)
     plans = [plan_micro_batches(indices, padded, max_tokens=max_tokens) for indices in replicas]
+    for plan in plans:
+        plan.sort(key=lambda group: -sum(costs[index] for index in group))
     count = max(1, *(len(plan) for plan in plans))
     if layout.vpp is not None:
         count = -(-count // layout.pp) * layout.pp
     return [plan + [[] for _ in range(count - len(plan))] for plan in plans]
 
 
+def common_sizes(plans: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], layout: ParallelLayout) -> list[int]:
+    """The most positions, padding included, that any replica has in its n-th micro-batch. plans: of `plan_replicas`."""
+    multiple = layout.sequence_multiple
+    return [
+        max(sum(-(-lengths[index] // multiple) * multiple for index in group) for group in groups) for groups in zip(*plans, strict=True)
+    ]
+
+
 def build_micro_batch(
-    sequences: Sequence[TokenSequence], indices: Sequence[int], layout: ParallelLayout, *, cp_group: dist.ProcessGroup, device: torch.device
+    sequences: Sequence[TokenSequence],
+    indices: Sequence[int],
+    layout: ParallelLayout,
+    *,
+    cp_group: dist.ProcessGroup,
+    device: torch.device,
+    fill_to: int = 0,
 ) -> MicroBatch:
-    """Pack the sequences at `indices` and keep what this context-parallel rank holds of them.
+    """Pack the sequences at `indices` and keep what this context-parallel rank holds of them. sequences: the whole mini-batch.
 
     An empty `indices` gives a micro-batch of padding alone, so that this rank can take part in collectives.
+    fill_to: add a masked sequence where there are fewer positions than this (over all context-parallel ranks).
     """
-    chosen = [sequences[i] for i in indices] or [_padding_like(sequences[0])]
+    chosen = [sequences[i] for i in indices]
+    multiple = layout.sequence_multiple
+    missing = fill_to - sum(-(-sequence.num_positions // multiple) * multiple for sequence in chosen)
+    if missing > 0 or not chosen:
+        chosen.append(_padding_like(sequences[0], num_positions=max(1, missing)))
     lengths = [sequence.num_positions for sequence in chosen]
-    shard = SequenceShard.zigzag(lengths, cp_group.rank(), layout.cp, cp_group, multiple_of=layout.sequence_multiple, device=device)
+    shard = SequenceShard.zigzag(lengths, cp_group.rank(), layout.cp, cp_group, multiple_of=multiple, device=device)
     streams = {name: shard.local([sequence.streams[name].to(device) for sequence in chosen], fill=0.0) for name in chosen[0].streams}
+    weights = [1 / len(sequences)] * len(indices) + [0.0] * (len(chosen) - len(indices))
     return MicroBatch(
         indices=tuple(indices),
         shard=shard,
-        packed_seq_params=ShardedPackedSeqParams.from_shard(shard),
+        packed_seq_params=ShardedPackedSeqParams.from_shard(shard, sequence_weights=tuple(weights)),
         token_ids_T=shard.local([sequence.token_ids[:-1].to(device) for sequence in chosen], fill=0),
         labels_T=shard.local([sequence.token_ids[1:].to(device) for sequence in chosen], fill=0),
         loss_mask_T=shard.local([sequence.loss_mask.to(device) for sequence in chosen], fill=False),
@@ -132,9 +205,9 @@ def build_micro_batch(
     )
 
 
-def _padding_like(sequence: TokenSequence) -> TokenSequence:
+def _padding_like(sequence: TokenSequence, *, num_positions: int) -> TokenSequence:
     return TokenSequence(
-        token_ids=torch.zeros(2, dtype=torch.int64),
-        loss_mask=torch.zeros(1, dtype=torch.bool),
-        streams={name: torch.zeros(1) for name in sequence.streams},
+        token_ids=torch.zeros(num_positions + 1, dtype=torch.int64),
+        loss_mask=torch.zeros(num_positions, dtype=torch.bool),
+        streams={name: torch.zeros(num_positions) for name in sequence.streams},
     )

@@ -36,12 +36,13 @@ def initialize(layout: ParallelLayout, *, backend: str, seed: int, timeout_s: fl
     sample wait there for the one that does.
     Raises ValueError when the launched world size is not the layout's.
     """
+    launched = int(os.environ["WORLD_SIZE"])
+    if launched != layout.world_size:
+        raise ValueError(f"parallel: world_size={layout.world_size} but {launched} ranks were launched")
     timeout = datetime.timedelta(seconds=timeout_s)
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=timeout)
-    if dist.get_world_size() != layout.world_size:
-        raise ValueError(f"parallel: world_size={layout.world_size} but {dist.get_world_size()} ranks were launched")
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

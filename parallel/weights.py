@@ -20,7 +20,22 @@ from parallel.model import HiddenStateModel
 from parallel.process_groups import ProcessGroups
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def canonical_name(name: str) -> str:
+    """The mapping table's name of a parameter, whichever layer spec made it.
+
+    TransformerEngine's spec keeps a norm with the linear layer behind it, and a rank's experts in one grouped layer: weight0, weight1, ...
+    """
+    for fused, own in _FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    return _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
 
 
 def local_parameters(
@@ -37,6 +52,7 @@ def local_parameters(
             if layer is not None:
                 number = chunk.decoder.layers[int(layer[1])].layer_number - 1
                 name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            name = canonical_name(name)
             name = _EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first_expert}.", name)
             found[name] = parameter
     return found
@@ -51,7 +67,7 @@ def mark_tensor_parallel(local: dict[str, torch.nn.Parameter], architecture: Arc
     splits.setdefault("output_layer.weight", Split.ROWS)  # a tied head on a stage of its own
     for name, parameter in local.items():
         split = splits[name]
-        if split is not Split.REPLICATED:
+        if split is not Split.REPLICATED and not hasattr(parameter, "tensor_model_parallel"):  # 0.17 and later mark by themselves
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1 if split is Split.COLUMNS else 0, stride=1)
 
 

@@ -1,34 +1,43 @@
-"""Run by torchrun from test_actor.py: actors on one layout score and train the sequences of a fixture and keep what came out.
+"""Run by torchrun for the tests of the actor: on one layout after the other, actors score and train a fixture's sequences.
 
-torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR '{"layout": {"world_size": 2, "ep": 2}, "runs": {"probe": {...}}}'
+torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR, with OUT_DIR/requests.json: [{name, port, layout, runs: {name: run}}].
 
-Each run starts with a fresh actor and leaves OUT_DIR/<run>/results.safetensors and reports.json. Keys of a run: optimizer, learning_rate,
-steps, and, where wanted, load (a checkpoint of these actors to start from, with first_step steps behind it), save_to (an absent folder for
-one, at the end), reload_before_step (save, build a new actor, load).
+Each run starts with a fresh actor and leaves OUT_DIR/<name>/<run>/results.safetensors and reports.json. Keys of a run: optimizer,
+learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron (options), load (a checkpoint of these actors to start
+from, with first_step steps behind it), save_to (an absent folder for one, at the end), reload_before_step (save, build a new actor, load),
+poison (between scoring and training, see `poisoned`), refuse (see `refusals`).
 """
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.hf_config import read_architecture
+from checkpoints_convert.hf_config import DTYPES, read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.trainer import make_loss_function
+from parallel import actor as actor_module
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
+from parallel.mcore import version
 from parallel.optimizer import OptimizerSettings
-from parallel.packing import TokenSequence
+from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
+
+LOSS = make_loss_function(make_objective("minpro"))
 
 
 def build(fixture: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, run: dict) -> MegatronActor:
     settings = ActorSettings(
-        dtype=torch.float32,
+        dtype=DTYPES[run.get("dtype", "float32")],
         recompute=run.get("recompute", "none"),
         max_tokens_per_micro_batch=run.get("max_tokens", 48),
         logprob_chunk_tokens=16,
@@ -62,8 +71,68 @@ def exported(actor: MegatronActor) -> dict[str, torch.Tensor]:
 def save_actor(actor: MegatronActor, path: Path, *, first: bool) -> None:
     if first:
         path.mkdir(parents=True)
-    torch.distributed.barrier()
+    dist.barrier()
     actor.save(path)
+
+
+def poisoned(actor: MegatronActor, sequences: list[TokenSequence], run: dict) -> dict:
+    """On one rank the log-probs of every eighth token id become NaN. What every rank is told then, and which weights moved."""
+    score = actor_module.token_logprobs
+
+    def poisoned_score(hidden: torch.Tensor, weight: torch.Tensor, labels_T: torch.Tensor, **options: object) -> tuple:
+        logprobs_T, entropy_T = score(hidden, weight, labels_T, **options)
+        hit_T = (labels_T % 8 == run["poison"]["residue"]) & (dist.get_rank() == run["poison"]["rank"])
+        return torch.where(hit_T, torch.nan, logprobs_T), entropy_T
+
+    said: list[str] = []
+    before = exported(actor)
+    with mock.patch.object(actor_module, "token_logprobs", poisoned_score):
+        for action in (
+            lambda: actor.logprobs(sequences),
+            lambda: actor.sum_statistics(sequences, lambda local: local.logprobs_T.detach().double().sum()[None]),
+            lambda: actor.update(sequences, LOSS, learning_rate=run["learning_rate"]),
+        ):
+            try:
+                action()
+                said.append("nothing")
+            except FloatingPointError as error:
+                said.append(str(error))
+    after = exported(actor)
+    everybody: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, said)
+    return {"said": everybody, "weights_moved": [name for name in before if not torch.equal(before[name], after[name])]}
+
+
+def refusals(actor: MegatronActor, sequences: list[TokenSequence]) -> list[str]:
+    """What rank 0 alone is told about bad mini-batches. The others do not call: nothing may wait for them."""
+    if dist.get_rank() != 0:
+        return []
+    good = sequences[0]
+    nan_at_trained = torch.where(good.loss_mask, torch.nan, 0.0)
+    changes = {
+        "token_ids": [{"token_ids": good.token_ids + 96}, {"token_ids": good.token_ids - 96}],
+        "streams": [
+            {"streams": {"advantages": good.streams["advantages"]}},
+            {"streams": {**good.streams, "behaviour_logprobs": nan_at_trained}},
+            {"streams": {**good.streams, "advantages": good.streams["advantages"] * torch.inf}},
+        ],
+    }
+    long = TokenSequence(
+        token_ids=torch.zeros(500, dtype=torch.int64),
+        loss_mask=torch.ones(499, dtype=torch.bool),
+        streams={name: torch.zeros(499) for name in good.streams},
+    )
+    untrained = [dataclasses.replace(sequence, loss_mask=torch.zeros_like(sequence.loss_mask)) for sequence in sequences]
+    batches = [[], untrained, [good, long]]
+    batches += [[good, dataclasses.replace(good, **change)] for kind in changes.values() for change in kind]
+    said = []
+    for batch in batches:
+        try:
+            actor.update(batch, LOSS, learning_rate=1.0)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, run: dict) -> None:
@@ -75,14 +144,24 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
     sequences = read_sequences(fixture)
     results = {f"before.{name}": tensor for name, tensor in exported(actor).items()}
     results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences))}
-    loss_fn = make_loss_function(make_objective("minpro"))
+    plans = plan_replicas(
+        [sequence.num_positions for sequence in sequences],
+        layout,
+        max_tokens=run.get("max_tokens", 48),
+        break_even=break_even_tokens(actor.architecture),
+    )
+    notes: dict = {"megatron_core": version, "empty_micro_batches": sum(not group for plan in plans for group in plan)}
+    if "refuse" in run:
+        notes["refusals"] = refusals(actor, sequences)
+    if "poison" in run:
+        notes["poison"] = poisoned(actor, sequences, run)
     reports = []
     for step in range(first_step, first_step + run["steps"]):
         if step == run.get("reload_before_step"):
             save_actor(actor, out / "actor", first=first)
             actor = build(fixture, layout, groups, run)
             actor.load(out / "actor", policy_version=step)
-        report = actor.update(sequences, loss_fn, learning_rate=run["learning_rate"])
+        report = actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
         reports.append(
             {
                 "loss": report.loss,
@@ -96,19 +175,22 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
     if "save_to" in run:
         save_actor(actor, Path(run["save_to"]), first=first)
     if first:
-        out.mkdir(exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in results.items()}, out / "results.safetensors")
-        (out / "reports.json").write_text(json.dumps(reports))
+        out.mkdir(exist_ok=True, parents=True)
+        save_file({name: tensor.float().contiguous() for name, tensor in results.items()}, out / "results.safetensors")
+        (out / "reports.json").write_text(json.dumps({"reports": reports, "notes": notes}))
 
 
 def main() -> None:
-    fixture, out, request = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    fixture, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    layout = ParallelLayout(**request["layout"])
-    groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
-    for name, run in request["runs"].items():
-        train(fixture, out / name, layout, groups, run)
-    process_groups.shut_down()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each layout meets at a port of its own
+    for request in json.loads((out / "requests.json").read_text()):
+        os.environ["MASTER_PORT"] = str(request["port"])
+        layout = ParallelLayout(**request["layout"])
+        groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
+        for name, run in request["runs"].items():
+            train(fixture, out / request["name"] / name, layout, groups, run)
+        process_groups.shut_down()
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this file again

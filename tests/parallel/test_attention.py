@@ -1,4 +1,4 @@
-"""PackedAttention on one rank against a float64 loop over sequences, heads and positions, forward and backward."""
+"""PackedAttention on one rank against a float64 loop over sequences, heads and positions, forward and backward, with rotary embedding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from parallel.sequence_shard import SequenceShard
 
 HEADS, GROUPS, SIZE = 6, 2, 4
 LENGTHS = (1, 5, 9, 1, 3)
+BASE = 100.0
 
 
 def attention(group: dist.ProcessGroup, *, heads: int = HEADS, groups: int = GROUPS) -> PackedAttention:
@@ -32,11 +33,12 @@ def attention(group: dist.ProcessGroup, *, heads: int = HEADS, groups: int = GRO
     class Groups:
         cp = group
 
-    return PackedAttention(config, layer_number=1, attn_mask_type=None, attention_type="self", pg_collection=Groups())
+    return PackedAttention(config, layer_number=1, attn_mask_type=None, attention_type="self", pg_collection=Groups(), rotary_base=BASE)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """One sequence [L, heads, size], in float64: token t attends to tokens 0..t; query head h reads key head h // (heads / groups)."""
+    query, key = rotated(query), rotated(key)
     per_group = query.shape[1] // key.shape[1]
     rows = []
     for t in range(len(query)):
@@ -49,18 +51,26 @@ def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def rotated(x: Tensor) -> Tensor:
+    """Pair (i, i + size/2) of token t as a complex number, turned by t / BASE^(2i / size)."""
+    half = x.shape[2] // 2
+    angles = torch.tensor([[t * BASE ** (-2 * i / x.shape[2]) for i in range(half)] for t in range(len(x))], dtype=torch.float64)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
 def random_qkv(num_tokens: int, *, heads: int, groups: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(num_tokens, heads, SIZE), (num_tokens, groups, SIZE), (num_tokens, groups, SIZE)]
     return [(2 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("multiple_of", [1, 4])
+@pytest.mark.parametrize(("lengths", "multiple_of"), [(LENGTHS, 1), (LENGTHS, 4), ((5, 5, 5), 1)])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
 def test_packed_attention_and_its_gradient_equal_a_loop_over_sequences(
-    one_rank_group: dist.ProcessGroup, multiple_of: int, heads: int, groups: int
+    one_rank_group: dist.ProcessGroup, lengths: tuple[int, ...], multiple_of: int, heads: int, groups: int
 ) -> None:
-    shard = SequenceShard.whole(LENGTHS, multiple_of=multiple_of)
+    shard = SequenceShard.whole(lengths, multiple_of=multiple_of)
     qkv = random_qkv(shard.num_local_tokens, heads=heads, groups=groups)
     module = attention(one_rank_group, heads=heads, groups=groups)
     out = module(*qkv, None, packed_seq_params=ShardedPackedSeqParams.from_shard(shard))
@@ -69,7 +79,7 @@ def test_packed_attention_and_its_gradient_equal_a_loop_over_sequences(
 
     exact = [x.detach().double().requires_grad_() for x in qkv]
     kept = ~shard.padding_T
-    expected = torch.cat([reference(*(x[kept][shard.sequence_id_T[kept] == s] for x in exact)) for s in range(len(LENGTHS))])
+    expected = torch.cat([reference(*(x[kept][shard.sequence_id_T[kept] == s] for x in exact)) for s in range(len(lengths))])
     torch.testing.assert_close(out[kept, 0].double(), expected, rtol=1e-5, atol=1e-5)
 
     # The loss never reads padding, so padding must not reach any gradient.

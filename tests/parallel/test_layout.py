@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from checkpoints_convert.hf_config import Architecture
+from parallel import process_groups
 from parallel.layout import ParallelLayout
 from parallel.mcore import parallel_state
 
@@ -189,3 +191,10 @@ def test_a_rank_outside_the_world_is_refused() -> None:
 )
 def test_sequences_are_padded_to_what_context_and_sequence_parallelism_cut(sizes: dict, multiple: int) -> None:
     assert ParallelLayout(**sizes).sequence_multiple == multiple
+
+
+def test_another_number_of_ranks_than_the_layouts_is_refused_before_any_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"^parallel: world_size=4 but 3 ranks were launched$"):
+        process_groups.initialize(ParallelLayout(world_size=4), backend="gloo", seed=0, timeout_s=1)
+    assert not torch.distributed.is_initialized()

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from checkpoints_convert.hf_config import Architecture
+from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
 from parallel.model import transformer_config
 from parallel.optimizer import OptimizerSettings, build_optimizer
+from parallel.overlap import data_parallel_config
 
 ON_CPU = Capabilities(
     cuda_devices=0,
@@ -86,8 +88,33 @@ def test_an_option_that_is_decided_elsewhere_is_refused_with_its_value() -> None
 
 def test_an_option_left_open_arrives() -> None:
     assert build().moe_aux_loss_coeff == 0.0
-    config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="aux_loss", init_method_std=0.5)
-    assert (config.moe_aux_loss_coeff, config.moe_router_load_balancing_type, config.init_method_std) == (0.01, "aux_loss", 0.5)
+    config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="seq_aux_loss", init_method_std=0.5)
+    assert (config.moe_aux_loss_coeff, config.moe_router_load_balancing_type, config.init_method_std) == (0.01, "seq_aux_loss", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
+            "megatron.moe_router_load_balancing_type = 'aux_loss': expected none or seq_aux_loss",
+        ),
+        ({"moe_aux_loss_coeff": 0.01}, "megatron.moe_aux_loss_coeff = 0.01 with moe_router_load_balancing_type = 'none': expected both"),
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "megatron.moe_aux_loss_coeff = 0.0 with moe_router_load_balancing_type"),
+        ({"moe_z_loss_coeff": 0.001}, "megatron.moe_z_loss_coeff = 0.001: it would be summed over tokens without a denominator; remove it"),
+        ({"moe_router_enable_expert_bias": True}, "megatron.moe_router_enable_expert_bias = True: a Qwen3 checkpoint has no place"),
+        (
+            {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01, "recompute_modules": ["moe"]},
+            "megatron.recompute_modules holds 'moe', which cannot be recomputed together with seq_aux_loss",
+        ),
+        ({"fp8": "hybrid"}, "megatron.fp8 = 'hybrid': needs TransformerEngine on CUDA, here is the local layer spec"),
+        ({"moe_token_dispatcher_type": "flex"}, "megatron.moe_token_dispatcher_type = 'flex': needs CUDA and DeepEP"),
+    ],
+)
+def test_an_option_that_would_give_wrong_numbers_or_none_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        build(**options)
+    assert str(refusal.value).startswith(message)
 
 
 def test_expert_weights_are_renormalised_exactly_when_the_model_says_so() -> None:
@@ -119,6 +146,36 @@ def test_recomputation_is_what_was_asked_for() -> None:
 def test_the_interleaved_schedule_never_batches_its_messages(layout: dict, batched: bool, variable: bool) -> None:
     config = build(layout=layout)
     assert (config.batch_p2p_comm, config.overlap_p2p_comm, config.variable_seq_lengths) == (batched, not batched, variable)
+
+
+@pytest.mark.parametrize("name", ["batch_p2p_comm", "overlap_p2p_comm", "variable_seq_lengths", "recompute_granularity"])
+def test_what_keeps_pipelines_right_cannot_be_set(name: str) -> None:
+    # Virtual stages with batched messages give wrong numbers, silently.
+    with pytest.raises(ValueError, match=rf"^megatron\.{name}: decided by the layout, the model or the actor"):
+        build(layout={"world_size": 2, "pp": 2, "vpp": 2}, recompute="full", **{name: True})
+
+
+def test_overlap_of_weights_needs_overlap_of_gradients() -> None:
+    with pytest.raises(
+        ValueError, match=r"^megatron\.overlap_param_gather = True: expected megatron\.overlap_grad_reduce = true beside it$"
+    ):
+        data_parallel_config({"overlap_param_gather": True})
+    config = data_parallel_config({"overlap_param_gather": True, "overlap_grad_reduce": True, "bucket_size": 1000})
+    assert (config.overlap_param_gather, config.overlap_grad_reduce, config.bucket_size) == (True, True, 1000)
+    assert (config.use_distributed_optimizer, config.grad_reduce_in_fp32) == (True, True)
+
+
+def test_options_of_model_optimizer_and_overlap_pass_the_check_of_names() -> None:
+    check_option_names({"init_method_std": 0.1, "overlap_cpu_optimizer_d2h_h2d": True, "overlap_grad_reduce": True, "bucket_size": 10})
+    with pytest.raises(ValueError, match=r"^megatron\.overlap_grad_reducee: .* nearest: \['overlap_grad_reduce'"):
+        check_option_names({"overlap_grad_reducee": True})
+
+
+def test_what_the_actor_cannot_honour_is_known_before_any_process_starts() -> None:
+    with pytest.raises(ValueError, match=r"^megatron\.moe_z_loss_coeff = 0\.1"):
+        check_option_names({"moe_z_loss_coeff": 0.1})
+    with pytest.raises(ValueError, match=r"^megatron\.overlap_param_gather = True"):
+        check_option_names({"overlap_param_gather": True})
 
 
 def test_optimizer_options_are_checked_alike() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -10,12 +12,24 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints_convert.hf_config import Architecture
 from parallel.layout import ParallelLayout
-from parallel.packing import TokenSequence, build_micro_batch, plan_micro_batches, plan_replicas, split_over_replicas
+from parallel.packing import (
+    TokenSequence,
+    break_even_tokens,
+    build_micro_batch,
+    check_sequences,
+    common_sizes,
+    compute_cost,
+    plan_micro_batches,
+    plan_replicas,
+    split_over_replicas,
+)
 from parallel.sequence_shard import SequenceShard
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 60), max_size=30)
+LINEAR = float("inf")  # no attention to speak of
 
 
 def sequence(length: int, start: int = 0) -> TokenSequence:
@@ -40,11 +54,14 @@ def test_a_sequence_has_one_position_less_than_tokens() -> None:
             {"token_ids": torch.arange(1), "loss_mask": torch.ones(0, dtype=torch.bool)},
             "token_ids: a sequence needs at least 2 tokens, this one has 1",
         ),
+        ({"token_ids": torch.arange(4).int()}, "token_ids: torch.int32 (4,), expected torch.int64 and one axis"),
+        ({"token_ids": torch.arange(4)[None]}, "token_ids: torch.int64 (1, 4), expected torch.int64 and one axis"),
         ({"loss_mask": torch.ones(4, dtype=torch.bool)}, "loss_mask: shape (4,), expected (3,) for 4 tokens"),
         ({"loss_mask": torch.ones(3)}, "loss_mask: dtype torch.float32, expected torch.bool"),
         ({"streams": {"advantages": torch.ones(2)}}, "advantages: shape (2,), expected (3,) for 4 tokens"),
         ({"streams": {"advantages": torch.ones(3, 1)}}, "advantages: shape (3, 1), expected (3,) for 4 tokens"),
         ({"streams": {"advantages": torch.ones(3).double()}}, "advantages: dtype torch.float64, expected torch.float32"),
+        ({"streams": {"behaviour_logprobs": torch.ones(3).bfloat16()}}, "behaviour_logprobs: dtype torch.bfloat16, expected torch.float32"),
     ],
 )
 def test_a_malformed_sequence_is_refused_by_name(changed: dict, message: str) -> None:
@@ -53,6 +70,38 @@ def test_a_malformed_sequence_is_refused_by_name(changed: dict, message: str) ->
     with pytest.raises(ValueError) as refusal:
         TokenSequence(**{**good, **changed})
     assert str(refusal.value) == message
+
+
+def with_stream(value: float, *, at: int) -> TokenSequence:
+    """A good sequence of 6 tokens, trained at positions 1, 2 and 4, but for one value of its stream."""
+    good = sequence(6)
+    stream = good.streams["advantages"].clone()
+    stream[at] = value
+    return TokenSequence(token_ids=good.token_ids, loss_mask=good.loss_mask, streams={"advantages": stream})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([], "sequences: none, expected at least one"),
+        ([sequence(3), sequence(11)], "sequence 1: token_ids holds 10, expected 0 to 9"),
+        ([sequence(3, start=-1)], "sequence 0: token_ids holds -1, expected 0 to 9"),
+        (
+            [sequence(3), TokenSequence(token_ids=torch.arange(3), loss_mask=torch.ones(2, dtype=torch.bool), streams={})],
+            "sequence 1: streams [], expected ['advantages'] as in sequence 0",
+        ),
+        ([with_stream(float("nan"), at=4)], "sequence 0: advantages is nan at position 4, where loss_mask is True"),
+        ([sequence(3), with_stream(float("-inf"), at=1)], "sequence 1: advantages is -inf at position 1, where loss_mask is True"),
+    ],
+)
+def test_sequences_that_would_go_wrong_on_some_rank_only_are_refused(sequences: list[TokenSequence], message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        check_sequences(sequences, vocab_size=10)
+    assert str(refusal.value) == message
+
+
+def test_what_lies_where_nothing_is_trained_is_nobodys_business() -> None:
+    check_sequences([sequence(10), with_stream(float("nan"), at=3)], vocab_size=10)
 
 
 # -- plans --------------------------------------------------------------------------------------------------------------
@@ -67,6 +116,70 @@ def test_every_sequence_goes_to_one_replica_and_loads_differ_by_one_sequence_at_
     loads = [sum(lengths[index] for index in replica) for replica in replicas]
     # The last sequence a replica got found it the least loaded one.
     assert all(load - lengths[replica[-1]] <= min(loads) for load, replica in zip(loads, replicas, strict=True) if replica)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), num_replicas=st.integers(1, 3), break_even=st.sampled_from([LINEAR, 20.0])
+)
+def test_the_slowest_replica_takes_at_most_a_third_longer_than_in_the_best_of_all_splits(
+    lengths: list[int], num_replicas: int, break_even: float
+) -> None:
+    costs = [compute_cost(length, break_even=break_even) for length in lengths]
+    best = min(
+        max(sum(cost for cost, r in zip(costs, split, strict=True) if r == replica) for replica in range(num_replicas))
+        for split in itertools.product(range(num_replicas), repeat=len(lengths))
+    )
+    found = max(sum(costs[index] for index in replica) for replica in split_over_replicas(costs, num_replicas=num_replicas))
+    assert found <= best * (4 / 3 - 1 / (3 * num_replicas)) * (1 + 1e-9)
+
+
+def test_replicas_are_balanced_by_compute_and_not_by_tokens() -> None:
+    lengths = [100, *[10] * 60]
+
+    def sequences_of(break_even: float) -> list[int]:
+        plans = plan_replicas(lengths, ParallelLayout(world_size=2), max_tokens=100, break_even=break_even)
+        return [sum(len(group) for group in plan) for plan in plans]
+
+    # At ten times the break-even length a sequence costs 11 times its length, at that length twice: 1100 + 3 * 20 against 57 * 20.
+    assert sequences_of(10.0) == [1 + 3, 57]
+    # By tokens: 100 + 25 * 10 against 35 * 10.
+    assert sequences_of(LINEAR) == [1 + 25, 35]
+
+
+def test_the_most_expensive_micro_batches_of_all_replicas_run_side_by_side() -> None:
+    # Equal tokens, unequal squares: one sequence of 40 costs 40 + 160, four of 10 cost 40 + 40.
+    lengths = [40, 10, 10, 10, 10, 40, 10, 10, 10, 10]
+    for plan in plan_replicas(lengths, ParallelLayout(world_size=2), max_tokens=40, break_even=10.0):
+        assert [len(group) for group in plan] == [1, 4]
+
+
+def test_the_break_even_length_by_hand() -> None:
+    small = Architecture(
+        model_type="qwen3_moe",
+        vocab_size=90,
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=3,
+        intermediate_size=7,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=5,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        dtype=None,
+    )
+    # Projections 4*6 + 2*4*3 + 6*4 = 72, router 4*8 = 32, experts 2*3*4*5 = 120, head 4/3*4*90/2 = 240; attention 6 per position.
+    assert break_even_tokens(small) == pytest.approx((72 + 32 + 120 + 240) / 6)
+    dense = dataclasses.replace(
+        small, model_type="qwen3", num_experts=None, num_experts_per_tok=None, moe_intermediate_size=None, norm_topk_prob=None
+    )
+    assert break_even_tokens(dense) == pytest.approx((72 + 3 * 4 * 7 + 240) / 6)
 
 
 def test_longest_sequences_are_shared_out_first() -> None:
@@ -106,7 +219,7 @@ def test_a_sequence_longer_than_a_micro_batch_is_refused_with_its_index_and_leng
 )
 def test_all_replicas_run_equally_many_micro_batches(lengths: list[int], dp: int, pp_vpp: tuple[int, int | None]) -> None:
     pp, vpp = pp_vpp
-    plans = plan_replicas(lengths, ParallelLayout(world_size=dp * pp, pp=pp, vpp=vpp), max_tokens=40)
+    plans = plan_replicas(lengths, ParallelLayout(world_size=dp * pp, pp=pp, vpp=vpp), max_tokens=40, break_even=25.0)
     assert len(plans) == dp
     [count] = {len(plan) for plan in plans}
     assert count >= 1
@@ -117,15 +230,15 @@ def test_all_replicas_run_equally_many_micro_batches(lengths: list[int], dp: int
 def test_padding_counts_against_the_budget() -> None:
     # Positions 5 and 3 fit into 8, but padded to multiples of 4 (cp 2) they are 8 and 4.
     lengths = [5, 3]
-    assert plan_replicas(lengths, ParallelLayout(world_size=1), max_tokens=8) == [[[0, 1]]]
+    assert plan_replicas(lengths, ParallelLayout(world_size=1), max_tokens=8, break_even=LINEAR) == [[[0, 1]]]
     layout = ParallelLayout(world_size=2, cp=2)
-    assert plan_replicas(lengths, layout, max_tokens=8) == [[[0], [1]]]
+    assert plan_replicas(lengths, layout, max_tokens=8, break_even=LINEAR) == [[[0], [1]]]
     with pytest.raises(ValueError, match="7 is less than sequence 0 with 8 positions"):
-        plan_replicas(lengths, layout, max_tokens=7)
+        plan_replicas(lengths, layout, max_tokens=7, break_even=LINEAR)
 
 
 def test_a_replica_without_sequences_gets_empty_micro_batches() -> None:
-    assert plan_replicas([5, 5, 5], ParallelLayout(world_size=4), max_tokens=5) == [[[0]], [[1]], [[2]], [[]]]
+    assert plan_replicas([5, 5, 5], ParallelLayout(world_size=4), max_tokens=5, break_even=LINEAR) == [[[0]], [[1]], [[2]], [[]]]
 
 
 # -- micro-batches ------------------------------------------------------------------------------------------------------
@@ -177,3 +290,18 @@ def test_an_empty_micro_batch_is_masked_padding_with_the_same_streams(one_rank_g
     assert len(batch.token_ids_T) == 1
     assert not batch.loss_mask_T.any()
     assert {name: stream.tolist() for name, stream in batch.streams.items()} == {"advantages": [0.0]}
+
+
+def test_a_micro_batch_can_be_filled_to_the_size_that_other_replicas_have(one_rank_group: dist.ProcessGroup) -> None:
+    layout = ParallelLayout(world_size=2)
+    lengths = [4, 2, 3]
+    plans = [[[0], [1]], [[2], []]]
+    assert common_sizes(plans, lengths, layout) == [4, 2]
+    sequences = [sequence(length + 1) for length in lengths]
+    for indices, size in (([2], 4), ([], 2), ([1], 2)):
+        batch = build_micro_batch(sequences, indices, layout, cp_group=one_rank_group, device=CPU, fill_to=size)
+        assert (len(batch.token_ids_T), batch.indices) == (size, tuple(indices))
+        trained = sum(int(sequences[index].loss_mask.sum()) for index in indices)
+        assert int(batch.loss_mask_T.sum()) == trained
+        weights = batch.packed_seq_params.sequence_weights
+        assert weights[: len(indices)] == (1 / 3,) * len(indices) and not any(weights[len(indices) :])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from parallel.actor_checkpoint import check_metadata
+from checkpoints_convert.checkpoint_pickle import check_metadata
 
 
 class RunsACommand:

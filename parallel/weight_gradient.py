@@ -1,0 +1,17 @@
+"""Weight gradients added where they are kept: on a CPU, what Apex's kernels do for Megatron-Core's linear layers on a GPU.
+
+Without it a gradient is a fresh tensor first and Megatron adds it to its buffer afterwards. The functions have the kernels' names, and
+Megatron-Core calls them where `gradient_accumulation_fusion` is set.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def wgrad_gemm_accum_fp32(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
+    """main_grad += grad.T @ input, summed in main_grad's dtype: [T, I], [T, O] -> [O, I] in place."""
+    main_grad_OI.addmm_(grad_TO.t().to(main_grad_OI.dtype), input_TI.to(main_grad_OI.dtype))
+
+
+wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32

@@ -1,0 +1,370 @@
+"""What transformers and torch say about a small model in one process, actors on real gloo ranks, and the table that compares them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+# Off policy, packed, masked in the middle, lengths that no parallel size divides.
+LENGTHS = (19, 7, 2, 24, 13, 11, 30, 5)
+# eps near the median gradient (7e-4): with 1e-8 a gradient that cancels to 3e-9 is rounding alone, yet moves its weight by half a rate.
+ADAM: dict[str, Any] = {"weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-4, "gradient_clip": 0.5}
+LEARNING_RATE, STEPS = 1e-3, 3
+BALANCE_COEFFICIENT = 0.3  # far more than anybody trains with, so that its gradient shows
+
+PARITY = pytest.StashKey[list[tuple[str, ...]]]()
+COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash.setdefault(PARITY, [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Largest relative errors against one process of transformers and torch, fp32; weights: absolute, after three steps."""
+    rows = config.stash[PARITY]
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
+    terminalreporter.section("parity of MinPRO on every layout with transformers, fp32: largest relative error, after 3 steps")
+    for row in (COLUMNS, *rows):
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model and its sequences in a folder, and the reference for each: Hugging Face names, fp32."""
+
+    name: str
+    directory: Path
+    sequences: list[dict[str, torch.Tensor]]
+    logprobs: list[torch.Tensor]
+    loss: float
+    weights: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    balanced_gradients: dict[str, torch.Tensor] | None  # of MinPRO plus the experts' balance loss; None for a dense model
+    norms: list[float]  # before clipping, of three steps
+    stepped: dict[str, torch.Tensor]  # weights after them
+
+
+def _make_model(directory: Path, *, moe: bool, tied: bool) -> torch.nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+        "use_cache": False,
+    }
+    if moe:
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **shape, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1
+            )
+        )
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.5 if "gate.weight" in name else 0.15))
+    model.save_pretrained(directory)
+    return model.float().train()
+
+
+def _make_sequences(model: torch.nn.Module, directory: Path) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    sequences = []
+    for length in LENGTHS:
+        token_ids = torch.randint(0, 96, (length,), generator=generator)
+        mask = torch.rand(length - 1, generator=generator) < 0.7
+        mask[: length // 4] = False
+        mask[-1] = True
+        logprobs = _logprobs(model, token_ids).detach()
+        drift = 0.6 * torch.randn(length - 1, generator=generator)
+        behaviour = torch.where(mask, logprobs - drift, torch.tensor(float("nan")))  # never to be used where masked
+        advantage = torch.randn((), generator=generator)
+        sequences.append(
+            {"token_ids": token_ids, "loss_mask": mask, "behaviour_logprobs": behaviour, "advantages": advantage.expand(length - 1).clone()}
+        )
+    save_file(
+        {f"{name}.{i}": x for i, sequence in enumerate(sequences) for name, x in sequence.items()}, directory / "sequences.safetensors"
+    )
+    return sequences
+
+
+def _logprobs(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    return model(token_ids[None, :-1]).logits[0].log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]
+
+
+def _minpro_loss(model: torch.nn.Module, sequences: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """MinPRO token by token in plain Python: weight = clip(min of earlier ratios * ratio, 0, 5), detached; token mean."""
+    total = torch.zeros(())
+    count = 0
+    for sequence in sequences:
+        logprobs = _logprobs(model, sequence["token_ids"])
+        smallest = None
+        for t in sequence["loss_mask"].nonzero()[:, 0].tolist():
+            ratio = float((logprobs[t].detach().double() - sequence["behaviour_logprobs"][t].double()).exp())
+            weight = min(max(ratio * (1.0 if smallest is None else smallest), 0.0), 5.0)
+            smallest = ratio if smallest is None else min(smallest, ratio)
+            total = total - weight * sequence["advantages"][t] * logprobs[t]
+            count += 1
+    return total / count
+
+
+def _balance_loss(model: torch.nn.Module, sequences: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Experts * sum over experts of (share of choices * mean probability): sum over layers, mean over sequences; in plain loops."""
+    gates: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: gates.append((out[0], out[2])))
+        for name, module in model.named_modules()
+        if name.endswith("mlp.gate")
+    ]
+    total = torch.zeros(())
+    for sequence in sequences:
+        model(sequence["token_ids"][None, :-1])
+    for hook in hooks:
+        hook.remove()
+    for logits, chosen in gates:
+        experts = logits.size(1)
+        for expert in range(experts):
+            share = float((chosen == expert).sum()) / chosen.numel()
+            total = total + experts * share * logits.softmax(-1)[:, expert].mean()
+    return total / len(sequences)
+
+
+def _named(model: torch.nn.Module, *, gradients: bool) -> dict[str, torch.Tensor]:
+    """Copies under checkpoint names: transformers keeps all experts of a layer in one tensor, checkpoints name each expert's."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or not gradients
+        tensor = (parameter.grad if gradients else parameter.detach()).clone()
+        if name.endswith("experts.gate_up_proj"):
+            for e, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                found[name.replace("gate_up_proj", f"{e}.gate_proj.weight")] = gate
+                found[name.replace("gate_up_proj", f"{e}.up_proj.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            for e, expert in enumerate(tensor):
+                found[name.replace("down_proj", f"{e}.down_proj.weight")] = expert
+        else:
+            found[name] = tensor
+    return found
+
+
+def _make_family(name: str, directory: Path) -> Family:
+    torch.manual_seed(0)
+    moe = name == "moe"
+    model = _make_model(directory, moe=moe, tied=name == "dense_tied")
+    sequences = _make_sequences(model, directory)
+    logprobs = [_logprobs(model, sequence["token_ids"]).detach() for sequence in sequences]
+    weights = _named(model, gradients=False)
+    loss = _minpro_loss(model, sequences)
+    loss.backward()
+    gradients = _named(model, gradients=True)
+    balanced = None
+    if moe:
+        (BALANCE_COEFFICIENT * _balance_loss(model, sequences)).backward()  # on top of MinPRO's
+        balanced = _named(model, gradients=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": ADAM["weight_decay"]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=tuple(ADAM["betas"]),
+        eps=ADAM["eps"],
+    )
+    norms = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        _minpro_loss(model, sequences).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["gradient_clip"])))
+        optimizer.step()
+    return Family(
+        name=name,
+        directory=directory,
+        sequences=sequences,
+        logprobs=logprobs,
+        loss=float(loss.detach()),
+        weights=weights,
+        gradients=gradients,
+        balanced_gradients=balanced,
+        norms=norms,
+        stepped=_named(model, gradients=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """`moe` (Qwen3-MoE) and `dense_tied` (Qwen3 with tied embeddings), each made once."""
+    made: dict[str, Family] = {}
+
+    def get(name: str) -> Family:
+        if name not in made:
+            made[name] = _make_family(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What one run of actor_ranks.py left: tensors by name, one report per optimizer step, and what else it had to say."""
+
+    tensors: dict[str, torch.Tensor]
+    reports: list[dict[str, Any]]
+    notes: dict[str, Any]
+
+    def weights(self, when: str) -> dict[str, torch.Tensor]:
+        """Exported weights "before" or "after" the steps, under Hugging Face names."""
+        return {name.removeprefix(f"{when}."): x for name, x in self.tensors.items() if name.startswith(f"{when}.")}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Read off the first step of the probe: AdamW with eps 1 moves a weight by rate * g / (|g| + 1).
+
+        The rate is so large that the weight's own rounding disappears behind the step.
+        """
+        before, after = self.weights("before"), self.weights("after")
+        found = {}
+        for name in before:
+            step = (before[name].double() - after[name].double()) / PROBE["learning_rate"]
+            found[name] = (step / (1 - step.abs())).float()
+        return found
+
+
+PROBE: dict[str, Any] = {
+    "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.98], "eps": 1.0, "gradient_clip": 1e9},
+    "learning_rate": 1e4,
+    "steps": 1,
+}
+# One micro-batch with all lengths (several length classes of attention), against several small ones in the probe.
+TRAIN: dict[str, Any] = {"optimizer": ADAM, "learning_rate": LEARNING_RATE, "steps": STEPS, "max_tokens": 400}
+
+
+BALANCE = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": BALANCE_COEFFICIENT}
+
+
+@pytest.fixture(scope="session")
+def recipes() -> dict[str, dict[str, Any]]:
+    """The two runs that every layout makes: one step that reveals gradients, three ordinary ones."""
+    return {"probe": PROBE, "train": TRAIN}
+
+
+@pytest.fixture(scope="session")
+def balanced_probe() -> dict[str, Any]:
+    """The probe with the experts' balance loss on top; see Family.balanced_gradients."""
+    return {**PROBE, "megatron": BALANCE}
+
+
+Jobs = dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]  # name -> layout, runs by name
+Launch = Callable[..., dict[str, dict[str, RunResult]]]
+
+
+@pytest.fixture(scope="session")
+def launch_actors() -> Launch:
+    """launch_actors(fixture_folder, out, jobs, python_path=()) -> results[job][run]. One launch: importing costs more than running.
+
+    All jobs have one world size. python_path: folders that come before this repository and its environment.
+    """
+
+    def launch(fixture: Path, out: Path, jobs: Jobs, *, python_path: tuple[Path, ...] = ()) -> dict[str, dict[str, RunResult]]:
+        [world_size] = {layout["world_size"] for layout, _ in jobs.values()}
+        requests = [
+            {"name": name, "port": port, "layout": layout, "runs": runs}
+            for (name, (layout, runs)), port in zip(jobs.items(), _free_ports(len(jobs)), strict=True)
+        ]
+        out.mkdir(exist_ok=True)
+        (out / "requests.json").write_text(json.dumps(requests))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        command += [str(Path(__file__).with_name("actor_ranks.py")), str(fixture), str(out)]
+        path = os.pathsep.join(str(folder) for folder in (*python_path, ROOT))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540, cwd=ROOT)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        return {name: {run: _read_result(out / name / run) for run in runs} for name, (_, runs) in jobs.items()}
+
+    return launch
+
+
+def _free_ports(count: int) -> list[int]:
+    """Below the range that the system hands out by itself, so that no connection takes one before its turn comes."""
+    found: set[int] = set()
+    while len(found) < count:
+        with socket.socket() as probe:
+            port = random.randrange(20000, 32000)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:  # nobody listens
+                found.add(port)
+    return sorted(found)
+
+
+def _read_result(folder: Path) -> RunResult:
+    said = json.loads((folder / "reports.json").read_text())
+    return RunResult(tensors=load_file(folder / "results.safetensors"), reports=said["reports"], notes=said["notes"])
+
+
+def largest_relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Over all tensors: largest difference over largest expected value of that tensor."""
+    assert found.keys() == expected.keys()
+    errors = {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in expected}
+    worst = max(errors, key=errors.__getitem__)
+    return errors[worst], worst
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[..., tuple[float, str]]:
+    return largest_relative_error
+
+
+@pytest.fixture
+def check_parity(request: pytest.FixtureRequest) -> Callable[[Family, str, dict[str, RunResult]], None]:
+    """check_parity(family, layout's name, {"probe": ..., "train": ...}): everything equals the reference; one row of the table."""
+
+    def check(family: Family, layout: str, results: dict[str, RunResult]) -> None:
+        probe, train = results["probe"], results["train"]
+        before = probe.weights("before")
+        assert before.keys() in (family.weights.keys() - {"lm_head.weight"}, family.weights.keys())
+        assert all(torch.equal(before[name], family.weights[name]) for name in before)
+        scored = {f"logprobs.{i}": x for i, x in enumerate(family.logprobs)}
+        logprob_error, worst_sequence = largest_relative_error({name: probe.tensors[name] for name in scored}, scored)
+        gradient_error, worst_gradient = largest_relative_error(probe.gradients(), {name: family.gradients[name] for name in before})
+        norms = [report["grad_norm"] for report in train.reports]
+        norm_error = max(abs(found / expected - 1) for found, expected in zip(norms, family.norms, strict=True))
+        after = train.weights("after")
+        weight_error = max(float((after[name] - family.stepped[name]).abs().max()) for name in before)
+        numbers = [f"{error:.1e}" for error in (logprob_error, gradient_error, norm_error, weight_error)]
+        request.config.stash[PARITY].append((family.name, layout, *numbers))
+        # 1e-5: fp32 rounding of sums of 100 terms in another order.
+        assert logprob_error < 1e-5, worst_sequence
+        assert gradient_error < 1e-5, worst_gradient
+        assert norm_error < 1e-5, (norms, family.norms)
+        assert probe.reports[0]["loss"] == pytest.approx(family.loss, rel=1e-5)
+        # Torch alone in fp32 and in fp64 differ by 1.5e-7 after these steps of 1e-3 each.
+        assert weight_error < 2e-6
+
+    return check
