@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -26,14 +27,7 @@ def new_directory(destination: str | Path, *, replace: bool) -> Iterator[Path]:
 
     Raises ValueError at once when `destination` exists without `replace`, is not a directory, or has no parent directory.
     """
-    destination = Path(os.path.abspath(destination))
-    if not destination.parent.is_dir():
-        raise ValueError(f"{destination.parent}: no such directory; expected the folder in which {destination.name} is to be written")
-    if os.path.lexists(destination):
-        if not replace:
-            raise ValueError(f"{destination}: exists already; expected a new name, or the permission to replace it")
-        if destination.is_symlink() or not destination.is_dir():
-            raise ValueError(f"{destination}: is not a directory; expected a directory to replace")
+    destination = _checked(destination, replace=replace)
     temporary = destination.with_name(f".{destination.name}.partial-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
@@ -47,6 +41,77 @@ def new_directory(destination: str | Path, *, replace: bool) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+@contextmanager
+def resumable_directory(destination: str | Path, *, replace: bool, resume: bool) -> Iterator[Path]:
+    """As `new_directory`, under the one name `.<name>.unfinished`, so that what a killed process did can be continued.
+
+    With `resume` the directory is yielded as an earlier attempt left it, and an error leaves it for the next one. Without, it is
+    yielded empty, and an error removes it. Raises ValueError also when another process is writing it.
+    """
+    destination = _checked(destination, replace=replace)
+    temporary = destination.with_name(f".{destination.name}.unfinished")
+    if temporary.is_symlink():  # following it would empty another folder
+        raise ValueError(f"{temporary}: is a link; expected an unfinished conversion, or nothing")
+    temporary.mkdir(exist_ok=True)
+    descriptor = _lock(temporary)
+    try:
+        if not resume:
+            empty(temporary)
+        keep = resume
+        try:
+            yield temporary
+            fsync_tree(temporary)
+            keep = False
+            _move_into_place(temporary, destination, replace=replace)
+            fsync_path(destination.parent)
+        finally:
+            if not keep and temporary.exists():
+                shutil.rmtree(temporary)
+    finally:
+        os.close(descriptor)
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Raises ValueError when one folder is the other or lies in it: replacing the destination would then delete the source."""
+    inner, outer = destination.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ValueError(f"{destination}: is, lies in or holds the source {source}; expected another place")
+
+
+def _checked(destination: str | Path, *, replace: bool) -> Path:
+    destination = Path(os.path.abspath(destination))
+    if not destination.parent.is_dir():
+        raise ValueError(f"{destination.parent}: no such directory; expected the folder in which {destination.name} is to be written")
+    if os.path.lexists(destination):
+        if not replace:
+            raise ValueError(f"{destination}: exists already; expected a new name, or the permission to replace it")
+        if destination.is_symlink() or not destination.is_dir():
+            raise ValueError(f"{destination}: is not a directory; expected a directory to replace")
+    return destination
+
+
+def _lock(directory: Path) -> int:
+    """A descriptor that holds the directory for this process until it is closed."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(directory)):  # its owner has just finished
+            raise BlockingIOError
+    except OSError as error:
+        os.close(descriptor)
+        raise ValueError(f"{directory}: another process is writing it; expected to be alone") from error
+    return descriptor
+
+
+def empty(directory: Path) -> None:
+    """Delete what is in a directory."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def fsync_path(path: Path) -> None:
     """Flush one file, or the entries of one directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -56,6 +121,14 @@ def fsync_path(path: Path) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Path.write_bytes, with the file's name in the error of a full disk."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def fsync_tree(directory: Path) -> None:

@@ -148,7 +148,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; expected a Hugging Face model folder with a config.json")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds a JSON {type(config).__name__}, expected an object")

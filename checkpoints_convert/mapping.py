@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,6 +187,14 @@ class TorchDistKey:
     index: tuple[int, ...]
 
 
+class RowRun(NamedTuple):
+    """Rows that are neighbours, in the same order, in a Hugging Face tensor and in the Megatron tensor made of it."""
+
+    hf_row: int
+    megatron_row: int
+    num_rows: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One parameter of a Megatron GPTModel, with the layer and the expert numbered globally, and its Hugging Face counterpart."""
@@ -229,6 +238,18 @@ class Parameter:
         if self.split is Split.GATED_ROWS:
             return list(tensor.chunk(2))
         return [tensor]
+
+    def row_runs(self) -> tuple[tuple[RowRun, ...], ...]:
+        """Per Hugging Face tensor, in the order of its rows, where they lie in the Megatron tensor. What `from_hf` does, in small steps."""
+        if self.split is Split.QKV_ROWS:
+            rows = [shape[0] // self.num_groups for shape in self.hf_shapes]  # of each projection in one group
+            first = [sum(rows[:i]) for i in range(len(rows))]
+            return tuple(
+                tuple(RowRun(group * count, group * sum(rows) + start, count) for group in range(self.num_groups))
+                for start, count in zip(first, rows, strict=True)
+            )
+        starts = [sum(shape[0] for shape in self.hf_shapes[:i]) for i in range(len(self.hf_shapes))]
+        return tuple((RowRun(0, start, shape[0]),) for start, shape in zip(starts, self.hf_shapes, strict=True))
 
     def shard_shape(self, size: int) -> Shape:
         """Shape of one of `size` tensor-parallel shards. Raises ValueError when the parameter cannot be cut in `size` equal parts."""

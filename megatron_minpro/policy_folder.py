@@ -11,26 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_convert.companions import companion_files
 from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.mapping import hf_shapes
 from checkpoints_convert.safetensors_io import write_checkpoint
 
 MAX_SHARD_BYTES = 4_000_000_000
-# What a served and evaluated model needs beside its weights and config.json; absent ones are skipped.
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-)
-
-
-def companion_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer and generation files of a model folder, name -> content."""
-    return {name: (folder / name).read_bytes() for name in COMPANION_FILES if (folder / name).is_file()}
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -105,7 +105,7 @@ def load_prompts(
         return _generate(tokenizer, source, options, max_prompt_tokens)
 
     question_field, answer_field, answer_format, wrapper = _layout(source, preset, question_field, answer_field, answer_format, wrapper)
-    rows = _read_rows(source, options)
+    rows = read_rows(source, options)
     return _build(
         rows,
         tokenizer=tokenizer,
@@ -193,7 +193,7 @@ def _layout(
     return question_field, answer_field, answer_format, text
 
 
-def _read_rows(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def read_rows(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """(where, row) pairs; `where` names the row in error messages."""
     path = Path(source)
     if path.suffix in (".jsonl", ".parquet"):
@@ -253,7 +253,7 @@ def _read_hub(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[s
     return [(f"{source}: row {number}", row) for number, row in enumerate(dataset)]
 
 
-def _text(value: Any, path: str, *, where: str) -> str:
+def field_text(value: Any, path: str, *, where: str) -> str:
     """A question or an answer as text; null becomes "". Integral floats lose their ".0" (AMC23 stores 27.0 for 27)."""
     if value is None:
         return ""
@@ -279,8 +279,8 @@ def _build(
     empty = 0
     answers: dict[str, dict[int | str, str]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
     for where, row in rows:
-        question = _text(read_field(row, question_field, where=where), question_field, where=where)
-        stored = _text(read_field(row, answer_field, where=where), answer_field, where=where)
+        question = field_text(read_field(row, question_field, where=where), question_field, where=where)
+        stored = field_text(read_field(row, answer_field, where=where), answer_field, where=where)
         answer = ANSWER_FORMATS[answer_format](stored) if stored else ""
         if answer is None:
             raise ValueError(f"{where}: field {answer_field!r} holds no answer in the format {answer_format!r}: {stored[-60:]!r}")

@@ -23,15 +23,8 @@ from torch import Tensor
 
 from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.mapping import check_hf_tensors, hf_shapes, parameters
-from checkpoints_convert.safetensors_io import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    SafetensorsReader,
-    file_bytes,
-    index_content,
-    plan_shards,
-    write_checkpoint,
-)
+from checkpoints_convert.safetensors_format import INDEX_FILE, SINGLE_FILE, file_bytes, index_content, plan_shards
+from checkpoints_convert.safetensors_io import SafetensorsReader, write_checkpoint
 
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.float16, torch.bfloat16,
           torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
