@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from megatron_minpro import convert_command, doctor_command, evaluate_command, plan_command, scale_command
+
 app = typer.Typer(
     name="minpro",
     no_args_is_help=True,
@@ -107,29 +109,11 @@ def serve(
     serving.serve(run_config, folder=run_config.run_dir / "servers" if folder is None else folder, announce=typer.echo)
 
 
-@app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False) -> None:
-    """Say what is installed, what will be used and what is missing. Exit code 1 when a run could not start.
-
-    \b
-    Example:
-      minpro doctor
-      minpro doctor --json
-    """
-    from megatron_minpro import doctor as examination
-
-    findings = examination.examine()
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(examination.as_json(findings), indent=2))
-    else:
-        from rich.console import Console
-
-        Console(highlight=False).print(examination.as_table(findings))
-    if not examination.can_train(findings):
-        missing = ", ".join(finding.subject for finding in findings if finding.verdict == "missing")
-        raise RuntimeError(f"missing: {missing}")
+app.command("doctor")(doctor_command.doctor)
+app.command("evaluate")(evaluate_command.evaluate)
+app.add_typer(convert_command.app, name="convert")
+app.command("plan")(plan_command.plan)
+app.command("scale")(scale_command.scale)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_minpro.answers import EXACT, Tolerance
+
 _WORKER_FILE = Path(__file__).with_name("grader_worker.py")
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 
@@ -62,9 +64,10 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, label: str, answer: str, timeout_s: float) -> Verdict:
+    def ask(self, label: str, answer: str, tolerance: Tolerance, timeout_s: float) -> Verdict:
         assert self._process.stdin is not None
-        request = json.dumps({"label": label, "answer": answer, "limit_s": timeout_s}) + "\n"
+        fields = {"label": label, "answer": answer, "relative": tolerance.relative, "absolute": tolerance.absolute, "limit_s": timeout_s}
+        request = json.dumps(fields) + "\n"
         try:
             self._process.stdin.write(request.encode())
             self._process.stdin.flush()
@@ -121,9 +124,9 @@ class GraderPool:
             self._slots.put(None)
         self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="math-verify")
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts on (label, answer) pairs, in order."""
-        return list(self._threads.map(self._compare_one, pairs))
+    def compare(self, pairs: Sequence[tuple[str, str]], *, tolerances: Sequence[Tolerance] | None = None) -> list[Verdict]:
+        """Verdicts on (label, answer) pairs, in order. tolerances: one per pair; None: numbers must be equal."""
+        return list(self._threads.map(self._compare_one, pairs, [EXACT] * len(pairs) if tolerances is None else tolerances))
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that have been started. Call it between two compares."""
@@ -146,7 +149,7 @@ class GraderPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compare_one(self, pair: tuple[str, str]) -> Verdict:
+    def _compare_one(self, pair: tuple[str, str], tolerance: Tolerance) -> Verdict:
         worker = self._slots.get()
         try:
             if worker is not None and not worker.alive():  # it died while idle: no answer is to blame
@@ -154,7 +157,7 @@ class GraderPool:
                 worker = None
             if worker is None:
                 worker = _Worker(self._memory_bytes)
-            verdict = worker.ask(*pair, self._timeout_s)
+            verdict = worker.ask(*pair, tolerance, self._timeout_s)
             if verdict.error in ("timeout", "crash"):
                 worker.close()
                 worker = None

@@ -76,8 +76,7 @@ def estimate_pass_at_k(
         raise ValueError(f"confidence = {confidence}, expected a number between 0 and 1")
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
-    one_problem = unbiased_pass_at_k if estimator == "unbiased" else bootstrap_pass_at_k
-    values_P = np.array([one_problem(n, c, k) for n, c in zip(num_samples, num_correct, strict=True)])
+    values_P = pass_at_k_values(num_samples, num_correct, k=k, estimator=estimator)
     low, high = bootstrap_interval(values_P, seed=seed, num_resamples=num_resamples, confidence=confidence)
     return PassAtK(
         k=k,
@@ -90,15 +89,31 @@ def estimate_pass_at_k(
     )
 
 
+def pass_at_k_values(num_samples: Sequence[int], num_correct: Sequence[int], *, k: int, estimator: Estimator) -> np.ndarray:
+    """[P] float64: the estimate for each problem. Raises ValueError for impossible counts."""
+    one_problem = unbiased_pass_at_k if estimator == "unbiased" else bootstrap_pass_at_k
+    return np.array([one_problem(n, c, k) for n, c in zip(num_samples, num_correct, strict=True)])
+
+
 def bootstrap_interval(values_P: np.ndarray, *, seed: int, num_resamples: int, confidence: float) -> tuple[float, float]:
     """Percentile interval of the mean of P values under resampling with replacement. Deterministic for a seed."""
+    return percentile_interval(bootstrap_means(values_P, seed=seed, num_resamples=num_resamples), confidence=confidence)
+
+
+def bootstrap_means(values_P: np.ndarray, *, seed: int | Sequence[int], num_resamples: int) -> np.ndarray:
+    """[num_resamples] means of P values drawn from values_P with replacement. Deterministic for a seed."""
     generator = np.random.default_rng(seed)
     means = []
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
         rows = min(_RESAMPLES_AT_ONCE, num_resamples - start)
         means.append(values_P[generator.integers(len(values_P), size=(rows, len(values_P)))].mean(axis=1))
+    return np.concatenate(means)
+
+
+def percentile_interval(values_R: np.ndarray, *, confidence: float) -> tuple[float, float]:
+    """The central `confidence` of resampled values."""
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
+    low, high = np.quantile(values_R, [tail, 1.0 - tail])
     return float(low), float(high)
 
 

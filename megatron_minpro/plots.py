@@ -20,7 +20,8 @@ from megatron_minpro.atomic_files import write_atomically
 Metrics = Mapping[str, float | None]
 
 _BLUE, _ORANGE, _GREY = "#2a5db0", "#d9722b", "#8a8f98"
-_STYLE: dict[Any, Any] = {
+COLOURS = (_BLUE, _ORANGE, "#3a8f5c", "#8a4fa3", _GREY)  # one per curve
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,11 +51,11 @@ def plot_run(
     curves = (("reward", "mean reward of the sampled batch", _BLUE), ("entropy", "policy entropy per token (nats)", _ORANGE))
     for key, label, colour in curves:
         if any(line.get(key) is not None for line in metrics):
-            with plt.rc_context(_STYLE):
-                written.append(_save(_curve(metrics, key, label=label, colour=colour, title=title), folder / f"{key}.png"))
+            with plt.rc_context(STYLE):
+                written.append(save(_curve(metrics, key, label=label, colour=colour, title=title), folder / f"{key}.png"))
     if evaluation_before and evaluation_after:
-        with plt.rc_context(_STYLE):
-            written.append(_save(_bars(evaluation_before, evaluation_after, title=title), folder / "pass_at_k.png"))
+        with plt.rc_context(STYLE):
+            written.append(save(_bars(evaluation_before, evaluation_after, title=title), folder / "pass_at_k.png"))
     return written
 
 
@@ -107,7 +108,8 @@ def _legend_below(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG, whole or not at all, and close it."""
     image = io.BytesIO()
     figure.savefig(image, format="png", bbox_inches="tight")
     plt.close(figure)

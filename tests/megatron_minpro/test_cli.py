@@ -14,7 +14,7 @@ import megatron_minpro
 from megatron_minpro import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "serve", "doctor")
+COMMANDS = ("train", "serve", "doctor", "evaluate")
 
 
 class Launcher(ModuleType):

@@ -1,0 +1,192 @@
+"""Where samples come from: SGLang's native API with token ids, or any server that speaks OpenAI's, such as vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import httpx
+
+from megatron_minpro.evaluation.responses import Response
+from megatron_minpro.sampler import graded_tokens
+from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, run_all, sample_seed
+from rollout.records import Generation, GenerationRequest, SamplingParams
+
+Api = Literal["native", "completions", "chat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One sample that is still to be had."""
+
+    benchmark: str
+    problem_id: str
+    sample: int
+    text: str  # the user message
+    token_ids: tuple[int, ...]  # chat template applied, generation prompt added; not used by the chat API
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.benchmark}/{self.problem_id}/{self.sample}"
+
+
+Keep = Callable[[Wanted, Response], None]
+
+
+class SampleSource(Protocol):
+    """Draws from `wanted` as servers have room and hands each response to `keep` at once, in this thread.
+
+    The draw of a sample depends on its name and the seed alone, not on which others are asked for (as far as the server repeats itself).
+    """
+
+    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None: ...
+
+
+class NativeSource:
+    """SGLang's /generate, through the client that training uses."""
+
+    def __init__(self, client: GenerationClient, tokenizer: Any) -> None:
+        self._client, self._tokenizer = client, tokenizer
+
+    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None:
+        under_way: dict[str, Wanted] = {}
+
+        def requests() -> Iterator[GenerationRequest]:
+            for sample in wanted:
+                under_way[sample.request_id] = sample
+                yield GenerationRequest(request_id=sample.request_id, prompt_token_ids=sample.token_ids)
+
+        def arrived(generation: Generation) -> None:
+            sample = under_way.pop(generation.request_id)
+            text = self._tokenizer.decode(graded_tokens(generation, sampling.stop_token_ids))
+            keep(sample, _response(sample, text, generation.finish_reason, len(generation.response_token_ids)))
+
+        self._client.stream(requests(), sampling, on_generation=arrived)
+
+
+class OpenAISource:
+    """/v1/completions (token ids in, text out) or /v1/chat/completions (the server's own chat template).
+
+    model: as the server calls it. concurrency: requests under way at once. A request that fails in passing is sent again, elsewhere.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        api: Literal["completions", "chat"],
+        model: str,
+        api_key: str | None,
+        concurrency: int,
+        request_timeout_s: float,
+        max_retries: int,
+        backoff_s: float = 0.5,
+    ) -> None:
+        self._endpoints = tuple(endpoint.rstrip("/").removesuffix("/v1") for endpoint in endpoints)
+        self._api, self._model, self._concurrency = api, model, concurrency
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._request_timeout_s, self._max_retries, self._backoff_s = request_timeout_s, max_retries, backoff_s
+
+    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None:
+        asyncio.run(self._run(enumerate(wanted), sampling, keep))
+
+    async def _run(self, source: Iterator[tuple[int, Wanted]], sampling: SamplingParams, keep: Keep) -> None:
+        timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        async with httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=False) as http:
+
+            async def draw() -> None:
+                for index, sample in source:  # shared by all: each sample goes to one of them
+                    keep(sample, await self._ask(http, sample, sampling, first_endpoint=index))
+
+            await run_all([draw() for _ in range(self._concurrency)])
+
+    async def _ask(self, http: httpx.AsyncClient, sample: Wanted, sampling: SamplingParams, *, first_endpoint: int) -> Response:
+        path = "/v1/completions" if self._api == "completions" else "/v1/chat/completions"
+        body = openai_body(sample, sampling, api=self._api, model=self._model)
+        failure = endpoint = ""
+        for attempt in range(self._max_retries + 1):
+            endpoint = self._endpoints[(first_endpoint + attempt) % len(self._endpoints)]
+            if attempt:
+                await asyncio.sleep(min(30.0, self._backoff_s * 2 ** (attempt - 1)))
+            try:
+                answer = await http.post(endpoint + path, json=body)
+            except httpx.HTTPError as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            if answer.status_code in RETRIED_STATUS:
+                failure = f"HTTP {answer.status_code}: {answer.text[:300]}"
+                continue
+            if answer.status_code != 200:
+                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: HTTP {answer.status_code}: {answer.text[:300]}")
+            try:
+                response = read_openai(answer.json(), sample)
+            except ValueError as error:
+                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {error}") from error
+            if response is not None:
+                return response
+            failure = "aborted by the server"
+        raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {failure} (gave up after {self._max_retries + 1} attempts)")
+
+
+def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["completions", "chat"], model: str) -> dict[str, Any]:
+    """The request. Every sampling setting is said: vLLM would otherwise take top_k and others from the model's generation_config.json."""
+    asked: dict[str, Any] = (
+        {"prompt": list(sample.token_ids)} if api == "completions" else {"messages": [{"role": "user", "content": sample.text}]}
+    )
+    if sampling.seed is not None:
+        asked["seed"] = sample_seed(sampling.seed, sample.request_id, 0)
+    return {
+        **asked,
+        "model": model,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "n": 1,
+        "stream": False,
+    }
+
+
+def read_openai(answer: Any, sample: Wanted) -> Response | None:
+    """The response in an answer of either OpenAI API; None when the server aborted it. Raises ValueError saying what is wrong with it."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1:
+        raise ValueError(f"the answer holds no single choice: {str(answer)[:200]}")
+    finish_reason = choices[0].get("finish_reason")
+    if finish_reason == "abort":
+        return None
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason is {finish_reason!r}, expected stop or length")
+    message = choices[0].get("message")
+    text = choices[0].get("text") if message is None else message.get("content") or ""  # null: nothing but hidden reasoning
+    num_tokens = (answer.get("usage") or {}).get("completion_tokens")
+    if not isinstance(text, str) or not isinstance(num_tokens, int):
+        raise ValueError(f"the answer lacks its text or usage.completion_tokens: {str(answer)[:200]}")
+    return _response(sample, text, finish_reason, num_tokens)
+
+
+def served_model(endpoint: str, *, api_key: str | None, timeout_s: float = 30.0) -> str:
+    """The name of the one model a server has. Raises RuntimeError when it cannot be asked, ValueError when it has several."""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    address = f"{endpoint.rstrip('/').removesuffix('/v1')}/v1/models"
+    try:
+        answer = httpx.get(address, headers=headers, timeout=timeout_s, trust_env=False)
+        answer.raise_for_status()
+        names = [model["id"] for model in answer.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{address}: cannot be asked for its models: {error}") from error
+    if len(names) != 1:
+        raise ValueError(f"{address}: serves {', '.join(names) or 'nothing'}; choose one with --model-name")
+    return names[0]
+
+
+def _response(sample: Wanted, text: str, finish_reason: str, num_tokens: int) -> Response:
+    return Response(problem_id=sample.problem_id, sample=sample.sample, text=text, finish_reason=finish_reason, num_tokens=num_tokens)

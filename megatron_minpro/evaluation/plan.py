@@ -1,0 +1,184 @@
+"""What an evaluation was asked for, and the checked plan that it becomes; nothing is written or started here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_minpro.checkpoint_location import CheckpointLocation
+from megatron_minpro.evaluation.benchmarks import Benchmark
+from megatron_minpro.evaluation.checkpoint import find_checkpoint, largest_length
+from megatron_minpro.evaluation.endpoints import Api
+from megatron_minpro.evaluation.grading import make_grader
+from megatron_minpro.evaluation.problems import Problem, read_problems
+from megatron_minpro.evaluation.settings import (
+    BenchmarkSettings,
+    EvaluationSettings,
+    GradingSettings,
+    SamplingSettings,
+    digest,
+    merged,
+    read_settings,
+    weights_digest,
+)
+from megatron_minpro.policy_folder import load_tokenizer
+from megatron_minpro.prompt_sources import WRAPPERS
+from megatron_minpro.prompts import encode_prompts
+from rollout.records import SamplingParams
+
+BARE = "bare"  # a style without a wrapper: the question alone, for models that were trained so
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Where responses come from. endpoints: running servers; empty: `servers` of our own are started."""
+
+    api: Api
+    endpoints: tuple[str, ...]
+    model_name: str | None  # as an OpenAI server calls it; None: it has one model
+    api_key_path: Path | None
+    servers: int
+    tp: int
+    dtype: str | None  # None: the checkpoint's
+    options: Mapping[str, Any]  # further SGLang server arguments
+    concurrency: int
+    start_timeout_s: float
+    request_timeout_s: float
+    max_retries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """Everything `minpro evaluate` was asked for."""
+
+    checkpoint: str  # see locate_checkpoint; with the chat API also just a name
+    config: Path | None  # of a Megatron checkpoint: the folder with its config and tokenizer
+    benchmarks: tuple[Benchmark, ...]
+    data: Path | None
+    out: Path
+    samples: int | None  # None: each benchmark's own number
+    limit: int | None  # problems per benchmark, the first ones
+    style: str  # a key of WRAPPERS, or BARE
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    grader: str  # math_verify, final_step, or package.module:function
+    grading_timeout_s: float
+    grading_workers: int
+    serving: Serving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A checked request: what would be sampled under which settings."""
+
+    request: EvaluationRequest
+    location: CheckpointLocation | None  # None: only the server has it
+    tokenizer: Any  # None: the server has it
+    settings: EvaluationSettings
+    problems: Mapping[str, Sequence[Problem]]
+    prompts: Mapping[str, Sequence[TokenIds]]  # beside problems; empty prompts where the server applies its own template
+    sampling: SamplingParams
+
+    @property
+    def num_responses(self) -> int:
+        return sum(chosen.samples * chosen.num_problems for chosen in self.chosen.values())
+
+    @property
+    def chosen(self) -> dict[str, BenchmarkSettings]:
+        """The benchmarks that this request asks for."""
+        return {name: self.settings.benchmarks[name] for name in self.problems}
+
+
+def plan(request: EvaluationRequest) -> Plan:
+    """Read the problems and compare with what the folder holds; writes nothing. Raises ValueError for all that cannot work."""
+    _check_serving(request.serving)
+    served_only = request.serving.api == "chat" and not Path(request.checkpoint).exists()
+    location = None if served_only else find_checkpoint(Path(request.checkpoint), config=request.config)
+    if request.style not in (*WRAPPERS, BARE):
+        raise ValueError(f"--style {request.style}: expected one of {', '.join((*WRAPPERS, BARE))}")
+    if request.style == BARE and request.grader == "math_verify":
+        raise ValueError(
+            f"--style {BARE} says nowhere where the answer stands, which math_verify must know; choose a style or another --grader"
+        )
+    sampling = SamplingParams(
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=-1,
+        stop_token_ids=(),
+        seed=request.seed,
+    )
+    make_grader(request.grader, style=request.style, timeout_s=request.grading_timeout_s, workers=request.grading_workers).close()
+    problems = {benchmark.name: read_problems(benchmark, data=request.data, limit=request.limit) for benchmark in request.benchmarks}
+    tokenizer = None
+    prompts: dict[str, list[TokenIds]] = {name: [()] * len(items) for name, items in problems.items()}
+    if location is not None and request.serving.api != "chat":
+        tokenizer = load_tokenizer(location.model)
+        sampling = replace(sampling, stop_token_ids=(tokenizer.eos_token_id,))
+        prompts = {name: _encoded(items, request, tokenizer, model=location.model) for name, items in problems.items()}
+    wanted = EvaluationSettings(
+        sampling=SamplingSettings(
+            checkpoint=request.checkpoint if location is None else str(location.weights.resolve()),
+            weights="served" if location is None else weights_digest(location.weights),
+            api="chat" if request.serving.api == "chat" else "token_ids",
+            style=request.style,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_new_tokens=request.max_new_tokens,
+            seed=request.seed,
+        ),
+        grading=GradingSettings(grader=request.grader, timeout_s=request.grading_timeout_s),
+        benchmarks={
+            benchmark.name: BenchmarkSettings(
+                title=benchmark.title,
+                samples=benchmark.num_samples if request.samples is None else request.samples,
+                num_problems=len(problems[benchmark.name]),
+                problems=digest([asdict(problem) for problem in problems[benchmark.name]]),
+                prompts=digest([[wrapped(item, request.style) for item in problems[benchmark.name]], prompts[benchmark.name]]),
+            )
+            for benchmark in request.benchmarks
+        },
+    )
+    kept = read_settings(request.out)
+    settings = wanted if kept is None else merged(kept, wanted, folder=request.out)
+    return Plan(
+        request=request,
+        location=location,
+        tokenizer=tokenizer,
+        settings=settings,
+        problems=problems,
+        prompts=prompts,
+        sampling=sampling,
+    )
+
+
+def wrapped(problem: Problem, style: str) -> str:
+    """The user message."""
+    return problem.question if style == BARE else WRAPPERS[style].replace("{question}", problem.question)
+
+
+def _encoded(problems: Sequence[Problem], request: EvaluationRequest, tokenizer: Any, *, model: Path) -> list[TokenIds]:
+    """Prompts as token ids. Raises ValueError where prompt and response together can be longer than the model."""
+    prompts = encode_prompts(tokenizer, [wrapped(problem, request.style) for problem in problems])
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    limit = largest_length(model)
+    if limit is not None and len(prompts[longest]) + request.max_new_tokens > limit:
+        raise ValueError(
+            f"--max-new-tokens {request.max_new_tokens}: with the {len(prompts[longest])} tokens of problem {problems[longest].problem_id} "
+            f"that is more than the {limit} positions of {model}"
+        )
+    return prompts
+
+
+def _check_serving(serving: Serving) -> None:
+    if serving.api_key_path is not None and not serving.endpoints:
+        raise ValueError("--api-key-file is for running servers (--endpoint); servers of our own are on loopback and need none")
+    if serving.model_name is not None and serving.api == "native":
+        raise ValueError("--model-name is for OpenAI servers (--api completions or chat)")
+    if serving.api == "chat" and not serving.endpoints:
+        raise ValueError("--api chat needs --endpoint: servers of our own are sent token ids")

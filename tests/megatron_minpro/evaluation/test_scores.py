@@ -1,0 +1,135 @@
+"""From counts to numbers and tables, by numbers worked by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_minpro.evaluation.compare import comparison_table, differences
+from megatron_minpro.evaluation.curves import plot_curves
+from megatron_minpro.evaluation.problems import Problem
+from megatron_minpro.evaluation.scores import Counts, Incomplete, as_json, average_pass_at_1, count, pass_at_k_table
+from megatron_minpro.evaluation.tables import Table, curves_table, markdown_table, scores_table, write_table
+
+
+def counts(correct: tuple[int, ...], *, samples: int = 4, name: str = "set") -> Counts:
+    return Counts(
+        benchmark=name,
+        title=name.upper(),
+        problem_ids=tuple(f"p{number}" for number in range(len(correct))),
+        num_samples=(samples,) * len(correct),
+        num_correct=correct,
+        without_answer=1,
+        truncated=2,
+        grading_errors={"timeout": 1},
+        num_tokens=40,
+    )
+
+
+def test_both_estimators_for_every_power_of_two_up_to_the_samples() -> None:
+    # c = 1 of 4 and 4 of 4. Unbiased: k=2: 1 - C(3,2)/C(4,2) = 1/2; k=4: 1. With replacement: 1 - (3/4)^2 = 7/16; 1 - (3/4)^4 = 175/256.
+    table = {(entry.estimator, entry.k): entry.mean for entry in pass_at_k_table(counts((1, 4)))}
+    expected = {
+        ("unbiased", 1): (1 / 4 + 1) / 2,
+        ("unbiased", 2): (1 / 2 + 1) / 2,
+        ("unbiased", 4): 1.0,
+        ("bootstrap", 1): (1 / 4 + 1) / 2,
+        ("bootstrap", 2): (7 / 16 + 1) / 2,
+        ("bootstrap", 4): (175 / 256 + 1) / 2,
+    }
+    assert table.keys() == expected.keys()
+    assert [table[key] for key in expected] == pytest.approx(list(expected.values()))
+    assert counts((1,), samples=128).ks == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert counts((1,), samples=300).ks[-1] == 128
+    assert counts((1,), samples=7).ks == [1, 2, 4]
+
+
+def test_the_average_weighs_benchmarks_alike_and_its_interval_adds_their_variances() -> None:
+    small, large = counts((0, 4) * 50, name="small"), counts((2,) * 400, name="large")
+    average = average_pass_at_1([small, large])
+    assert average.mean == pytest.approx(0.5)
+    # Only the small set varies: sd of its mean is 0.5 / 10, halved in the average. 10,000 resamples: a few per cent of noise.
+    assert average.high - average.low == pytest.approx(2 * 1.96 * 0.025, rel=0.1)
+    both = average_pass_at_1([small, replace(small, benchmark="again")])
+    assert both.high - both.low == pytest.approx(2 * 1.96 * 0.05 / np.sqrt(2), rel=0.1)  # independent draws, not the same one twice
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals_and_has_its_sign() -> None:
+    first = counts((0, 1, 2, 3) * 25)
+    second = counts((1, 2, 3, 4) * 25)
+    by_key = {(item.estimator, item.k): item for item in differences(first, second)}
+    gain = by_key["unbiased", 1]
+    # Every problem gained one sample of four: the paired interval has no width.
+    assert (gain.first, gain.second, gain.difference, gain.low, gain.high) == pytest.approx((0.375, 0.625, 0.25, 0.25, 0.25))
+    lost = {(item.estimator, item.k): item for item in differences(second, first)}["unbiased", 1]
+    assert lost.difference == pytest.approx(-0.25)
+    assert differences(first, counts((1,) * 100, samples=2))[-1].k == 2
+    assert "+25.0 [+25.0, +25.0] *" in comparison_table([gain], names=("a", "b")).markdown
+    none = differences(counts((0, 4) * 8), counts((4, 0) * 8))[0]
+    assert none.difference == 0.0 and none.low < 0 < none.high
+    assert "*" not in comparison_table([none], names=("a", "b")).markdown
+
+
+def test_runs_over_other_problems_are_not_compared() -> None:
+    with pytest.raises(ValueError, match=r"set: the runs answered different problems \(1 are in one alone\)"):
+        differences(counts((1, 2)), counts((1, 2, 3)))
+
+
+def kept(folder: Path, samples: int, grades: int) -> dict[str, Path]:
+    response = {"problem_id": "p0", "text": "x", "finish_reason": "length", "num_tokens": 5}
+    grade = {"problem_id": "p0", "correct": True, "extracted": None, "plain": None, "math_verify": None, "error": "ValueError: label"}
+    files = {"responses": folder / "r.jsonl", "grades": folder / "g.jsonl"}
+    files["responses"].write_text("".join(json.dumps({**response, "sample": n}) + "\n" for n in range(samples)))
+    files["grades"].write_text("".join(json.dumps({**grade, "sample": n}) + "\n" for n in range(grades)))
+    return files
+
+
+def test_counting_wants_every_sample_graded(tmp_path: Path) -> None:
+    problems = [Problem(problem_id="p0", question="?", label="1", relative_tolerance=0, absolute_tolerance=0)]
+    found = count("set", "SET", problems, samples=3, **kept(tmp_path, 3, 3))
+    assert asdict(found) == {
+        **asdict(counts((3,), samples=3)),
+        "without_answer": 3,
+        "truncated": 3,
+        "grading_errors": {"ValueError": 3},
+        "num_tokens": 15,
+    }
+    assert as_json(found)["mean_tokens"] == 5.0
+    with pytest.raises(Incomplete, match="set has 2 responses for problem p0, expected 3 for each of 1 problems"):
+        count("set", "SET", problems, samples=3, **kept(tmp_path, 2, 2))
+    with pytest.raises(Incomplete, match="2 grades for problem p0"):
+        count("set", "SET", problems, samples=3, **kept(tmp_path, 3, 2))
+
+
+def test_tables_say_the_same_in_every_format(tmp_path: Path) -> None:
+    chosen = [counts((1, 4), name="one"), counts((0, 0), samples=2, name="two")]
+    scores = scores_table("model", chosen, average_pass_at_1(chosen))
+    curves = curves_table("model", chosen)
+    assert [row["benchmark"] for row in scores.rows] == ["ONE", "TWO", "Average"]
+    assert "ONE (avg@4)" in scores.markdown and "62.5 [25.0, 100.0]" in scores.markdown and "31.2" in scores.markdown
+    lines = curves.markdown.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["ONE", "ONE", "TWO", "TWO"]
+    assert lines[4].rstrip(" |").endswith("0.0 [0.0, 0.0]") and lines[4].count("[") == 2  # two samples: no pass@4
+    for name, table in (("scores", scores), ("curves", curves)):
+        write_table(tmp_path, name, table)
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == table.rows
+        with (tmp_path / f"{name}.csv").open() as file:
+            assert [float(row["mean"]) for row in csv.DictReader(file)] == [row["mean"] for row in table.rows]
+    write_table(tmp_path, "empty", Table(rows=[], markdown=markdown_table(["a"], [])))
+    assert (tmp_path / "empty.csv").read_text() == ""
+
+
+def test_cells_with_bars_do_not_break_a_markdown_table() -> None:
+    assert markdown_table(["answer"], [["|x|"]]).splitlines()[2] == "| \\|x\\|  |"
+
+
+def test_the_picture_is_drawn_for_one_and_for_several_runs(tmp_path: Path) -> None:
+    plot_curves(tmp_path / "one.png", {"a": [counts((1, 4), name=str(number)) for number in range(5)]})
+    plot_curves(tmp_path / "two.png", {"a": [counts((1, 4))], "b": [counts((2, 2))]})
+    for name in ("one", "two"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
