@@ -17,7 +17,7 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test test-slurm overlay lint format bench bench-gpu plan-report clean
+.PHONY: help setup setup-gpu train test test-slurm test-faults overlay lint format bench bench-gpu plan-report clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,11 +38,14 @@ setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc f
 train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)
 
-test: setup overlay ## all tests but the next; real data from MINPRO_ASSETS or ../shared
-	.venv/bin/python -m pytest --ignore=tests/slurm $(ARGS)
+test: setup overlay ## all tests but the next two; real data from MINPRO_ASSETS or ../shared
+	.venv/bin/python -m pytest --ignore=tests/slurm -m "not faults" $(ARGS)
 
 test-slurm: setup ## the job scripts on a throw-away Slurm on this machine (root; Debian: slurmctld slurmd slurm-client munge iproute2)
 	.venv/bin/python -m pytest tests/slurm $(ARGS)
+
+test-faults: setup ## kill -9 of random processes at random moments, 20 seeds (half an hour)
+	.venv/bin/python -m pytest tests/end_to_end/test_faults.py $(ARGS)
 
 overlay: $(OVERLAY) ## a later Megatron-Core in a folder of its own, which tests/parallel/test_megatron_overlay.py lays over .venv
 

@@ -78,13 +78,22 @@ def check_apart(source: Path, destination: Path) -> None:
         raise ValueError(f"{destination}: is, lies in or holds the source {source}; expected another place")
 
 
+def check_replaceable(destination: Path) -> None:
+    """Raises ValueError for a folder with content that is no checkpoint: a wrong name must not cost other work. An empty one may go."""
+    marks = ("config.json", ".metadata")
+    if destination.is_dir() and any(destination.iterdir()) and not any((destination / mark).is_file() for mark in marks):
+        raise ValueError(
+            f"{destination}: is to be replaced, but holds neither {' nor '.join(marks)}; expected a checkpoint or an empty folder"
+        )
+
+
 def _checked(destination: str | Path, *, replace: bool) -> Path:
     destination = Path(os.path.abspath(destination))
     if not destination.parent.is_dir():
         raise ValueError(f"{destination.parent}: no such directory; expected the folder in which {destination.name} is to be written")
     if os.path.lexists(destination):
         if not replace:
-            raise ValueError(f"{destination}: exists already; expected a new name, or the permission to replace it")
+            raise ValueError(f"{destination}: exists already; expected a new name, or the permission to replace it (--force)")
         if destination.is_symlink() or not destination.is_dir():
             raise ValueError(f"{destination}: is not a directory; expected a directory to replace")
     return destination
@@ -146,7 +155,7 @@ def _move_into_place(temporary: Path, destination: Path, *, replace: bool) -> No
         raise ValueError(f"{destination}: was created by another process meanwhile; expected it to be still absent")
     elif not _exchange(temporary, destination):
         # This file system cannot exchange two names. Between these two renames the destination is absent, its old content beside it.
-        aside = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
+        aside = destination.with_name(f".{destination.name}.replaced-{secrets.token_hex(4)}")
         os.rename(destination, aside)
         os.rename(temporary, destination)
         fsync_path(destination.parent)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import xxhash
+from torch import Tensor
 
-from checkpoints_convert.atomic_directory import check_apart, resumable_directory, write_file
+from checkpoints_convert.atomic_directory import check_apart, check_replaceable, resumable_directory, write_file
 from checkpoints_convert.companions import companion_files
 from checkpoints_convert.conversion_plan import check_dtype, check_space, fingerprint, plan_hugging_face_files, torch_dist_parts
-from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, row_blocks, run_in_threads
+from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, no_garbage_collection, row_blocks, run_in_threads
 from checkpoints_convert.extra_state import extra_state_keys
 from checkpoints_convert.hf_config import DTYPES, Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.journal import Journal
@@ -27,6 +28,7 @@ from checkpoints_convert.mapping import TIED_COPIES, Parameter, check_hf_tensors
 from checkpoints_convert.megatron_weights import MegatronWeights
 from checkpoints_convert.safetensors_format import INDEX_FILE, TensorSpec
 from checkpoints_convert.safetensors_io import SafetensorsReader, SafetensorsWriter
+from checkpoints_convert.torch_dist_metadata import METADATA_FILE
 from checkpoints_convert.torch_dist_writer import TorchDistWriter
 
 Hashes = Mapping[str, str]  # tensor name -> XXH3 of 128 bits, hexadecimal
@@ -43,6 +45,7 @@ class ConversionReport:
     seconds: float
 
 
+@no_garbage_collection()
 def hf_to_megatron(
     source: str | Path,
     destination: str | Path,
@@ -55,7 +58,8 @@ def hf_to_megatron(
     """Write a Hugging Face Qwen3 or Qwen3-MoE folder as a torch_dist checkpoint that any layout and either layer spec of Megatron loads.
 
     The destination also gets config.json, the tokenizer's files and the manifest, so that nothing else is needed to convert it back.
-    workers: threads. resume: continue an unfinished conversion of the same source, if there is one. force: replace the destination.
+    workers: threads. resume: continue an unfinished conversion of the same source, if there is one. force: replace a destination that is a
+    checkpoint, or empty.
 
     Raises ValueError, naming file and tensor, for a source that is damaged, that is not the model its config.json describes or that its
     manifest contradicts, and for a destination that exists; OSError when reading or writing fails. The destination is then as it was.
@@ -63,6 +67,8 @@ def hf_to_megatron(
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
     check_apart(source, destination)
+    if force:
+        check_replaceable(destination)
     architecture = Architecture.from_config(read_config(source), source=source / "config.json")
     with SafetensorsReader(source) as reader:
         specs = {name: reader.spec(name) for name in reader.names}
@@ -102,6 +108,7 @@ def hf_to_megatron(
     return work.report(destination, manifest, started)
 
 
+@no_garbage_collection()
 def megatron_to_hf(
     source: str | Path,
     destination: str | Path,
@@ -123,6 +130,8 @@ def megatron_to_hf(
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
     check_apart(source, destination)
+    if force:
+        check_replaceable(destination)
     folder = source if config is None else Path(config)
     architecture = Architecture.from_config(read_config(folder), source=folder / "config.json")
     with MegatronWeights(source, architecture) as weights:
@@ -134,7 +143,7 @@ def megatron_to_hf(
         owners = {spec.name: file for file, group in files.shards.items() for spec in group}
         specs = {spec.name: spec for group in files.shards.values() for spec in group}
         known = {} if origin is None else origin.hashes()
-        identity = fingerprint("megatron-to-hf", weights.files, (architecture, files))
+        identity = fingerprint("megatron-to-hf", (*weights.files, source / METADATA_FILE), (architecture, files))
         with (
             resumable_directory(destination, replace=force, resume=resume) as directory,
             Journal(directory, fingerprint=identity) as journal,
@@ -222,12 +231,21 @@ def _copy_to_hf(spec: TensorSpec, weights: MegatronWeights, writer: SafetensorsW
         rows = weights.read_rows(stored, first, first + count)
         read.update(bytes_of(rows))
         if rows.dtype != spec.dtype:
-            rows = rows.to(spec.dtype)
+            rows = _cast(rows, spec, first, source=weights.file(stored))
             written.update(bytes_of(rows))
         writer.write_rows(spec.name, first, rows)
         meter.add(num_bytes=rows.nbytes)
     digest = _expected(read.hexdigest(), stored, known, weights.file(stored))
     return digest if weights.dtype(stored) == spec.dtype else written.hexdigest()
+
+
+def _cast(rows: Tensor, spec: TensorSpec, first: int, *, source: Path) -> Tensor:
+    cast = rows.to(spec.dtype)
+    if not torch.equal(cast.isfinite(), rows.isfinite()):  # float16 ends at 65,504
+        largest = rows[rows.isfinite()].abs().max().item()
+        where = f"rows {first} to {first + len(rows) - 1}"
+        raise ValueError(f"{source}: {spec.name!r} holds {largest:g} in {where}; expected numbers that {spec.dtype} can hold")
+    return cast
 
 
 def _hash_copy(name: str, reader: SafetensorsReader, hashes: Hashes, meter: Meter) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +56,24 @@ def row_blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+def equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two contiguous CPU tensors of one shape and dtype hold the same bytes; unlike torch.equal, at the speed of memory."""
+    return np.array_equal(np.frombuffer(bytes_of(first), np.uint8), np.frombuffer(bytes_of(second), np.uint8))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Without Python's search for reference cycles. A checkpoint is many small records and no cycle: each search visits them all in vain,
+    which takes half the time of converting small tensors."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def run_in_threads(work: Callable[[str], None], items: Sequence[str], *, workers: int) -> None:

@@ -76,6 +76,6 @@ def _record(name: str, entry: Any) -> TensorRecord:
     if not all(type(length) is int and length >= 0 for length in shape):
         raise ValueError(f"shape of {name!r} is {shape}; expected non-negative integers")
     file = entry["file"]
-    if not isinstance(file, str) or Path(file).name != file:
-        raise ValueError(f"file of {name!r} is {file!r}; expected a plain file name")
+    if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        raise ValueError(f"file of {name!r} is {file!r}; expected the plain name of a .safetensors file")
     return TensorRecord(TensorSpec(name, shape, dtype_from_name(entry["dtype"])), str(entry["xxh3_128"]), file)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_convert.atomic_directory import check_apart, new_directory
+from checkpoints_convert.atomic_directory import check_apart, check_replaceable, new_directory
 from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.logit_error import LogitError, LogitErrorSum
 from checkpoints_convert.mapping import check_hf_tensors
@@ -82,6 +82,8 @@ def quantize_checkpoint(
     source, destination = Path(source), Path(destination)
     check_possible(number_format, device)
     check_apart(source, destination)
+    if replace:
+        check_replaceable(destination)
     config = read_config(source)
     architecture = Architecture.from_config(config, source=source / "config.json")
     for name, prompts in (("calibration", calibration), ("measured", measured)):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.atomic_directory import new_directory
+from checkpoints_convert.copying import bytes_of
 from checkpoints_convert.safetensors_format import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -159,7 +160,7 @@ class SafetensorsReader:
     def _fill(self, tensor: Tensor, location: _Location, offset: int) -> None:
         if not self._descriptors:
             raise ValueError(f"{self.directory}: is closed; expected an open reader to read {location.spec.name!r}")
-        remaining = _bytes_of(tensor)
+        remaining = bytes_of(tensor)
         while remaining:
             count = os.preadv(location.descriptor, [remaining[:_LONGEST_TRANSFER]], offset)
             if count == 0:
@@ -231,7 +232,7 @@ class SafetensorsWriter:
                 f"{self._destination}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; "
                 f"expected {location.spec.dtype} {location.spec.shape}"
             )
-        _write_all(location, _bytes_of(tensor.detach().cpu().contiguous()), location.offset)
+        _write_all(location, bytes_of(tensor.detach().cpu().contiguous()), location.offset)
         self._done(name)
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
@@ -243,7 +244,7 @@ class SafetensorsWriter:
                 f"{self._destination}: rows from {start} of tensor {name!r} are {rows.dtype} {tuple(rows.shape)}; "
                 f"expected {location.spec.dtype} and rows of {shape}"
             )
-        _write_all(location, _bytes_of(rows.detach().cpu().contiguous()), location.offset + start * (location.spec.num_bytes // shape[0]))
+        _write_all(location, bytes_of(rows.detach().cpu().contiguous()), location.offset + start * (location.spec.num_bytes // shape[0]))
         self._missing_rows[name] = self._missing_rows.get(name, shape[0]) - rows.shape[0]
         if self._missing_rows[name] == 0:
             self._done(name)
@@ -295,11 +296,6 @@ class SafetensorsWriter:
             self._pending[spec.name] = _Location(path, descriptor, offset, spec)
             offset += spec.num_bytes
         os.truncate(path, offset)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, as bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
 
 
 def _write_all(location: _Location, remaining: memoryview, offset: int) -> None:

@@ -84,6 +84,8 @@ def read_metadata(directory: Path, *, optimizer: bool = False) -> dict[str, Save
     Raises ValueError, naming file and tensor, for a folder of another format, metadata that is damaged or names anything but what
     checkpoints are made of, chunks that do not tile their tensor, and a data file that is absent or too short.
     """
+    if not any((directory / name).exists() for name in (METADATA_FILE, FORMAT_FILE)):
+        raise ValueError(f"{directory}: holds neither {METADATA_FILE} nor {FORMAT_FILE}; expected a Megatron torch_dist checkpoint")
     _check_format(directory / FORMAT_FILE)
     path = directory / METADATA_FILE
     metadata = read_metadata_pickle(path)

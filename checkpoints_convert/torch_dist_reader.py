@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import math
 import os
+import resource
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from checkpoints_convert.copying import bytes_of
 from checkpoints_convert.safetensors_format import TensorSpec
 from checkpoints_convert.torch_dist_metadata import Chunk, SavedTensor, Shape, read_metadata
 from checkpoints_convert.torch_record import payload_offset
 
 _LONGEST_TRANSFER = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
+_SPARE_FILES = 512  # what a process may have open beside a checkpoint
 
 
 class TorchDistReader:
@@ -32,8 +35,11 @@ class TorchDistReader:
         self.directory = Path(directory)
         self._tensors = read_metadata(self.directory)
         self._descriptors: dict[str, int] = {}
+        self._payloads: dict[tuple[Chunk, torch.dtype], int | None] = {}  # torch_record.payload_offset of each record that was read
         try:
-            for name in sorted({chunk.file_name for tensor in self._tensors.values() for chunk in tensor.chunks}):
+            names = sorted({chunk.file_name for tensor in self._tensors.values() for chunk in tensor.chunks})
+            _allow_open_files(len(names))
+            for name in names:
                 self._descriptors[name] = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             self.close()
@@ -109,8 +115,7 @@ class TorchDistReader:
 
     def _read_part(self, tensor: SavedTensor, chunk: Chunk, inside: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out`, contiguous, with the elements `inside` of one chunk."""
-        descriptor = self._descriptors[chunk.file_name]
-        begin = payload_offset(descriptor, chunk.offset, chunk.length, chunk.shape, tensor.dtype)
+        begin = self._payload_offset(tensor, chunk)
         if begin is None:  # not stored as plain bytes of this very shape: torch's own reader decides
             out.copy_(self._load_record(tensor, chunk)[inside])
             return
@@ -122,8 +127,16 @@ class TorchDistReader:
         self._fill(whole, tensor, chunk, begin)
         out.copy_(whole[inside])
 
+    def _payload_offset(self, tensor: SavedTensor, chunk: Chunk) -> int | None:
+        """Looked for once: a large chunk is read in many blocks of rows."""
+        key = (chunk, tensor.dtype)
+        if key not in self._payloads:
+            descriptor = self._descriptors[chunk.file_name]
+            self._payloads[key] = payload_offset(descriptor, chunk.offset, chunk.length, chunk.shape, tensor.dtype)
+        return self._payloads[key]
+
     def _fill(self, out: Tensor, tensor: SavedTensor, chunk: Chunk, offset: int) -> None:
-        remaining = memoryview(out.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        remaining = bytes_of(out)
         while remaining:
             count = os.preadv(self._descriptors[chunk.file_name], [remaining[:_LONGEST_TRANSFER]], offset)
             if count == 0:
@@ -145,6 +158,14 @@ class TorchDistReader:
             what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{path}: the record of {tensor.key!r} is {what}; expected {tensor.dtype} {chunk.shape}")
         return found
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's soft limit, often 1,024, where so many more files would pass it: a run writes two files a rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
 
 
 def _contiguous_run(shape: Shape, inside: tuple[slice, ...]) -> int | None:

@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from checkpoints_convert.copying import bytes_of
 from checkpoints_convert.torch_dist_metadata import Chunk, Shape, write_metadata
 from checkpoints_convert.torch_record import frame
 
@@ -179,7 +180,7 @@ class TorchDistWriter:
 
     def _write(self, chunk: Chunk, part: Part, row: int, rows: Tensor) -> None:
         before, after = frame(chunk.shape, part.dtype)
-        data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+        data = bytes_of(rows.contiguous())
         offset = chunk.offset + len(before) + row * math.prod(part.shape[1:]) * part.dtype.itemsize
         pieces = [data]
         if row == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, row_blocks, run_in_threads
+from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, equal_bits, no_garbage_collection, row_blocks, run_in_threads
 from checkpoints_convert.manifest import MANIFEST_FILE, read_manifest
 from checkpoints_convert.mapping import TIED_COPIES
 from checkpoints_convert.weights import Weights, open_weights
@@ -27,6 +27,7 @@ class Comparison:
     first_difference: str | None
 
 
+@no_garbage_collection()
 def compare(
     first: str | Path,
     second: str | Path,
@@ -63,6 +64,7 @@ def compare(
     )
 
 
+@no_garbage_collection()
 def check_manifest(
     directory: str | Path, *, workers: int, config: str | Path | None = None, progress: ProgressFunction | None = None
 ) -> Comparison:
@@ -84,8 +86,7 @@ def check_manifest(
             spec = weights.spec(stored)
             if (spec.shape, spec.dtype) != (record.spec.shape, record.spec.dtype):
                 return f"{weights.file(stored)}: {name!r} is {spec.dtype} {spec.shape}; expected {record.spec.dtype} {record.spec.shape}"
-            for start, count in row_blocks(spec.shape[0], spec.num_bytes // spec.shape[0]):
-                rows = weights.read_rows(stored, start, start + count)
+            for _, rows in _blocks(weights, stored):
                 digest.update(bytes_of(rows))
                 meter.add(num_bytes=rows.nbytes)
             if digest.hexdigest() != record.digest:
@@ -130,16 +131,23 @@ def _difference(a: Weights, left: str, b: Weights, right: str, name: str, meter:
     spec, other = a.spec(left), b.spec(right)
     if (spec.shape, spec.dtype) != (other.shape, other.dtype):
         return f"{b.file(right)}: {name!r} is {other.dtype} {other.shape}; {spec.dtype} {spec.shape} in {a.file(left)}"
-    rows = spec.shape[0] if spec.shape else 0
-    blocks = row_blocks(rows, spec.num_bytes // rows) if rows else iter(())
-    for start, count in blocks:
-        here, there = a.read_rows(left, start, start + count), b.read_rows(right, start, start + count)
+    for (start, here), (_, there) in zip(_blocks(a, left), _blocks(b, right), strict=True):
         meter.add(num_bytes=here.nbytes)
-        if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+        if not equal_bits(here, there):
             element, x, y = _first_unequal(here, there)
-            position = (start + element[0], *element[1:])
+            position = (start + element[0], *element[1:]) if element else ()
             return f"{b.file(right)}: {name!r} differs first at {position}: {y!r}, but {x!r} in {a.file(left)}"
     return None
+
+
+def _blocks(weights: Weights, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A tensor a few rows at a time, each with the number of its first row; a tensor without axes (the scale of an fp8 one) at once."""
+    spec = weights.spec(name)
+    if not spec.shape:
+        yield 0, weights.read(name)
+    elif spec.num_bytes:
+        for start, count in row_blocks(spec.shape[0], spec.num_bytes // spec.shape[0]):
+            yield start, weights.read_rows(name, start, start + count)
 
 
 def _first_unequal(here: Tensor, there: Tensor) -> tuple[tuple[int, ...], float, float]:

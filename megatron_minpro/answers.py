@@ -11,6 +11,7 @@ AnswerStyle = Literal["dapo", "boxed"]  # where prompts ask for the answer: the 
 
 _ANSWER_MARK = re.compile(r"answer\s*:", re.IGNORECASE)
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or an escaped character, which is none
 _PLAIN_INTEGER = re.compile(r"([+-]?)([0-9]+)(?:\.0*)?")
 _GROUPED_INTEGER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 # Python refuses to read longer integers by default, and no label comes near.
@@ -55,20 +56,18 @@ def last_boxed(response: str) -> str | None:
 
     Escaped braces (\\{ and \\}) are text. A box that is never closed is no answer.
     """
-    for box in reversed(list(_BOX.finditer(response))):
-        depth, index = 1, box.end()
-        while index < len(response) and depth:
-            character = response[index]
-            if character == "\\":
-                index += 1  # the next character is escaped
-            elif character == "{":
-                depth += 1
-            elif character == "}":
-                depth -= 1
-            index += 1
-        if depth == 0:
-            return response[box.end() : index - 1].strip()
-    return None
+    boxes = {box.end() - 1 for box in _BOX.finditer(response)}
+    open_braces: list[int] = []
+    start = end = -1
+    # One pass: a degenerate response opens thousands of boxes and closes none.
+    for brace in _BRACE.finditer(response):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif brace[0] == "}" and open_braces:
+            opened = open_braces.pop()
+            if opened in boxes and opened > start:
+                start, end = opened, brace.start()
+    return None if start < 0 else response[start + 1 : end].strip()
 
 
 def strip_decoration(answer: str) -> str:

@@ -19,7 +19,6 @@ from megatron_minpro import convert_command, doctor_command, evaluate_command, p
 
 app = typer.Typer(
     name="minpro",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -42,9 +41,10 @@ class Resume(StrEnum):
     MUST = "must"
 
 
-@app.callback()
-def _root() -> None:
-    pass
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -56,6 +56,9 @@ def train(
         Resume,
         typer.Option(help="auto: continue the newest checkpoint, if any; never: refuse a used folder; must: refuse a new one"),
     ] = Resume.AUTO,
+    slurm: Annotated[bool, typer.Option("--slurm", help="with --dry-run: the sbatch command, its nodes, and whether it fits")] = False,
+    hardware: Annotated[str, typer.Option(help="with --slurm: the cluster's GPUs, a name in configs/hardware or a .yaml file")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="with --slurm")] = 8,
 ) -> None:
     """Train a policy: base model, rollout servers, trainer ranks, evaluation, plots.
 
@@ -64,10 +67,22 @@ def train(
       minpro train configs/tiny_moe_cpu.yaml
       minpro train configs/tiny_moe_cpu.yaml objective.name=cispo staleness=4 name=cispo_n4
       minpro train configs/qwen3_30b_a3b.yaml --dry-run
+      minpro train configs/qwen3_30b_a3b.yaml --dry-run --slurm --hardware h200 parallel.ep=16
     """
     from megatron_minpro.config import load_config
 
     run_config = load_config(config, overrides or [])
+    if slurm:
+        if not dry_run:
+            raise ValueError("--slurm: expected --dry-run beside it; the job itself is started by the sbatch command that it prints")
+        from rich.console import Console
+
+        from megatron_minpro import slurm_plan
+
+        command, shown = slurm_plan.describe(config, overrides or [], run_config, hardware=hardware, gpus_per_node=gpus_per_node)
+        typer.echo(command)
+        Console(highlight=False).print(shown)
+        return
     if dry_run:
         from rich.console import Console
 
@@ -96,6 +111,8 @@ def serve(
     folder: Annotated[Path | None, typer.Option(help="gets endpoints.json and the logs; default: the run folder's servers/")] = None,
 ) -> None:
     """Run a configuration's rollout servers alone, until Ctrl-C or SIGTERM; trainers elsewhere name them in rollout.endpoints.
+
+    A server that dies or hangs is started again on its port; trainers ask it again once they have given it their weights.
 
     \b
     Example:

@@ -22,12 +22,22 @@ if TYPE_CHECKING:
     from checkpoints_convert.preview import Preview
 
 app = typer.Typer(
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Convert checkpoints between Hugging Face safetensors and Megatron torch_dist, at disk speed and with little memory.\n\n"
-    "Example: minpro convert megatron-to-hf runs/tiny_moe_cpu/checkpoints/latest tiny_moe",
+    "\b\n"
+    "Example:\n"
+    "  minpro convert hf-to-megatron Qwen3-30B-A3B qwen3_30b_torch_dist\n"
+    "  minpro convert megatron-to-hf runs/tiny_moe_cpu/checkpoints/latest tiny_moe\n"
+    "  minpro convert verify Qwen3-30B-A3B qwen3_30b_torch_dist",
 )
 app.command("quantize")(quantize)
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -42,7 +52,7 @@ class Dtype(StrEnum):
 
 Workers = Annotated[int, typer.Option(min=1, help="threads that read, hash and write")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue what a killed conversion left; keep what is done if this one fails")]
-Force = Annotated[bool, typer.Option("--force", help="replace DST where it exists")]
+Force = Annotated[bool, typer.Option("--force", help="replace DST where it is a checkpoint")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print files, bytes and a time estimate; write nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs, no progress")]
 Config = Annotated[Path | None, typer.Option(help="folder with config.json and tokenizer  [default: found out]")]

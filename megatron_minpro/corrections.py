@@ -72,7 +72,7 @@ def correct(batch: RolloutBatch, corrections: CorrectionsConfig) -> tuple[Rollou
     """
     corrected = [correction(_log_ratio(sample), corrections) for sample in batch.samples]
     samples = tuple(
-        replace(sample, correction_weights=tuple(found.weights_R.tolist())) for sample, found in zip(batch.samples, corrected, strict=True)
+        replace(sample, correction_weights=found.weights_R.float()) for sample, found in zip(batch.samples, corrected, strict=True)
     )
     tokens = batch.num_response_tokens
     metrics = {
@@ -87,13 +87,12 @@ def correct(batch: RolloutBatch, corrections: CorrectionsConfig) -> tuple[Rollou
 def _log_ratio(sample: Sample) -> Tensor:
     if sample.behaviour_logprobs is None:
         raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing; corrections compare them with the server's")
-    trainer_R = torch.tensor(sample.behaviour_logprobs, dtype=torch.float64)
-    log_ratio_R = trainer_R - torch.tensor(sample.engine_logprobs, dtype=torch.float64)
+    log_ratio_R = sample.behaviour_logprobs.double() - sample.engine_logprobs.double()
     if not log_ratio_R.isfinite().all():
         t = int((~log_ratio_R.isfinite()).nonzero()[0, 0])
         raise ValueError(
-            f"{sample.sample_id}: response token {t} has log-prob {sample.engine_logprobs[t]} (server) and "
-            f"{sample.behaviour_logprobs[t]} (trainer); corrections need finite ones"
+            f"{sample.sample_id}: response token {t} has log-prob {float(sample.engine_logprobs[t])} (server) and "
+            f"{float(sample.behaviour_logprobs[t])} (trainer); corrections need finite ones"
         )
     return log_ratio_R
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from megatron_minpro.config import RunConfig
+
 Verdict = Literal["ok", "absent", "missing"]
 
 # Distribution, and what the run would lack without it.
-_REQUIRED = (
+REQUIRED = (
     ("torch", "everything"),
     ("megatron-core", "the actor"),
     ("psutil", "checkpoints"),
@@ -50,6 +52,15 @@ def examine() -> list[Finding]:
     return [*_machine(), *_packages(), *_capabilities(), *_server_environment(), *_tools()]
 
 
+def examine_config(config: RunConfig) -> list[Finding]:
+    """What a run needs of this machine: its files, and a run folder that can be written to (once there is one)."""
+    from megatron_minpro.node_report import missing_paths
+
+    lines = missing_paths(config)
+    findings = [Finding(subject=line.partition(":")[0], verdict="missing", detail=line.partition(": ")[2]) for line in lines]
+    return findings or [Finding(subject="run", verdict="ok", detail=f"{config.name}: its files are here")]
+
+
 def _machine() -> list[Finding]:
     python = f"{platform.python_version()} ({sys.executable})"
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -64,20 +75,20 @@ def _machine() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     return [
-        *(_package(distribution, purpose, otherwise="missing") for distribution, purpose in _REQUIRED),
+        *(_package(distribution, purpose, otherwise="missing") for distribution, purpose in REQUIRED),
         *(_package(distribution, purpose, otherwise="absent") for distribution, purpose in _OPTIONAL),
     ]
 
 
 def _package(distribution: str, purpose: str, *, otherwise: Verdict) -> Finding:
-    version = _version(distribution)
+    version = distribution_version(distribution)
     if version is None:
         return Finding(subject=distribution, verdict=otherwise, detail=f"needed for {purpose}")
     return Finding(subject=distribution, verdict="ok", detail=version)
 
 
 def _capabilities() -> list[Finding]:
-    if _version("torch") is None:
+    if distribution_version("torch") is None:
         return []
     from parallel.capabilities import detect
 
@@ -88,17 +99,22 @@ def _server_environment() -> list[Finding]:
     from rollout.server import default_server_python
 
     try:
-        environment = default_server_python().parent.parent
+        python = default_server_python()
     except ValueError as error:
         return [Finding(subject="rollout servers", verdict="missing", detail=str(error))]
-    # Metadata alone: importing sglang takes half a minute.
-    site_packages = [str(path) for path in (environment / "lib").glob("python3.*/site-packages")]
-    found = {
-        distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions(path=site_packages)
-    }
+    found, environment = server_packages(python), python.parent.parent
     if "sglang" not in found:
         return [Finding(subject="sglang", verdict="missing", detail=f"not in {environment}: make setup installs it")]
     return [Finding(subject="sglang", verdict="ok", detail=f"{found['sglang']} in {environment}")]
+
+
+def server_packages(python: Path) -> dict[str, str]:
+    """Versions of the distributions beside a Python, by lower-case name."""
+    # Metadata alone: importing sglang takes half a minute.
+    site_packages = [str(path) for path in (python.parent.parent / "lib").glob("python3.*/site-packages")]
+    return {
+        distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions(path=site_packages)
+    }
 
 
 def _tools() -> list[Finding]:
@@ -107,7 +123,8 @@ def _tools() -> list[Finding]:
     return [Finding(subject="slurm", verdict="ok" if found else "absent", detail=detail)]
 
 
-def _version(distribution: str) -> str | None:
+def distribution_version(distribution: str) -> str | None:
+    """Of this environment; None when it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from megatron_minpro.sampler import Sampled, Sampler
 from megatron_minpro.samples import RolloutBatch
 from megatron_minpro.tracking import MetricsWriter, Progress, RolloutLog, RolloutRecord, write_progress
 from rollout.client import GenerationClient
-from rollout.weight_sync import WeightSync, check_equal, expected_checksums
+from rollout.sglang_control import ServerRefused
+from rollout.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +45,44 @@ class RunDriver:
     metrics: MetricsWriter
     rollouts: RolloutLog | None
     trained_batches: int = 0
+    published_to: tuple[str, ...] = ()
+    restarts_reported: int = 0
 
     def sample(self, step: int, *, policy_version: int) -> Sampled:
-        """The batch of one global step; kept for people to read."""
+        """The batch of one global step; kept for people to read. Raises what the client raises."""
         self.heartbeat("sample")
         sampled = self.sampler.sample(step, policy_version=policy_version)
+        restarts = self.weight_sync.num_restarts - self.restarts_reported
+        self.restarts_reported += restarts
+        sampled = replace(sampled, servers={**sampled.servers, "servers/restarts": float(restarts)})
         if self.rollouts is not None:
             self.rollouts.write(step, _records(sampled))
         self.heartbeat("update")
         return sampled
 
-    def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Weights into every server."""
-        self.weight_sync.publish(policy_version, tensors)
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
+        """Weights into every server that answers. None, or why no server took them; the tensors are used up in any case."""
+        try:
+            self.published_to = self.weight_sync.publish(policy_version, tensors)
+        except WeightSyncFailed as failure:
+            deque(tensors, maxlen=0)  # the other ranks take part in the export to its end
+            return str(failure)
+        return None
 
     def check_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Raises ChecksumMismatch unless every server holds exactly these weights."""
+        """Raises ChecksumMismatch unless every server that took the weights and still answers holds exactly these."""
         expected = expected_checksums(tensors, dtype=DTYPES[self.config.rollout.dtype])
-        for endpoint in self.client.endpoints:
-            check_equal(expected, endpoint, api_key=self.api_key, admin_key=self.admin_key)
-        log.info("weights of %d server(s) equal the actor's: %d parameters", len(self.client.endpoints), len(expected))
+        num_checked = 0
+        for endpoint in self.published_to:
+            try:
+                check_equal(expected, endpoint, api_key=self.api_key, admin_key=self.admin_key)
+            except ServerRefused as refused:
+                if refused.status is not None:
+                    raise
+                log.warning("weights are not checked: %s", refused)
+            else:
+                num_checked += 1
+        log.info("weights of %d server(s) equal the actor's: %d parameters", num_checked, len(expected))
 
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
         """One line of metrics."""
@@ -81,6 +101,7 @@ class RunDriver:
             reward=self.reward,
             max_new_tokens=self.config.rollout.max_new_tokens,
             seed=self.config.seed,
+            policy_version=policy_version,
         )
         write_atomically(
             self.run_dir / f"evaluation_{label}.json", json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"

@@ -98,6 +98,8 @@ def evaluate(
             typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
     if compare is not None:
+        if rescore or checkpoint is not None or benchmarks:
+            raise ValueError("--compare reads two finished evaluations; leave CHECKPOINT, --benchmarks and --rescore out")
         from megatron_minpro.evaluation.compare import compare_folders
 
         found = compare_folders(*compare, announce=say)

@@ -32,8 +32,12 @@ def measure(
     reward: Reward,
     max_new_tokens: int,
     seed: int,
+    policy_version: int,
 ) -> dict[str, float]:
-    """pass_at_1, pass_at_2, pass_at_4, ... up to samples_per_prompt: means over prompts of the unbiased estimator."""
+    """pass_at_1, pass_at_2, pass_at_4, ... up to samples_per_prompt: means over prompts of the unbiased estimator.
+
+    policy_version: of the weights that are measured. Raises what the client raises.
+    """
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
@@ -44,7 +48,14 @@ def measure(
     )
     num_samples = config.samples_per_prompt
     responses, _ = judge_responses(
-        prompts, client=client, tokenizer=tokenizer, reward=reward, sampling=sampling, num_samples=num_samples, request_prefix="evaluation"
+        prompts,
+        client=client,
+        tokenizer=tokenizer,
+        reward=reward,
+        sampling=sampling,
+        num_samples=num_samples,
+        request_prefix="evaluation",
+        policy_version=policy_version,
     )
     correct = [
         sum(response.result.correct for response in responses[start : start + num_samples])

@@ -21,6 +21,7 @@ from types import FrameType
 from checkpoints_convert.hf_config import read_architecture
 from megatron_minpro import base_model
 from megatron_minpro.atomic_files import write_atomically
+from megatron_minpro.attempt_clock import AttemptClock
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.console import Console
 from megatron_minpro.preflight import check_machine, check_model, check_prompts, check_settings
@@ -35,8 +36,8 @@ from megatron_minpro.run_files import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
-from megatron_minpro.run_state import latest_checkpoint, read_state, refuse_other_run
-from megatron_minpro.serving import server_settings
+from megatron_minpro.run_state import latest_checkpoint, read_state, refuse_unusable
+from megatron_minpro.serving import server_settings, supervise
 from megatron_minpro.tracking import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
 from rollout.processes import ManagedProcess, spawn
@@ -61,16 +62,22 @@ def run(config: RunConfig, *, resume: str) -> Path:
     check_machine(config, detect())
     check_prompts(config)
     run_dir = config.run_dir
-    started = time.monotonic()
     with _ownership(run_dir), _CtrlC() as ctrl_c:
         resumed = prepare_run_folder(config, resume=resume)
-        with Console(run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=resumed) as console:
-            seconds = {"base_model": ensure_base_model(config, console, ctrl_c)}
-            seconds["train_and_servers"] = _train(config, console, ctrl_c)
+        clock = AttemptClock(run_dir)
+        with (
+            clock.written(),
+            clock.phase("total"),
+            Console(run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=resumed) as console,
+        ):
+            with clock.phase("base_model"):
+                ensure_base_model(config, console, ctrl_c)
+            with clock.phase("train_and_servers"):
+                _train(config, console, ctrl_c)
         result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         if not result["complete"]:
             raise Interrupted(stopped(result))
-        console.log(write_report(config, run_dir, {**result["seconds"], **seconds, "total": time.monotonic() - started}))
+        console.log(write_report(config, run_dir, {**result["seconds"], **clock.seconds()}))
     return run_dir
 
 
@@ -103,7 +110,7 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
     if resume == "never" and (written.exists() or checkpoint is not None):
         raise ValueError(f"{run_dir}: holds a run already; expected a new name=... with --resume never")
     if checkpoint is not None:
-        refuse_other_run(checkpoint, config)
+        refuse_unusable(checkpoint, config)
     if resume == "must" and checkpoint is None:
         raise ValueError(f"{run_dir}: has no checkpoint to resume from; expected one with --resume must")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -117,11 +124,10 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
     return read_state(checkpoint).counters.next_step - 1
 
 
-def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> float:
-    """Make model.path when it does not exist. Seconds it took."""
-    start = time.monotonic()
+def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
+    """Make model.path when it does not exist."""
     if Path(config.model.path).exists():
-        return 0.0
+        return
     assert config.model.warm_up is not None
     run_dir = config.run_dir
     destination = Path(config.model.path) if config.model.warm_up.num_steps == 0 else run_dir / INITIAL_MODEL_FOLDER
@@ -136,7 +142,6 @@ def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> fl
             _watch(ranks, console, lambda: None, ctrl_c, run_dir, stop_gently=False)
         finally:
             ranks.terminate()
-    return time.monotonic() - start
 
 
 def start_ranks(config: RunConfig, task: str) -> ManagedProcess:
@@ -155,8 +160,7 @@ def start_ranks(config: RunConfig, task: str) -> ManagedProcess:
     )
 
 
-def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> float:
-    start = time.monotonic()
+def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
     run_dir = config.run_dir
     write_progress(run_dir, Progress(phase="starting servers and ranks", global_step=0))
     pool = None
@@ -176,13 +180,13 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> float:
             )
         endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
-        _watch(ranks, console, pool.check if pool is not None else lambda: None, ctrl_c, run_dir, stop_gently=True)
+        check_servers = supervise(config, pool, announce=console.log).check if pool is not None else lambda: None
+        _watch(ranks, console, check_servers, ctrl_c, run_dir, stop_gently=True)
     finally:
         if ranks is not None:
             ranks.terminate()
         if pool is not None:
             pool.stop()
-    return time.monotonic() - start
 
 
 def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: _CtrlC, run_dir: Path) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from megatron_minpro.config import RunConfig
     from parallel.planner.hardware import Hardware
     from parallel.planner.plan import Work
     from parallel.planner.shape import ModelShape
     from parallel.planner.training import Training
 
 _PLAIN_SEQUENCE = 4096
+_SEARCH_ROWS = 12
 
 
 def plan(
@@ -50,11 +50,13 @@ def plan(
         int | None,
         typer.Option(min=1, help="plan one plain training step of so many sequences, as published tables train, in place of RL"),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(min=1, help="with --global-batch: tokens of a sequence")] = _PLAIN_SEQUENCE,
-    micro_batch: Annotated[int, typer.Option(min=1, help="with --global-batch: sequences of a micro-batch")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help=f"with --global-batch: tokens of a sequence; default: {_PLAIN_SEQUENCE}")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="with --global-batch: sequences of a micro-batch; default: 1")] = None,
     search: Annotated[bool, typer.Option("--search", help="all legal layouts of the GPU count, those that fit, fastest first")] = False,
     plot: Annotated[Path | None, typer.Option(help="with --search: the front of memory and throughput as a PNG")] = None,
-    top: Annotated[int, typer.Option(min=1, help="with --search: rows to show")] = 12,
+    top: Annotated[int | None, typer.Option(min=1, help=f"with --search: rows to show; default: {_SEARCH_ROWS}")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="measure this machine's CPU into configs/hardware/cpu.yaml")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
 ) -> None:
@@ -81,10 +83,20 @@ def plan(
     if config is None:
         raise ValueError("CONFIG is missing; expected a run's YAML file, or --calibrate")
 
-    from megatron_minpro import plan_view
+    from megatron_minpro import plan_inputs, plan_view
+
+    plan_inputs.check_used(search, {"--plot": plot, "--top": top}, "needs --search")
+    plan_inputs.check_used(
+        global_batch is not None, {"--sequence-length": sequence_length, "--micro-batch": micro_batch}, "needs --global-batch"
+    )
+    sampled = {"--mean-tokens": mean_tokens, "--colocated": colocated or None}
+    plan_inputs.check_used(global_batch is None, sampled, "is about sampling, of which --global-batch has none")
+    if search:
+        pinned = {text: text for text in overrides or [] if text.partition("=")[0] in plan_inputs.SEARCHED}
+        plan_inputs.check_used(False, pinned, "says what --search is to find; leave it out")
     from megatron_minpro.config import load_config
     from parallel.planner.hardware import read_hardware
-    from parallel.planner.models import find_shape, read_shape
+    from parallel.planner.models import read_shape
     from parallel.planner.plan import as_json as plan_as_json
     from parallel.planner.plan import make_plan, remedies
 
@@ -92,14 +104,11 @@ def plan(
     machine = read_hardware(hardware)
     assignments = [*(overrides or []), *sizes]
     if search:  # the file's own layout need not divide another number of GPUs
-        assignments += [f"parallel.{axis}=1" for axis in ("tp", "pp", "cp", "ep", "etp")] + ["parallel.vpp=null", "parallel.dp=null"]
+        assignments += [f"{key}={value}" for key, value in plan_inputs.SEARCHED.items()]
     if global_batch is not None:  # --global-batch says what a step is, so the mini-batches of the file must not limit the replicas
         assignments.append("actor.updates_per_step=1")
     run = load_config(config, assignments)
-    if model_config is not None:
-        shape = read_shape(model_config)
-    else:
-        shape = find_shape(run.model.path, architecture=None if run.model.warm_up is None else run.model.warm_up.architecture)
+    shape = plan_inputs.shape_of(run) if model_config is None else read_shape(model_config)
     chosen = {
         "precision": precision,
         "dispatcher": dispatcher,
@@ -112,124 +121,28 @@ def plan(
         "imbalance": imbalance,
         "release": release,
     }
-    training = _training(run, machine, chosen, plain=global_batch is not None)
+    training = plan_inputs.training_of(run, machine, chosen, plain=global_batch is not None)
     if global_batch is None:
-        work = _reinforcement_work(run, mean_tokens=mean_tokens, colocated=colocated)
+        work = plan_inputs.reinforcement_work(run, mean_tokens=mean_tokens, colocated=colocated)
     else:
-        work = _plain_work(global_batch, sequence_length, micro_batch)
-    _check_length(shape, work)
+        sequences = 1 if micro_batch is None else micro_batch
+        work = plan_inputs.plain_work(global_batch, _PLAIN_SEQUENCE if sequence_length is None else sequence_length, sequences)
+    plan_inputs.check_length(shape, work)
     if search:
-        _search(console, shape, run.world_size, training, machine, work, plot=plot, top=top, as_json=as_json)
+        _search(
+            console, shape, run.world_size, training, machine, work, plot=plot, top=_SEARCH_ROWS if top is None else top, as_json=as_json
+        )
         return
-    if global_batch is not None and global_batch % (run.layout.dp * micro_batch):
+    if global_batch is not None and global_batch % (run.layout.dp * sequences):
         raise ValueError(
-            f"--global-batch: {global_batch} sequences are not a multiple of dp * micro-batch = {run.layout.dp} * {micro_batch} = "
-            f"{run.layout.dp * micro_batch}"
+            f"--global-batch: {global_batch} sequences are not a multiple of dp * micro-batch = {run.layout.dp} * {sequences} = "
+            f"{run.layout.dp * sequences}"
         )
     result = make_plan(shape, run.layout, training, machine, work)
     if as_json:
         typer.echo(json.dumps(plan_as_json(result), indent=2))
     else:
         console.print(plan_view.describe(result, [] if result.fits else remedies(result)))
-
-
-def _training(run: RunConfig, machine: Hardware, chosen: dict[str, Any], *, plain: bool) -> Training:
-    """The config's way of training with what the command line says instead. plain: as published tables train."""
-    from megatron_minpro.nearest import nearest
-    from parallel.planner.training import CUDA_GRAPHS, DISPATCHERS, PRECISIONS, RECOMPUTES, SPECS, Training
-
-    options = run.megatron
-    if chosen["precision"] is None:
-        low = "mxfp8" if options.get("fp8_recipe") == "mxfp8" else "fp8"
-        chosen["precision"] = low if options.get("fp8") else {"float32": "fp32", "bfloat16": "bf16"}[run.model.dtype]
-    if plain:
-        graphs = "full" if chosen["precision"] == "mxfp8" else "partial"
-        defaults = {
-            "dispatcher": "hybridep",
-            "overlap": True,
-            "recompute": "none",
-            "cuda_graphs": graphs,
-            "fp8_attention": graphs == "full",
-        }
-    else:
-        flexible = options.get("moe_token_dispatcher_type") == "flex"
-        defaults = {
-            "dispatcher": options.get("moe_flex_dispatcher_backend", "deepep") if flexible else "alltoall",
-            "overlap": bool(options.get("overlap_moe_expert_parallel_comm", False)),
-            "recompute": run.actor.recompute,
-            "cuda_graphs": "none",
-            "fp8_attention": False,
-        }
-    defaults["spec"] = "local" if machine.measured else "fused"
-    chosen = {key: defaults[key] if value is None else value for key, value in chosen.items()}
-    known: dict[str, tuple[str, ...]] = {
-        "precision": PRECISIONS,
-        "dispatcher": DISPATCHERS,
-        "recompute": RECOMPUTES,
-        "spec": SPECS,
-        "cuda_graphs": CUDA_GRAPHS,
-    }
-    for key, values in known.items():
-        if chosen[key] not in values:
-            option = {"spec": "layers", "cuda_graphs": "cuda-graphs"}.get(key, key)
-            raise ValueError(f"--{option}: {chosen[key]!r} is not known; {nearest(str(chosen[key]), values)}")
-    return Training(
-        **chosen,
-        gradient_bytes=2 if plain and chosen["precision"] != "fp32" else 4,
-        chunk_tokens=None if plain else run.actor.logprob_chunk_tokens,
-    )
-
-
-def _reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bool) -> Work:
-    from parallel.planner.plan import Work
-    from parallel.planner.rl import Rollouts
-
-    longest = run.rollout.max_new_tokens
-    mean = longest if mean_tokens is None else mean_tokens
-    if mean > longest:
-        raise ValueError(f"--mean-tokens: {mean} is more than rollout.max_new_tokens = {longest}")
-    prompt = run.prompts.max_prompt_tokens
-    rollouts = Rollouts(
-        sequences=run.rollout.prompts_per_step * run.rollout.group_size,
-        prompt_tokens=prompt,
-        mean_tokens=mean,
-        max_tokens=longest,
-        servers=run.rollout.servers or len(run.rollout.endpoints),
-        tp=run.rollout.tp,
-    )
-    return Work(
-        sequences=run.sequences_per_mini_batch,
-        mean_tokens=prompt + mean,
-        max_tokens=prompt + longest,
-        micro_batch_tokens=run.actor.max_tokens_per_micro_batch,
-        updates_per_step=run.actor.updates_per_step,
-        staleness=run.staleness,
-        rollouts=rollouts,
-        colocated=colocated,
-    )
-
-
-def _plain_work(global_batch: int, sequence_length: int, micro_batch: int) -> Work:
-    from parallel.planner.plan import Work
-
-    return Work(
-        sequences=global_batch,
-        mean_tokens=sequence_length,
-        max_tokens=sequence_length,
-        micro_batch_tokens=sequence_length * micro_batch,
-        updates_per_step=1,
-        staleness=0,
-        rollouts=None,
-        colocated=False,
-    )
-
-
-def _check_length(shape: ModelShape, work: Work) -> None:
-    if work.rollouts is not None and work.max_tokens > shape.max_positions:
-        raise ValueError(
-            f"rollout.max_new_tokens: prompts and responses of up to {work.max_tokens} tokens exceed the model's "
-            f"{shape.max_positions} positions"
-        )
 
 
 def _search(

@@ -62,7 +62,7 @@ def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]]) -> RenderableType
 
 
 def _memory_table(plan: Plan) -> Table:
-    unit, name_of_unit = (GB, "GB") if plan.fullest.total >= GB else (1e6, "MB")
+    unit, name_of_unit = _unit(plan.fullest.total)
     table = Table(title=f"memory per GPU, {name_of_unit}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
     shown = _shown_stages(len(plan.memory))
@@ -82,6 +82,11 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
+def _unit(num_bytes: float) -> tuple[float, str]:
+    """Bytes of the unit in which a number is said, and its name."""
+    return (GB, "GB") if num_bytes >= GB else (1e6, "MB")
+
+
 def _shown_stages(count: int) -> list[int]:
     """All of up to six stages; else the first three and the last two."""
     return list(range(count)) if count <= 6 else [0, 1, 2, count - 2, count - 1]
@@ -89,7 +94,8 @@ def _shown_stages(count: int) -> list[int]:
 
 def _verdict(plan: Plan) -> Text:
     memory = plan.fullest
-    largest = f"largest part: {memory.largest}, {memory.parts()[memory.largest] / GB:.1f} GB"
+    unit, name_of_unit = _unit(memory.total)
+    largest = f"largest part: {memory.largest}, {memory.parts()[memory.largest] / unit:.1f} {name_of_unit}"
     if plan.fits:
         return Text(f"fits, {-plan.missing_bytes / GB:.1f} GB to spare; {largest}", style="green")
     return Text(f"does not fit, {plan.missing_bytes / GB:.1f} GB too much; {largest}", style="bold red")

@@ -44,7 +44,7 @@ def quantize(
     max_tokens: Annotated[int, typer.Option(min=2, help="longer prompts are cut")] = 2048,
     device: Annotated[Device, typer.Option(help="where the model runs")] = Device.CPU,
     shard_size: Annotated[str, typer.Option(help="largest weights file")] = "4GB",
-    force: Annotated[bool, typer.Option("--force", help="replace DST where it exists")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace DST where it is a checkpoint")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
 ) -> None:
     """Quantize a Hugging Face folder with nvidia-modelopt, check every tensor, report the logit error.

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro import plots, summary
+from megatron_minpro import plots, profiling, summary
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.run_files import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.tracking import METRICS_FILE, read_metrics
 
 
 def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float]) -> str:
-    """summary.json and the plots of a complete run; the paragraph to print. seconds: wall time by phase."""
+    """summary.json and the plots of a complete run; the paragraph to print. seconds: wall time by phase, of all attempts."""
     result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
     metrics = list(read_metrics(run_dir / METRICS_FILE))
     measured = {}
@@ -40,7 +40,8 @@ def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float])
     summary.write_summary(run_dir, built)
     title = f"{config.name}: {config.objective.name}, staleness {config.staleness}"
     plots.plot_run(run_dir, metrics, title=title, evaluation_before=measured["before"], evaluation_after=measured["after"])
-    return summary.paragraph(built, name=config.name, objective=config.objective.name, staleness=config.staleness, run_dir=run_dir)
+    said = summary.paragraph(built, name=config.name, objective=config.objective.name, staleness=config.staleness, run_dir=run_dir)
+    return said if config.profile.steps is None else f"{said} {profiling.write_phases(config, run_dir, metrics)}"
 
 
 def stopped(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""A run's whole state on disk: one directory per checkpoint, complete or absent.
+"""A run's whole state on disk: one directory per checkpoint, complete or absent. checkpoint_writer.py writes it.
 
 checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
-                        run.json            counters, prompt cursor, policy version
+                        run.json            counters, prompt cursor, policy version; the size of every other file
                         waiting.safetensors the batches that are sampled but not trained yet
 checkpoints/latest                          name of the newest complete directory
 """
@@ -9,26 +9,24 @@ checkpoints/latest                          name of the newest complete director
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from checkpoints_convert.atomic_directory import fsync_tree
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.hf_config import Architecture, read_architecture
+from megatron_minpro import batch_streams
 from megatron_minpro.config import RunConfig, flatten_differences
-from megatron_minpro.samples import RolloutBatch, Sample
+from megatron_minpro.samples import RolloutBatch
 from parallel.actor import MegatronActor
 
-_NAME = re.compile(r"^step_(\d{6})$")
+ACTOR_FOLDER = "actor"
+STATE_FILE = "run.json"
+WAITING_FILE = "waiting.safetensors"
+LATEST_FILE = "latest"
 # What may differ between attempts at one run: where and when, not what. Another layout changes the order of sums at most.
 FREE_TO_CHANGE = (
     "actor.max_tokens_per_micro_batch",
@@ -37,15 +35,19 @@ FREE_TO_CHANGE = (
     "debug.check_weights",
     "output_dir",
     "parallel.",
+    "profile.",
     "rollout.admin_key_path",
     "rollout.api_key_path",
     "rollout.base_port",
     "rollout.endpoints",
     "rollout.host",
     "rollout.max_retries",
+    "rollout.max_server_restarts",
     "rollout.request_timeout_s",
+    "rollout.restart_window_s",
     "rollout.servers",
     "rollout.start_timeout_s",
+    "rollout.unresponsive_after_s",
     "rollout.weight_sync",
     "tracking.",
     "world_size",
@@ -87,58 +89,14 @@ class SavedRun:
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint under `directory`, or None. Raises ValueError when `latest` names one that is not there."""
-    pointer = directory / "latest"
+    pointer = directory / LATEST_FILE
     if not pointer.exists():
         return None
-    found = directory / pointer.read_text().strip()
-    if not (found / "run.json").is_file():
-        raise ValueError(f"{pointer}: names {found.name}, which holds no run.json")
+    name = pointer.read_text().strip()
+    if not (directory / name / STATE_FILE).is_file():
+        raise ValueError(f"{pointer}: names {name!r}, which holds no {STATE_FILE}; expected the name of a checkpoint beside it")
+    found = directory / name
     return found
-
-
-def save(
-    directory: Path,
-    *,
-    actor: MegatronActor,
-    config: RunConfig,
-    counters: RunCounters,
-    cursor: dict[str, Any] | None,
-    waiting: Sequence[RolloutBatch],
-    keep: int,
-) -> Path:
-    """Collective. cursor: rank 0's prompt cursor state (ignored elsewhere). Keeps the newest `keep` checkpoints.
-
-    The new directory appears by rename after everything in it is on disk; a failure leaves the earlier checkpoints as they were.
-    """
-    name = f"step_{counters.next_step:06d}"
-    final, partial = directory / name, directory / f".{name}.partial"
-    first = dist.get_rank() == 0
-    if first:
-        for unfinished in directory.glob(".step_*.partial"):
-            shutil.rmtree(unfinished)
-        (partial / "actor").mkdir(parents=True)
-    dist.barrier()
-    actor.save(partial / "actor")
-    if first:
-        tensors, records = _pack(waiting)
-        save_file(tensors, partial / "waiting.safetensors")
-        state = {
-            "config": config.model_dump(mode="json"),
-            "counters": asdict(counters),
-            "policy_version": actor.policy_version,
-            "cursor": cursor,
-            "waiting": records,
-        }
-        (partial / "run.json").write_text(json.dumps(state))
-        fsync_tree(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        write_atomically(directory / "latest", name)
-        for old in sorted(path for path in directory.iterdir() if _NAME.match(path.name))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,17 +108,53 @@ class StateFile:
     policy_version: int
     cursor: dict[str, Any]
     waiting: list[dict[str, Any]]
+    model: dict[str, Any]  # describe_model of what was trained
+    files: dict[str, int]  # bytes of every other file of the checkpoint, by its path inside it
 
 
 def read_state(checkpoint: Path) -> StateFile:
     """What a checkpoint says of itself, without its tensors. Raises ValueError naming the file."""
-    path = checkpoint / "run.json"
+    path = checkpoint / STATE_FILE
     try:
         state = json.loads(path.read_text())
         config = RunConfig.model_validate_json(json.dumps(state.pop("config")))
         return StateFile(config=config, counters=RunCounters(**state.pop("counters")), **state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this program ({' '.join(str(error).split())})") from error
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """What StateFile.files says of a complete checkpoint."""
+    return {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path != checkpoint / STATE_FILE
+    }
+
+
+def refuse_unusable(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ValueError for a checkpoint that lacks a part, naming the file, or that `config` cannot continue: before anything starts."""
+    found = file_sizes(checkpoint)
+    for name, size in read_state(checkpoint).files.items():
+        if found.get(name) != size:
+            what = "is missing" if name not in found else f"has {found[name]:,} bytes"
+            raise ValueError(
+                f"{checkpoint / name}: {what}, expected {size:,} bytes; the former checkpoint's name in latest goes back to it"
+            )
+    refuse_other_run(checkpoint, config)
+    folder = Path(config.model.path)
+    if folder.exists():
+        here, there = describe_model(read_architecture(folder)), read_state(checkpoint).model
+        differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in here | there if here.get(key) != there.get(key)]
+        if differing:
+            raise ValueError(
+                f"{checkpoint}: of another model than {folder} ({'; '.join(differing)}); expected a new name=... or that model"
+            )
+
+
+def describe_model(architecture: Architecture) -> dict[str, Any]:
+    """The shape of a model in JSON's types."""
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in asdict(architecture).items()}
 
 
 def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
@@ -180,77 +174,36 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
 
     Raises ValueError naming a file that is missing or not what `save` wrote, and for a run with another configuration.
     """
-    refuse_other_run(checkpoint, config)
+    refuse_unusable(checkpoint, config)
     state = read_state(checkpoint)
     try:
-        actor.load(checkpoint / "actor", policy_version=state.policy_version)
+        actor.load(checkpoint / ACTOR_FOLDER, policy_version=state.policy_version)
     except Exception as error:  # Megatron has no error type of its own for a damaged checkpoint
         raise ValueError(
-            f"{checkpoint / 'actor'}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            f"{checkpoint / ACTOR_FOLDER}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from error
-    path = checkpoint / "waiting.safetensors"
+    path = checkpoint / WAITING_FILE
     try:
-        waiting = _unpack(path, state.waiting)
+        waiting = _read_batches(path, state.waiting)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
     return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting)
 
 
-# Long per-token lists go into tensors, everything else into JSON. float64 keeps the engine's numbers bit for bit.
-_PER_TOKEN = {
-    "token_ids": torch.int32,
-    "engine_logprobs": torch.float64,
-    "behaviour_logprobs": torch.float64,
-    "correction_weights": torch.float64,
-}
-
-
-def _pack(batches: Sequence[RolloutBatch]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    tensors: dict[str, torch.Tensor] = {}
+def join_batches(batches: Sequence[RolloutBatch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What run.json and waiting.safetensors hold of the batches."""
     records: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
-        samples = []
-        # Corrections may be off: then no sample of the batch has their weights.
-        joined: dict[str, list[float]] = {name: [] for name in _PER_TOKEN if getattr(batch.samples[0], name) is not None}
-        for sample in batch.samples:
-            if sample.behaviour_logprobs is None:
-                raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
-            record = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
-            for name in _PER_TOKEN:
-                values = record.pop(name)
-                if name in joined:
-                    joined[name] += values
-            samples.append({**record, "num_tokens": len(sample.token_ids)})
-        for name, values in joined.items():
-            tensors[f"{number}.{name}"] = torch.tensor(values, dtype=_PER_TOKEN[name])
-        records.append(
-            {
-                "sampled_at_step": batch.sampled_at_step,
-                "policy_version": batch.policy_version,
-                "group_size": batch.group_size,
-                "per_token": list(joined),
-                "samples": samples,
-            }
-        )
-    if not tensors:
-        tensors["empty"] = torch.zeros(1)
-    return tensors, records
+        record, streams = batch_streams.pack(batch)
+        records.append(record)
+        tensors |= {f"{number}.{name}": stream for name, stream in streams.items()}
+    return records, tensors
 
 
-def _unpack(path: Path, records: Sequence[dict[str, Any]]) -> tuple[RolloutBatch, ...]:
-    batches = []
+def _read_batches(path: Path, records: Sequence[dict[str, Any]]) -> tuple[RolloutBatch, ...]:
     with safe_open(path, framework="pt") as file:
-        for number, record in enumerate(records):
-            values = {name: file.get_tensor(f"{number}.{name}").tolist() for name in record.pop("per_token")}
-            position = dict.fromkeys(values, 0)
-            samples = []
-            for fields in record["samples"]:
-                num_tokens = fields.pop("num_tokens")
-                lengths = dict.fromkeys(values, num_tokens - fields["prompt_tokens"]) | {"token_ids": num_tokens}
-                streams = {}
-                for name, length in lengths.items():
-                    streams[name] = tuple(values[name][position[name] : position[name] + length])
-                    position[name] += length
-                samples.append(Sample(**{**fields, "policy_versions": tuple(fields["policy_versions"]), **streams}))
-            batches.append(RolloutBatch(**{**record, "samples": tuple(samples)}))
-    return tuple(batches)
+        return tuple(
+            batch_streams.unpack(record, {name: file.get_tensor(f"{number}.{name}") for name in record["streams"]})
+            for number, record in enumerate(records)
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.prompts import Prompt, PromptCursor
 from megatron_minpro.rewards import Reward, RewardResult
 from megatron_minpro.samples import RolloutBatch, Sample
-from rollout.client import GenerationClient
+from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Sampled:
     dropped: tuple[Sample, ...] = ()  # by dynamic sampling: whole groups, sampled and never trained; their advantage is 0
     rounds: int = 1  # times that responses were asked for
     equal_groups: int = 0  # equal groups that dynamic sampling had to leave in the batch
+    servers: Mapping[str, float] = field(default_factory=dict)  # metrics: how the servers fared
 
 
 def judge_responses(
@@ -54,13 +55,14 @@ def judge_responses(
     sampling: SamplingParams,
     num_samples: int,
     request_prefix: str,
+    policy_version: int,
 ) -> tuple[list[JudgedResponse], float]:
-    """num_samples responses to every prompt, prompt by prompt, and the seconds spent grading them."""
+    """num_samples responses to every prompt, prompt by prompt, and the seconds spent grading them. Raises what the client raises."""
     requests = [
         GenerationRequest(request_id=f"{request_prefix}-{number}", prompt_token_ids=prompt.token_ids)
         for number, prompt in enumerate(prompts)
     ]
-    groups = client.generate(requests, sampling, num_samples=num_samples)
+    groups = client.generate(requests, sampling, num_samples=num_samples, policy_version=policy_version)
     generated = time.perf_counter()
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     generations = [generation for group in groups for generation in group]
@@ -125,7 +127,18 @@ class Sampler:
         self._dynamic_sampling = dynamic_sampling
 
     def sample(self, step: int, *, policy_version: int) -> Sampled:
-        """The batch of global step `step`, not yet scored by the trainer. Raises what the client raises, ValueError for a wrong version."""
+        """The batch of global step `step`, not yet scored by the trainer.
+
+        Raises what the client raises; the prompts are then drawn again by the next call, which asks for the same responses.
+        """
+        before = self.cursor.state()
+        try:
+            return self._sample_batch(step, policy_version)
+        except (RolloutFailed, WeightsMissing):
+            self.cursor.load_state(before)
+            raise
+
+    def _sample_batch(self, step: int, policy_version: int) -> Sampled:
         sampling = SamplingParams(
             max_new_tokens=self._max_new_tokens,
             temperature=self._temperature,
@@ -146,6 +159,7 @@ class Sampler:
                 num_samples=self._group_size,
                 # A response's seed hangs on its request's name, so every round has its own.
                 request_prefix=f"step{step}-round{rounds}" if rounds else f"step{step}",
+                policy_version=policy_version,
             )
             named = [(f"step{step}-{next(numbers)}", response) for response in responses]
             groups += [named[start : start + self._group_size] for start in range(0, len(named), self._group_size)]
@@ -173,6 +187,7 @@ class Sampler:
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=rounds,
             equal_groups=equal_groups,
+            servers=self._client.take_report(),
         )
 
     def _missing_groups(self, groups: Sequence[Sequence[tuple[str, JudgedResponse]]], rounds: int) -> int:
@@ -193,9 +208,10 @@ def _sample(sample_id: str, response: JudgedResponse, advantage: float) -> Sampl
     versions = [span.policy_version for span in generation.version_spans]
     return Sample(
         sample_id=sample_id,
-        token_ids=generation.prompt_token_ids + generation.response_token_ids,
+        token_ids=torch.tensor(generation.prompt_token_ids + generation.response_token_ids, dtype=torch.int32),
         prompt_tokens=len(generation.prompt_token_ids),
-        engine_logprobs=generation.engine_logprobs,
+        # SGLang computes them in float32 and writes every digit: no bit is lost here.
+        engine_logprobs=torch.tensor(generation.engine_logprobs, dtype=torch.float32),
         behaviour_logprobs=None,
         policy_versions=(min(versions), max(versions)),
         finish_reason=generation.finish_reason,

@@ -10,24 +10,39 @@ from torch import Tensor
 
 from parallel.packing import TokenSequence
 
+# What a sample holds per token. 12 bytes a token once it is scored: batches wait on every rank.
+STREAMS = {
+    "token_ids": torch.int32,
+    "engine_logprobs": torch.float32,
+    "behaviour_logprobs": torch.float32,
+    "correction_weights": torch.float32,
+}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Sample:
-    """One response to one prompt. P prompt tokens, R response tokens."""
+    """One response to one prompt. P prompt tokens, R response tokens. Tensors lie on the CPU and are never written to.
+
+    Raises ValueError naming the sample and the field for a stream of another dtype or length.
+    """
 
     sample_id: str
-    token_ids: tuple[int, ...]  # [P + R]
+    token_ids: Tensor  # int32 [P + R]
     prompt_tokens: int
-    engine_logprobs: tuple[float, ...]  # [R], as the server scored its own tokens
-    behaviour_logprobs: tuple[float, ...] | None  # [R] under the weights that sampled them; None until scored
+    engine_logprobs: Tensor  # fp32 [R], as the server scored its own tokens
+    behaviour_logprobs: Tensor | None  # fp32 [R] under the weights that sampled them; None until scored
     policy_versions: tuple[int, int]  # oldest and newest weights used while decoding
     finish_reason: str
     reward: float
     correct: bool
     advantage: float
-    correction_weights: tuple[float, ...] | None = None  # [R] for the server's different log-probs, of corrections.py; None: no correction
+    correction_weights: Tensor | None = None  # fp32 [R] for the server's different log-probs, of corrections.py; None: no correction
 
     def __post_init__(self) -> None:
+        for name, dtype in STREAMS.items():
+            stream = getattr(self, name)
+            if stream is not None and (stream.dtype != dtype or stream.dim() != 1):
+                raise ValueError(f"{self.sample_id}: {name} is {stream.dtype} {list(stream.shape)}, expected {dtype} with one axis")
         num_response = len(self.token_ids) - self.prompt_tokens
         if self.prompt_tokens < 1 or num_response < 1:
             raise ValueError(
@@ -39,16 +54,17 @@ class Sample:
                 raise ValueError(f"{self.sample_id}: {len(values)} {name} for {num_response} response tokens")
 
     @property
-    def response_token_ids(self) -> tuple[int, ...]:
+    def response_token_ids(self) -> Tensor:
         return self.token_ids[self.prompt_tokens :]
 
     def scored_with(self, logprobs: Tensor) -> Sample:
         """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [P + R - 1] on logit positions."""
-        return replace(self, behaviour_logprobs=tuple(logprobs[self.prompt_tokens - 1 :].tolist()))
+        # A copy: a view would keep the scores of all prompts of the batch alive.
+        return replace(self, behaviour_logprobs=logprobs[self.prompt_tokens - 1 :].clone())
 
     def sequence(self) -> TokenSequence:
         """The sequence alone, for scoring."""
-        return TokenSequence(token_ids=torch.tensor(self.token_ids), loss_mask=self._loss_mask(), streams={})
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._loss_mask(), streams={})
 
     def training_sequence(self) -> TokenSequence:
         """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler)."""
@@ -56,13 +72,13 @@ class Sample:
             raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
         mask = self._loss_mask()
         behaviour = torch.zeros(len(mask), dtype=torch.float32)
-        behaviour[mask] = torch.tensor(self.behaviour_logprobs, dtype=torch.float32)
+        behaviour[mask] = self.behaviour_logprobs
         advantages = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))
         streams = {"behaviour_logprobs": behaviour, "advantages": advantages}
         if self.correction_weights is not None:
             streams["correction_weights"] = torch.zeros(len(mask), dtype=torch.float32)
-            streams["correction_weights"][mask] = torch.tensor(self.correction_weights, dtype=torch.float32)
-        return TokenSequence(token_ids=torch.tensor(self.token_ids), loss_mask=mask, streams=streams)
+            streams["correction_weights"][mask] = self.correction_weights
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams)
 
     def _loss_mask(self) -> Tensor:
         # Logit position p scores token p + 1, so the first response token is scored by the last prompt position.
@@ -71,7 +87,7 @@ class Sample:
         return mask
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class RolloutBatch:
     """All samples of one global step: groups of responses to one prompt, group_size each, group by group."""
 

@@ -13,6 +13,7 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.run_files import ENDPOINTS_FILE
 from parallel.capabilities import detect
 from rollout.server import ServerPool, ServerSettings, check_options
+from rollout.supervisor import Supervisor
 
 _CHECK_EVERY_S = 1.0
 
@@ -38,6 +39,19 @@ def server_settings(config: RunConfig, *, first_gpu: int) -> ServerSettings:
     )
 
 
+def supervise(config: RunConfig, pool: ServerPool, *, announce: Callable[[str], None]) -> Supervisor:
+    """Keeps the servers of a ready pool running, as the configuration says. announce: takes lines for people."""
+    rollout = config.rollout
+    return Supervisor(
+        pool,
+        max_restarts=rollout.max_server_restarts,
+        window_s=rollout.restart_window_s,
+        unresponsive_after_s=rollout.unresponsive_after_s,
+        start_timeout_s=rollout.start_timeout_s,
+        announce=announce,
+    )
+
+
 def check_server_options(config: RunConfig) -> None:
     """Raises ValueError naming an `sglang` option that the installed SGLang does not know. Asks the server environment if there are any."""
     if config.sglang:
@@ -48,7 +62,7 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
     """Start the configured servers, write folder/endpoints.json once all of them answer, run until SIGINT or SIGTERM, leave nothing behind.
 
     folder gets the logs too; give every node its own. announce: takes lines for people.
-    Raises ValueError for settings that cannot be used and rollout.server.ServerDied when a server ends by itself.
+    Raises ValueError for settings that cannot be used and rollout.server.ServerDied when a server cannot be kept running.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ENDPOINTS_FILE
@@ -63,8 +77,9 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
             pool.wait_until_ready(rollout.start_timeout_s)
             write_atomically(path, json.dumps(pool.endpoints) + "\n")
             announce(f"ready: {' '.join(pool.endpoints)} (Ctrl-C ends them)")
+            supervisor = supervise(config, pool, announce=announce)
             while True:
-                pool.check()
+                supervisor.check()
                 time.sleep(_CHECK_EVERY_S)
         except _Stopped:
             announce("ending the servers")

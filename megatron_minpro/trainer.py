@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_minpro import batch_streams
 from megatron_minpro.config import RunConfig
 from megatron_minpro.corrections import correct
 from megatron_minpro.idle_clip import idle_clip
@@ -24,19 +25,34 @@ from megatron_minpro.staleness import StalenessBuffer, expected_lag
 from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
 from parallel.packing import TokenSequence
 from parallel.weights import take_part
+from rollout.client import RolloutFailed, WeightsMissing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_MOST_VOID_PUBLISHES = 3  # in a row, before a response is given up: whatever is wrong then will not pass
+
+
+class ServersFailed(RuntimeError):
+    """The servers gave no answer. Raised on all ranks together; nothing of the run's state has changed since the last global step."""
 
 
 class Driver(Protocol):
     """What happens on rank 0 alone."""
 
     def sample(self, step: int, *, policy_version: int) -> Sampled: ...
-    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
+
+
+class Checkpoints(Protocol):
+    """On every rank. `save` returns once the state is copied; `wait` when it is on disk. Both raise on all ranks together."""
+
+    def save(self) -> None: ...
+    def wait(self) -> None: ...
+    def failure(self) -> str | None: ...
 
 
 @dataclass(kw_only=True)
@@ -51,12 +67,13 @@ class TrainingRun:
     driver: Driver | None
     control_group: dist.ProcessGroup
     stop_requested: Callable[[], bool]  # asked on rank 0
-    save: Callable[[], None]
+    checkpoints: Checkpoints
+    at_step: Callable[[int], None] = lambda step: None  # told that a global step begins
     idle_clip_reported: bool = False
 
 
 def train(run: TrainingRun) -> bool:
-    """Run to the end, or until a stop is asked for. True when all batches are trained.
+    """Run to the end, or until a stop is asked for. True when all batches are trained. Checkpoints are on disk when it returns.
 
     The last `staleness` global steps sample nothing: they train what is still waiting, so that nothing sampled is lost.
     """
@@ -64,10 +81,16 @@ def train(run: TrainingRun) -> bool:
     last_step = config.num_global_steps + config.staleness
     while counters.next_step < last_step:
         step = counters.next_step
+        run.at_step(step)
         timer = PhaseTimer()
         metrics: dict[str, float] = {}
         if step < config.num_global_steps:
-            batch = collect(run, step, timer, metrics)
+            try:
+                batch = collect(run, step, timer, metrics)
+            except ServersFailed:
+                run.checkpoints.save()
+                run.checkpoints.wait()
+                raise
             run.buffer.push(step, batch)
         due = run.buffer.pop(step)
         if due is not None:
@@ -82,26 +105,32 @@ def train(run: TrainingRun) -> bool:
         done = counters.next_step == last_step
         if config.evaluation.every and counters.next_step % config.evaluation.every == 0 and not done:
             evaluate(run, f"step_{counters.next_step:06d}")
-        stopping = share(run, run.stop_requested() if run.driver else None)
+        stopping, failure = share(run, (run.stop_requested(), run.checkpoints.failure()) if run.driver else None)
+        if failure is not None:
+            raise RuntimeError(failure)
         if done or stopping or counters.next_step % config.checkpoint.every == 0:
             start = time.perf_counter()
-            run.save()
+            run.checkpoints.save()
             counters.seconds["checkpoint"] = counters.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
         if stopping and not done:
+            run.checkpoints.wait()
             log.warning("stopped after global step %d, checkpoint written", step)
             return False
+    run.checkpoints.wait()
     return True
 
 
 def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
-    """Sample a batch under the current weights and attach its behaviour log-probs."""
+    """Sample a batch under the current weights and attach its behaviour log-probs. Raises ServersFailed."""
     with timer("sample"):
-        sampled = run.driver.sample(step, policy_version=run.actor.policy_version) if run.driver is not None else None
-        batch, num_dropped = share(run, (sampled.batch, len(sampled.dropped)) if sampled is not None else None)
+        sampled = ask_servers(run, lambda driver: driver.sample(step, policy_version=run.actor.policy_version))
+        batch = batch_streams.broadcast(None if sampled is None else sampled.batch, group=run.control_group)
+        num_dropped = share(run, len(sampled.dropped) if sampled is not None else None)
     if sampled is not None:
         metrics |= sampling_metrics((*batch.samples, *sampled.dropped), group_size=batch.group_size)
         if run.config.rollout.dynamic_sampling is not None:
             metrics |= {"sampling_rounds": sampled.rounds, "equal_groups": sampled.equal_groups, "responses_dropped": num_dropped}
+        metrics |= sampled.servers
         timer.split("sample", "reward", sampled.reward_s)
         errors = sum(response.result.error is not None for response in sampled.responses)
         metrics["reward_errors"] = errors
@@ -111,8 +140,8 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
     run.counters.rollouts_dropped += num_dropped
     with timer("score"):
         scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
-    engine = torch.tensor([x for sample in batch.samples for x in sample.engine_logprobs])
-    trainer = torch.tensor([x for sample in scored.samples for x in sample.behaviour_logprobs or ()])
+    engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
+    trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])
     gap = (engine - trainer).abs()
     check_gap(run.config, gap)
     metrics |= {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
@@ -181,21 +210,59 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         run.idle_clip_reported = True
 
 
-def publish(run: TrainingRun) -> None:
-    """Give every server the actor's weights, under the actor's policy version; prove it when debug.check_weights is on."""
+def publish(run: TrainingRun) -> str | None:
+    """Give the servers the actor's weights, under the actor's policy version; prove it when debug.check_weights is on.
+
+    None, or on every rank why no server took them. Then nobody samples before they are published again (`ask_servers` does that).
+    """
+    failure = None
     if run.driver is not None:
-        run.driver.publish(run.actor.policy_version, run.actor.export_weights())
-        if run.config.debug.check_weights:
-            run.driver.check_weights(run.actor.export_weights())
-        return
-    for _ in range(2 if run.config.debug.check_weights else 1):
+        failure = run.driver.publish(run.actor.policy_version, run.actor.export_weights())
+    else:
         take_part(run.actor.export_weights())
+    failure = share(run, failure)
+    if failure is not None:
+        log.warning("weights are not published: %s", failure)
+    elif run.config.debug.check_weights and run.driver is not None:
+        run.driver.check_weights(run.actor.export_weights())
+    elif run.config.debug.check_weights:
+        take_part(run.actor.export_weights())
+    return failure
+
+
+def ask_servers(run: TrainingRun, ask: Callable[[Driver], T]) -> T | None:
+    """`ask(driver)` on rank 0, None on the others.
+
+    Where no server holds the actor's weights (all were restarted since), all ranks publish them and rank 0 asks again.
+    Raises ServersFailed on all ranks when there is no answer, or when the weights cannot be published.
+    """
+    void_publishes = 0
+    while True:
+        answer, trouble = None, None
+        if run.driver is not None:
+            try:
+                answer = ask(run.driver)
+            except WeightsMissing as missing:
+                trouble = ("publish again", str(missing))
+            except RolloutFailed as failed:
+                trouble = ("give up", str(failed))
+        trouble = share(run, trouble)
+        if trouble is None:
+            return answer
+        remedy, reason = trouble
+        log.warning("%s: %s", remedy, reason)
+        if remedy == "give up":
+            raise ServersFailed(reason)
+        failure = publish(run)
+        void_publishes = 0 if failure is None else void_publishes + 1
+        if failure is not None and void_publishes == _MOST_VOID_PUBLISHES:
+            raise ServersFailed(failure)
 
 
 def evaluate(run: TrainingRun, label: str) -> None:
-    """Held-out measurement on rank 0 while the others wait."""
+    """Held-out measurement on rank 0 while the others wait. Raises ServersFailed."""
     start = time.perf_counter()
-    share(run, run.driver.evaluate(label, policy_version=run.actor.policy_version) if run.driver else None)
+    ask_servers(run, lambda driver: driver.evaluate(label, policy_version=run.actor.policy_version))
     run.counters.seconds["evaluate"] = run.counters.seconds.get("evaluate", 0.0) + time.perf_counter() - start
 
 
@@ -292,5 +359,6 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with torch.profiler.record_function(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

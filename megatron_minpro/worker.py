@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro import base_model, run_state, trainer
 from megatron_minpro.advantages import make_advantages
 from megatron_minpro.atomic_files import write_atomically
+from megatron_minpro.checkpoint_writer import CheckpointWriter
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.driver import RunDriver
 from megatron_minpro.held_out import held_out_prompts
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.policy_folder import export_policy, load_tokenizer
+from megatron_minpro.profiling import StepProfiler
 from megatron_minpro.prompt_sources import load_prompts
 from megatron_minpro.prompts import PromptCursor
 from megatron_minpro.rewards import make_reward
@@ -110,20 +112,9 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         buffer.restore(saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
     driver = build_driver(config, run_dir, counters, cursor_state) if first else None
+    writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
 
-    def save() -> None:
-        if driver is not None:
-            driver.heartbeat("checkpoint")
-        run_state.save(
-            checkpoints,
-            actor=actor,
-            config=config,
-            counters=counters,
-            cursor=driver.sampler.cursor.state() if driver is not None else None,
-            waiting=buffer.waiting(),
-            keep=config.checkpoint.keep,
-        )
-
+    profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
     run = trainer.TrainingRun(
         config=config,
         actor=actor,
@@ -133,7 +124,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         driver=driver,
         control_group=groups.control,
         stop_requested=_stop_requested(run_dir),
-        save=save,
+        checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
+        at_step=profiler.at_step,
     )
     trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
     measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
@@ -141,7 +133,11 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured any more")
     if not measured:
         trainer.evaluate(run, "before")
-    complete = trainer.train(run)
+    try:
+        complete = trainer.train(run)
+    finally:
+        writer.join()  # what was captured is complete, whatever ends this
+    profiler.close()
     if complete:
         trainer.evaluate(run, "after")
         tensors = actor.export_weights()
@@ -156,6 +152,38 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         driver.weight_sync.close()
         result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoints:
+    """The `trainer.Checkpoints` of a real run."""
+
+    writer: CheckpointWriter
+    config: RunConfig
+    actor: MegatronActor
+    counters: run_state.RunCounters
+    buffer: StalenessBuffer
+    driver: RunDriver | None
+
+    def save(self) -> None:
+        """Capture what the other fields hold now."""
+        if self.driver is not None:
+            self.driver.heartbeat("checkpoint")
+        self.writer.save(
+            actor=self.actor,
+            config=self.config,
+            counters=self.counters,
+            cursor=self.driver.sampler.cursor.state() if self.driver is not None else None,
+            waiting=self.buffer.waiting(),
+        )
+
+    def wait(self) -> None:
+        """See CheckpointWriter."""
+        self.writer.wait()
+
+    def failure(self) -> str | None:
+        """See CheckpointWriter."""
+        return self.writer.failure()
 
 
 def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
@@ -186,6 +214,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         max_in_flight=_MAX_IN_FLIGHT,
         # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
         samples_per_call=None if detect().device_type == "cpu" else rollout.group_size,
+        wait_s=rollout.start_timeout_s,
     )
     sampler = Sampler(
         cursor=cursor,
@@ -198,6 +227,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         seed=config.seed,
+        dynamic_sampling=rollout.dynamic_sampling,
     )
     return RunDriver(
         config=config,
@@ -288,9 +318,9 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
 
 
 def collective_timeout_s(config: RunConfig) -> float:
-    """The ranks that do not sample wait in a collective for the one that does: longer than all of its retries, or the start of servers."""
+    """The ranks that do not sample wait in a collective for the one that does: longer than all of its retries and the start of a server."""
     rollout = config.rollout
-    return 600.0 + max(rollout.start_timeout_s, rollout.request_timeout_s * (rollout.max_retries + 1))
+    return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1)
 
 
 def _stop_requested(run_dir: Path) -> Callable[[], bool]:

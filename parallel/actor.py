@@ -6,6 +6,7 @@ Every method is collective: all ranks call it with the same arguments, and get t
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,16 @@ from parallel.mcore import (
     finalize_model_grads,
     get_forward_backward_func,
 )
-from parallel.model import TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, check_options, transformer_config
-from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer, clip_and_step, set_learning_rate
+from parallel.model import ABSENT_FROM_QWEN3, TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, check_options, transformer_config
+from parallel.optimizer import (
+    NOT_OFFERED,
+    OPTIMIZER_FIELDS,
+    OptimizerSettings,
+    apply_settings,
+    build_optimizer,
+    clip_and_step,
+    set_learning_rate,
+)
 from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, settle_weights
 from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
@@ -90,9 +99,23 @@ class UpdateReport:
 def check_option_names(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that the installed Megatron-Core does not know, naming the nearest known one, or that the actor
     cannot honour."""
-    check_options(options, TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS, {}, section="megatron")
+    known = TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS
+    check_options(options, known, {**ABSENT_FROM_QWEN3, **NOT_OFFERED}, section="megatron")
     check_router_options(options)
     data_parallel_config({name: value for name, value in options.items() if name in OVERLAP_FIELDS})
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Options for the model, the optimizer and data parallelism. What two of them know (fp8_recipe) goes to both.
+
+    An unknown name goes to the model, whose configuration refuses it.
+    """
+    only_elsewhere = (OPTIMIZER_FIELDS | OVERLAP_FIELDS) - TRANSFORMER_FIELDS
+    return (
+        {name: value for name, value in options.items() if name not in only_elsewhere},
+        {name: value for name, value in options.items() if name in OPTIMIZER_FIELDS},
+        {name: value for name, value in options.items() if name in OVERLAP_FIELDS},
+    )
 
 
 class MegatronActor:
@@ -114,10 +137,7 @@ class MegatronActor:
         self._groups = groups
         self._settings = settings
         self._device = torch.device(capabilities.device_type)
-        options = settings.megatron_options
-        optimizer_options = {name: value for name, value in options.items() if name in OPTIMIZER_FIELDS}
-        overlap_options = {name: value for name, value in options.items() if name in OVERLAP_FIELDS}
-        model_options = {name: value for name, value in options.items() if name not in OPTIMIZER_FIELDS | OVERLAP_FIELDS}
+        model_options, optimizer_options, overlap_options = split_options(settings.megatron_options)
         self._config = transformer_config(
             architecture, layout, capabilities, dtype=settings.dtype, recompute=settings.recompute, options=model_options
         )
@@ -153,12 +173,17 @@ class MegatronActor:
 
     def save(self, directory: Path) -> None:
         """Model and optimizer as a Megatron torch_dist checkpoint in an existing, empty directory. Loads onto other layouts."""
+        self.capture(directory)(self._groups.control)
+
+    def capture(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
+        """A copy of the state as it is now, as a function that writes what `save` would write; see actor_checkpoint.capture."""
         settle_weights(self._chunks)
-        actor_checkpoint.save(directory, self._modules, self._optimizer)
+        return actor_checkpoint.capture(directory, self._modules, self._optimizer)
 
     def load(self, directory: Path, *, policy_version: int) -> None:
         """The counterpart of `save`. policy_version: optimizer steps that the saved weights have behind them."""
         actor_checkpoint.load(directory, self._modules, self._optimizer)
+        apply_settings(self._optimizer, self._settings.optimizer)  # the checkpoint brought those of the run that saved it
         self.policy_version = policy_version
 
     def load_model(self, directory: Path) -> None:
@@ -173,7 +198,6 @@ class MegatronActor:
 
         Raises ValueError for malformed sequences, FloatingPointError for a NaN or infinity where a loss mask is True.
         """
-        micro_batches = self._micro_batches(sequences)
         watch = self._watch()
         scored: dict[int, Tensor] = {}
 
@@ -184,7 +208,7 @@ class MegatronActor:
             return logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(micro_batches, keep, forward_only=True)
+            self._run(self._micro_batches(sequences), keep, forward_only=True)
         watch.raise_together("nothing is scored")
         sizes = [sequence.num_positions for sequence in sequences]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
@@ -202,7 +226,6 @@ class MegatronActor:
         For the few objectives that must know the whole mini-batch before any gradient. statistics_fn returns one shape always.
         """
         counts = _count(minibatch)
-        micro_batches = self._micro_batches(minibatch)
         watch = self._watch()
         totals: dict[str, Tensor] = {}
 
@@ -212,7 +235,7 @@ class MegatronActor:
             return local.logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(micro_batches, add, forward_only=True)
+            self._run(self._micro_batches(minibatch), add, forward_only=True)
         watch.raise_together(f"nothing changed, the policy stays at version {self.policy_version}")
         return self._sum_statistics(totals if self._speaks else None)["statistics"]
 
@@ -223,7 +246,6 @@ class MegatronActor:
         rank, when one of them meets a NaN or infinity at a trained token, or the gradient is not finite: no step is taken then.
         """
         counts = _count(minibatch)
-        micro_batches = self._micro_batches(minibatch)
         watch = self._watch()
         unchanged = f"not stepped, the policy stays at version {self.policy_version}"
         totals: dict[str, Tensor] = {}
@@ -236,7 +258,7 @@ class MegatronActor:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        self._run(micro_batches, compute_loss, forward_only=False)
+        self._run(self._micro_batches(minibatch), compute_loss, forward_only=False)
         watch.raise_together(unchanged)
         sums = self._sum_metrics(totals if self._speaks else None)
 
@@ -308,7 +330,14 @@ class MegatronActor:
         ]
 
     def _run(self, micro_batches: list[MicroBatch], finish: Callable[..., tuple[Tensor, Tensor, None]], *, forward_only: bool) -> None:
-        """Megatron's schedule over the micro-batches. finish(micro_batch, hidden, module) runs on the last stage."""
+        """Megatron's schedule over the micro-batches. finish(micro_batch, hidden, module) runs on the last stage.
+
+        Empties the list: a micro-batch that is done is let go, with the attention masks that it keeps under context parallelism.
+        """
+        num_micro_batches = len(micro_batches)
+        longest = max(micro_batch.shard.num_local_tokens for micro_batch in micro_batches)
+        iterators = [_drain(deque(micro_batches)) for _ in self._chunks]
+        micro_batches.clear()
 
         def forward_step(batches: Iterator[MicroBatch], chunk: DistributedDataParallel, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
             micro_batch = next(batches)
@@ -320,16 +349,20 @@ class MegatronActor:
             )
             return hidden, lambda output: finish(micro_batch, output, self._modules[-1])
 
-        iterators = [iter(micro_batches) for _ in self._chunks]
         self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iterators if self.layout.vpp is not None else iterators[0],
             model=self._chunks if self.layout.vpp is not None else self._chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=max(micro_batch.shard.num_local_tokens for micro_batch in micro_batches),
+            num_microbatches=num_micro_batches,
+            seq_length=longest,
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _drain(queue: deque[MicroBatch]) -> Iterator[MicroBatch]:
+    while queue:
+        yield queue.popleft()
 
 
 class _Counts(NamedTuple):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 
 from checkpoints_convert.checkpoint_pickle import check_metadata
-from parallel.mcore import dist_checkpointing, ensure_metadata_has_dp_cp_group
+from parallel.mcore import (
+    MCoreSavePlanner,
+    ShardedTensor,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    dist_checkpointing,
+    ensure_metadata_has_dp_cp_group,
+    mcore_to_pyt_state_dict,
+)
 from parallel.model import HiddenStateModel
 from parallel.optimizer import inner_optimizers
 
@@ -55,9 +67,123 @@ def _tensors_only() -> Iterator[None]:
             os.environ[name] = former
 
 
-def save(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> None:
-    """Collective. directory: existing and empty, the same path on all ranks. Durable only once the caller has synced and renamed it."""
-    dist_checkpointing.save(_sharded_state(modules, optimizer, is_loading=False), str(directory))
+class _Capture(TorchDistSaveShardedStrategy):
+    """Stands where Megatron writes the tensors of a checkpoint, and copies them instead; `empty` ones are filled later."""
+
+    empty: frozenset[int]  # addresses of storages
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        self.to_fill: set[int] = set()  # those of `empty` that this rank will write
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        for pieces in by_key.values():
+            for piece in pieces:
+                if not isinstance(piece, ShardedTensor):
+                    continue
+                address = piece.data.untyped_storage().data_ptr()
+                if address in self.empty:
+                    self.to_fill.add(address)
+                    continue
+                # A copy of what is still empty would be written as it is.
+                assert not piece.key.startswith("optimizer.state."), piece.key
+                piece.data = piece.data.detach().to("cpu", copy=True)
+        # Objects become bytes here, so they are copies as well.
+        self.captured = mcore_to_pyt_state_dict(by_key, False)
+
+
+class _OptimizerCapture:
+    """Moments and master weights of one distributed optimizer: this rank's part copied now, gathered over its replicas later.
+
+    Megatron gathers them while it describes the state. Here the description is made over tensors that are still empty, which costs
+    nothing, and `fill` gathers into them.
+    """
+
+    _KEYS = ("param", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, optimizer: Any) -> None:
+        self._local = {
+            parameter: {key: states[key].detach().to("cpu", copy=True) for key in self._KEYS}
+            for parameter in optimizer.model_param_group_index_map
+            for states in [optimizer._get_main_param_and_optimizer_states(parameter)]
+        }
+        gathered: dict[Any, Any] = {
+            index: {
+                dtype: {key: torch.empty(optimizer.buffers[index].numel_unpadded, dtype=torch.float32) for key in self._KEYS}
+                for dtype in ranges
+            }
+            for index, ranges in enumerate(optimizer.gbuf_ranges)
+        }
+        self._detached = copy.copy(optimizer)
+        self._detached._get_main_param_and_optimizer_states = self._local.__getitem__
+        self.description = copy.copy(optimizer)
+        self.description.get_parameter_state_dp_zero = lambda **_: gathered
+        self._gathered = gathered
+
+    def storages(self) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for _, tensors in self._buffers() for tensor in tensors.values()}
+
+    def fill(self, to_fill: set[int]) -> None:
+        """Collective over the optimizer's gloo group, which nothing else uses. Only the first replica gets the tensors: it writes."""
+        found = self._detached.get_parameter_state_dp_zero(use_gloo_comm=True)
+        self._local.clear()
+        if found is None:
+            assert not to_fill & self.storages(), "another replica than the first would write what it was not given"
+            return
+        for (index, dtype), tensors in self._buffers():
+            for key, tensor in tensors.items():
+                tensor.copy_(found[index][dtype].pop(key))
+
+    def _buffers(self) -> Iterator[tuple[tuple[int, Any], dict[str, torch.Tensor]]]:
+        for index, by_dtype in self._gathered.items():
+            for dtype, tensors in by_dtype.items():
+                yield (index, dtype), tensors
+
+
+def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> Callable[[dist.ProcessGroup], None]:
+    """Collective. Copies this rank's part of the state to host memory; the result writes it.
+
+    directory: existing and empty, the same path on all ranks; small files without tensors are written at once.
+    The result is to be called once, on all ranks, with a gloo group over all of them, by any thread as long as nothing else uses that
+    group: the model may change meanwhile. This rank's files are on the disk when it returns. Raises as `write_shards`.
+
+    Megatron's own asynchronous strategy is not used: it forks processes out of one whose communication threads hold locks, does not
+    copy tensors that lie on the CPU, and finishes over the default group, in between the collectives of training.
+    """
+    inner = [_OptimizerCapture(each) for each in inner_optimizers(optimizer)]
+    description = inner[0].description
+    if hasattr(optimizer, "chained_optimizers"):
+        description = copy.copy(optimizer)
+        description.chained_optimizers = [each.description for each in inner]
+    strategy = _Capture("torch_dist", 1)
+    strategy.empty = frozenset().union(*(each.storages() for each in inner))
+    gc.freeze()  # Megatron collects garbage once per optimizer: over a whole program's objects that takes longer than the copies
+    try:
+        state = _sharded_state(modules, description, is_loading=False)
+    finally:
+        gc.unfreeze()
+    dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+
+    def write(group: dist.ProcessGroup) -> None:
+        for each in inner:
+            each.fill(strategy.to_fill)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=not strategy.keep_only_main_replica, flatten_state_dict=False)
+        write_shards(directory, strategy.captured, planner, group)
+        # At once: what torch and Megatron made of them may wait for the garbage collector.
+        strategy.captured.clear()
+        inner.clear()
+
+    return write
+
+
+def write_shards(directory: Path, state: dict[str, Any], planner: checkpoint.SavePlanner, group: dist.ProcessGroup) -> None:
+    """Collective over `group`. This rank's shards into files of its own, on the disk when it returns.
+
+    Raises RuntimeError on every rank when one of them cannot write, with that rank's reason in one line.
+    """
+    try:
+        checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(directory), planner=planner, process_group=group)
+    except checkpoint.CheckpointException as error:  # no Exception, and its text is every rank's stack
+        reasons = (f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in sorted(error.failures.items()))
+        raise RuntimeError(" ".join("; ".join(reasons).split())) from error
 
 
 def load(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> None:

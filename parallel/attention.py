@@ -70,6 +70,28 @@ class _Grid:
         return flat if self.is_view else flat.index_select(0, self.slot_G)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The sequences of one length class: this rank's queries, all ranks' keys, and who may see whom.
+
+    mask: [sequences, 1, query width, key width], 0 or -inf, added to the scores; None without context parallelism, where one rank holds
+    positions 0, 1, 2, ... in order, empty slots last: plain causal order.
+    """
+
+    queries: _Grid
+    keys: _Grid
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, queries: _Grid, keys: _Grid, *, dtype: torch.dtype) -> _Block:
+        allowed = queries.position_SW[:, :, None] >= keys.position_SW[:, None, :]
+        allowed &= keys.position_SW[:, None, :] >= 0
+        # An empty query slot must attend to something, or softmax gives NaN that backward would spread.
+        allowed |= (queries.position_SW < 0)[:, :, None]
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
+        return cls(queries, keys, mask[:, None])
+
+
 def length_classes(lengths: Sequence[int]) -> list[list[int]]:
     """Sequences that share a grid, by index. One class while padding to the longest at most doubles the tokens; else by power of two.
 
@@ -85,11 +107,11 @@ def length_classes(lengths: Sequence[int]) -> list[list[int]]:
 
 @dataclass
 class ShardedPackedSeqParams(PackedSeqParams):
-    """Megatron's packed-sequence record, plus the shard it was made from. Grids are built once and shared by all layers."""
+    """Megatron's packed-sequence record, plus the shard it was made from. What attention derives of it is shared by all layers."""
 
     shard: SequenceShard | None = None
     sequence_weights: tuple[float, ...] = ()  # [S], in the router's balance loss; 0 for a sequence of padding
-    _grids: list[tuple[_Grid, _Grid]] | None = field(default=None, repr=False)
+    _blocks: list[_Block] | None = field(default=None, repr=False)
     _rotation: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
@@ -118,9 +140,12 @@ class ShardedPackedSeqParams(PackedSeqParams):
             self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
         return self._rotation
 
-    def grids(self) -> list[tuple[_Grid, _Grid]]:
-        """By length class: grid of this rank's queries, grid of all ranks' keys (the same one without context parallelism)."""
-        if self._grids is None:
+    def blocks(self, *, dtype: torch.dtype) -> list[_Block]:
+        """One for each length class. Made once: backward keeps the masks, local tokens * sequence length numbers, of every layer.
+
+        dtype: of the masks, which is the queries'; torch would convert others anew in every layer.
+        """
+        if self._blocks is None:
             shard = self.shard
             assert shard is not None
             key_ids, key_positions = shard.sequence_id_T, shard.position_T
@@ -131,13 +156,15 @@ class ShardedPackedSeqParams(PackedSeqParams):
                 ]
                 key_ids = torch.cat([other.sequence_id_T for other in ranks])
                 key_positions = torch.cat([other.position_T for other in ranks])
-            self._grids = []
+            self._blocks = []
             for indices in length_classes(shard.padded_lengths):
                 sequences = torch.tensor(indices, device=shard.device)
                 queries = _Grid.of(shard.sequence_id_T, shard.position_T, sequences)
-                keys = queries if shard.cp_size == 1 else _Grid.of(key_ids, key_positions, sequences)
-                self._grids.append((queries, keys))
-        return self._grids
+                if shard.cp_size == 1:
+                    self._blocks.append(_Block(queries, queries, None))
+                else:
+                    self._blocks.append(_Block.of(queries, _Grid.of(key_ids, key_positions, sequences), dtype=dtype))
+        return self._blocks
 
 
 class _Rotate(torch.autograd.Function):
@@ -215,30 +242,24 @@ class PackedAttention(torch.nn.Module):
         if self.cp_group.size() > 1:
             gathered = _GatherOverContext.apply(torch.cat([key, value], dim=-1), self.cp_group)
             key, value = gathered.split([key.size(-1), value.size(-1)], dim=-1)
-        grids = packed_seq_params.grids()
-        parts = [self._attend(query, key, value, queries, keys) for queries, keys in grids]
+        blocks = packed_seq_params.blocks(dtype=query.dtype)
+        parts = [self._attend(query, key, value, block) for block in blocks]
         if len(parts) == 1:
             return parts[0].reshape(query.size(0), 1, -1)
-        place_T = torch.argsort(torch.cat([queries.token_G for queries, _ in grids]))
+        place_T = torch.argsort(torch.cat([block.queries.token_G for block in blocks]))
         return torch.cat(parts).index_select(0, place_T).reshape(query.size(0), 1, -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, queries: _Grid, keys: _Grid) -> Tensor:
-        mask = None  # one rank holds positions 0, 1, 2, ... in order, empty slots last: plain causal order
-        if self.cp_group.size() > 1:
-            allowed = queries.position_SW[:, :, None] >= keys.position_SW[:, None, :]
-            allowed &= keys.position_SW[:, None, :] >= 0
-            # An empty query slot must attend to something, or softmax gives NaN that backward would spread.
-            mask = (allowed | (queries.position_SW < 0)[:, :, None])[:, None]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, block: _Block) -> Tensor:
         out = F.scaled_dot_product_attention(
-            queries.spread(query),
-            keys.spread(key),
-            keys.spread(value),
-            attn_mask=mask,
-            is_causal=mask is None,
+            block.queries.spread(query),
+            block.keys.spread(key),
+            block.keys.spread(value),
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return queries.collect(out)
+        return block.queries.collect(out)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """No parameters."""

@@ -6,6 +6,13 @@ from parallel import megatron_cpu  # isort: skip  (must come before any megatron
 
 from megatron.core import __version__ as version
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.models.gpt import GPTModel
@@ -41,6 +48,7 @@ __all__ = [
     "DistributedDataParallelConfig",
     "Float16Module",
     "GPTModel",
+    "MCoreSavePlanner",
     "MLPSubmodules",
     "MoEAuxLossAutoScaler",
     "ModuleSpec",
@@ -48,9 +56,12 @@ __all__ = [
     "PackedSeqParams",
     "RowParallelLinear",
     "SequentialMLP",
+    "ShardedTensor",
     "TopKRouter",
+    "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "_replace_state_dict_keys_with_sharded_keys",
     "clip_grad_by_total_norm_fp32",
     "copy_to_tensor_model_parallel_region",
     "dist_checkpointing",
@@ -63,6 +74,7 @@ __all__ = [
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "get_standard_config_overrides",
+    "mcore_to_pyt_state_dict",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "set_tensor_model_parallel_attributes",

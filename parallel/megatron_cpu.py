@@ -1,7 +1,7 @@
 """Megatron-Core on CPU and gloo: import this module before the first `megatron.core` import.
 
 An import hook rewrites the CUDA literals of megatron.core's sources while they are loaded, and nothing else in the
-process: torch is not patched, no file is changed. Two gaps of gloo and of the torch optimizer are filled afterwards
+process: torch is not patched, no file is changed. What gloo and torch's optimizer lack beside it is filled afterwards
 by `gloo_collectives.py`. Where CUDA is present the hook does not install itself and Megatron-Core runs as shipped.
 
 The rules are textual, so an upgrade of Megatron-Core may leave one without a match; `unmatched_rules` tells and a test asks.
@@ -118,8 +118,6 @@ INSTALLED = install()
 
 # Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
-warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
-warnings.filterwarnings("ignore", message=".*Falling back to.*")
 
 if INSTALLED:
     import megatron.core.jit

@@ -39,6 +39,22 @@ from parallel.mcore import (
 from parallel.norm import RMSNorm
 from parallel.router import SequenceBalancedRouter, check_router_options, follow_packing
 
+# What Qwen3 does not have. Some of it this project's plug-ins would leave out without a word, all of it would be another model.
+ABSENT_FROM_QWEN3: Mapping[str, Any] = {
+    "apply_query_key_layer_scaling": False,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "layernorm_zero_centered_gamma": False,
+    "mtp_num_layers": None,
+    "no_rope_freq": None,
+    "qk_clip": False,
+    "qk_l2_norm": False,
+    "rotary_interleaved": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+}
+
 TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
 
 
@@ -83,6 +99,7 @@ def transformer_config(
     a = architecture
     on_cpu = capabilities.device_type == "cpu"
     fixed: dict[str, Any] = {
+        **ABSENT_FROM_QWEN3,
         "num_layers": a.num_hidden_layers,
         "hidden_size": a.hidden_size,
         "ffn_hidden_size": a.intermediate_size,
@@ -100,6 +117,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": False,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,

@@ -21,6 +21,18 @@ from parallel.model import check_options
 OPTIMIZER_FIELDS = frozenset(field.name for field in dataclasses.fields(OptimizerConfig))
 
 
+NOT_OFFERED: Mapping[str, Any] = {
+    # Megatron would divide gradients by a scale that no loss here is multiplied by.
+    "fp16": False,
+    "loss_scale": None,
+    # Every group gets the rate of `set_learning_rate`; `clip_and_step` counts nothing.
+    "min_lr": None,
+    "decoupled_lr": None,
+    "decoupled_min_lr": None,
+    "log_num_zeros_in_grad": False,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101). Vectors (norms) are not decayed."""
@@ -50,14 +62,12 @@ def build_optimizer(
         "overlap_param_gather_with_optimizer_step": False,
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
+        **NOT_OFFERED,
     }
     check_options(options, OPTIMIZER_FIELDS, fixed, section="megatron")
     config = OptimizerConfig(**{**fixed, **options})
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=get_standard_config_overrides(config))
-    for each in inner_optimizers(optimizer):
-        if isinstance(each.optimizer, torch.optim.AdamW):  # Apex and TransformerEngine bring fused ones of their own
-            for group in each.optimizer.param_groups:
-                group["fused"] = True
+    apply_settings(optimizer, settings)
     _create_state(optimizer)
     return optimizer
 
@@ -81,6 +91,15 @@ def _create_state(optimizer: Any) -> None:
         for group in each.optimizer.param_groups:
             if "step" in group:
                 group["step"] = 0
+
+
+def apply_settings(optimizer: Any, settings: OptimizerSettings) -> None:
+    """Give every parameter group these betas and eps, and torch's AdamW its fused step. Decay comes with every learning rate."""
+    for each in inner_optimizers(optimizer):
+        for group in each.optimizer.param_groups:
+            group["betas"], group["eps"] = settings.betas, settings.eps
+            if isinstance(each.optimizer, torch.optim.AdamW):  # Apex and TransformerEngine bring fused ones of their own
+                group["fused"] = True
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float, *, weight_decay: float) -> None:

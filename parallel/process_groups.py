@@ -15,7 +15,10 @@ from parallel.mcore import model_parallel_cuda_manual_seed, parallel_state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessGroups:
-    """Every group the actor communicates over. `control` is always gloo: it carries Python objects and long waits."""
+    """Every group the actor communicates over. `control` is always gloo: it carries Python objects and long waits.
+
+    `saving` is gloo too and belongs to the thread that writes checkpoints: collectives of two threads over one group would mix.
+    """
 
     coordinates: RankCoordinates
     tp: dist.ProcessGroup
@@ -23,6 +26,7 @@ class ProcessGroups:
     pp: dist.ProcessGroup
     etp: dist.ProcessGroup
     control: dist.ProcessGroup
+    saving: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -62,6 +66,7 @@ def initialize(layout: ParallelLayout, *, backend: str, seed: int, timeout_s: fl
         pp=parallel_state.get_pipeline_model_parallel_group(),
         etp=parallel_state.get_expert_tensor_parallel_group(),
         control=control,
+        saving=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 

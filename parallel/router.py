@@ -19,6 +19,8 @@ from parallel.mcore import MoEAuxLossAutoScaler, TopKRouter
 _REFUSED = {
     "moe_z_loss_coeff": "it would be summed over tokens without a denominator",
     "moe_router_enable_expert_bias": "a Qwen3 checkpoint has no place for the bias",
+    "moe_expert_capacity_factor": "which tokens are dropped would change with the way they are packed into micro-batches",
+    "moe_input_jitter_eps": "the same tokens would have other log-probs in every pass",
 }
 
 
@@ -66,7 +68,7 @@ class SequenceBalancedRouter(TopKRouter):
     sequence, each rank adds its own tokens' part, and gradients are summed over ranks as always.
     """
 
-    packed: ShardedPackedSeqParams | None = None  # the micro-batch in hand, see `follow_packing`
+    packed: ShardedPackedSeqParams | None = None  # the micro-batch in hand, None between two; see `follow_packing`
 
     def _apply_seq_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, seq_length: int, bsz: int, with_padding_mask: bool = False
@@ -98,7 +100,12 @@ def follow_packing(module: torch.nn.Module) -> None:
         router = getattr(getattr(layer, "mlp", None), "router", None)
         if isinstance(router, SequenceBalancedRouter):
             layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
+            layer.register_forward_hook(_take_back)
 
 
 def _hand_over(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layer.mlp.router.packed = kwargs["packed_seq_params"]
+
+
+def _take_back(layer: torch.nn.Module, *_: Any) -> None:
+    layer.mlp.router.packed = None

@@ -42,7 +42,7 @@ class BroadcastGroup:
         listener = _listen(master_address)
         self._is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         # Not waiting: the servers do not know the port yet. The store closes the socket at its own end.
-        self._master = dist.TCPStore(
+        self._master: dist.TCPStore | None = dist.TCPStore(
             master_address,
             listener.getsockname()[1],
             world_size,
@@ -56,6 +56,7 @@ class BroadcastGroup:
 
     @property
     def port(self) -> int:
+        assert self._master is not None, "closed"
         return self._master.port
 
     @property
@@ -94,12 +95,16 @@ class BroadcastGroup:
         return self._group.broadcast([tensor], options)
 
     def close(self) -> None:
-        """Leave. NCCL is aborted rather than waited for: a dead server would be waited for until the time limit."""
+        """Leave, without waiting for anybody: a server that hangs would be waited for until the time limit.
+
+        The store ends too: servers that still wait in it for others to join get an error instead of their own time limit.
+        """
         group, self._group = self._group, None
-        if group is not None and self.backend == "nccl":
+        stores, self._store, self._master = (self._store, self._master), None, None
+        if group is not None:
             group.abort()
-        # Gloo's destructor waits for its threads; let it do so beside us.
-        threading.Thread(target=lambda kept: None, args=(group,), daemon=True).start()
+        # Destructors wait for threads and connections; let them do so beside us.
+        threading.Thread(target=lambda *kept: None, args=(group, stores), daemon=True).start()
 
 
 def _listen(address: str) -> socket.socket:

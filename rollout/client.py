@@ -1,30 +1,35 @@
 """Responses from SGLang servers: token ids in and out, log-probs and policy version on every token, every request accounted for.
 
 How requests travel. The wanted samples are dealt to the servers in turn and sent as few batched HTTP calls: a server takes one batched
-call in as one unit, so on a CPU its batches, and with them the last bits of its numbers, do not depend on timing.
-A sample that fails (connection, time limit, server error, abort) is sent again, after a pause and to another server, as a new request;
-what it had generated is dropped. A sample is counted once, from the one attempt that succeeded.
+call in as one unit, so on a CPU its batches, and with them the last bits of its numbers, do not depend on timing, nor on which server
+gets a call: they are dealt to all configured servers, dead or alive, and the calls of a dead one are made, as they are, to others.
+A sample that fails (connection, time limit, server error, abort, weights of another version) is sent again, after a pause and to another
+server, as a new request with the same seed; what it had generated is dropped. A sample is counted once, from the one attempt that
+succeeded. Which servers may be asked is decided in gate.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
 import time
-import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
-from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from rollout.gate import Gate, RolloutFailed, WeightsMissing
+from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.sglang_control import KEEPALIVE
+from rollout.sglang_generate import read_generation, request_body, sample_seed
 
-_RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+__all__ = ["RETRIED_STATUS", "GenerationClient", "RolloutFailed", "WeightsMissing", "run_all", "sample_seed"]
 
+log = logging.getLogger(__name__)
 
-class RolloutFailed(RuntimeError):
-    """A response could not be had. Names the endpoint, the request and the reason."""
+RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class _Retryable(Exception):
@@ -47,14 +52,24 @@ class _Sample:
         return f"{self.request.request_id}#{self.index}"
 
 
+@dataclass(slots=True)
+class _Arrived:
+    """What a call of `generate` that had to break off (WeightsMissing) got so far: the same call, made again, asks only for the rest."""
+
+    policy_version: int
+    sampling: SamplingParams
+    generations: dict[tuple[GenerationRequest, int], Generation] = field(default_factory=dict)  # by request and sample index
+    retries: dict[tuple[GenerationRequest, int], int] = field(default_factory=dict)  # of samples that have failed
+
+
 class GenerationClient:
     """Asks a fixed set of servers for responses.
 
     endpoints: base URLs. api_key: bearer token or None. request_timeout_s: for one HTTP call (a whole batch of samples).
     max_retries: further attempts per sample. max_in_flight: samples under way at once, over all servers.
     samples_per_call: most samples in one HTTP call; None: a server's whole share in one call, the fastest and, on a CPU, the repeatable
-    way. Small calls lose less when a server dies in the middle of long responses.
-    backoff_s: pause before the first retry; doubles with each.
+    way (a server then gets one call at a time). Small calls lose less when a server dies in the middle of long responses.
+    backoff_s: pause before the first retry; doubles with each. wait_s: how long to wait for a server while none answers.
     """
 
     def __init__(
@@ -67,6 +82,7 @@ class GenerationClient:
         max_in_flight: int,
         samples_per_call: int | None = None,
         backoff_s: float = 0.5,
+        wait_s: float = 300.0,
     ) -> None:
         if not endpoints:
             raise ValueError("GenerationClient: no endpoints, expected at least one")
@@ -84,6 +100,10 @@ class GenerationClient:
         self._max_in_flight = max_in_flight
         self._samples_per_call = samples_per_call
         self._backoff_s = backoff_s
+        self._wait_s = wait_s
+        self._arrived: _Arrived | None = None
+        self._num_retries = 0
+        self._servers_used: set[str] = set()
 
     def generate(
         self,
@@ -91,14 +111,19 @@ class GenerationClient:
         sampling: SamplingParams,
         *,
         num_samples: int,
+        policy_version: int | None = None,
         on_generation: Callable[[Generation], None] | None = None,
     ) -> list[list[Generation]]:
         """Exactly `num_samples` responses for each request, in the order of `requests` and of the sample index.
 
+        policy_version: every token is sampled under these weights; servers that hold others are not asked. None: whatever they hold.
         on_generation: called once per response, in order of arrival, in this thread.
-        Raises RolloutFailed when one cannot be had, ValueError for requests with equal ids.
+        Raises RolloutFailed when one cannot be had, ValueError for requests with equal ids, WeightsMissing when servers answer and none
+        holds the weights: publish them and make the same call again. What had arrived by then is kept for that call.
         """
-        return asyncio.run(self.generate_async(requests, sampling, num_samples=num_samples, on_generation=on_generation))
+        return asyncio.run(
+            self.generate_async(requests, sampling, num_samples=num_samples, policy_version=policy_version, on_generation=on_generation)
+        )
 
     async def generate_async(
         self,
@@ -106,6 +131,7 @@ class GenerationClient:
         sampling: SamplingParams,
         *,
         num_samples: int,
+        policy_version: int | None = None,
         on_generation: Callable[[Generation], None] | None = None,
     ) -> list[list[Generation]]:
         """`generate` for callers with an event loop of their own."""
@@ -114,28 +140,110 @@ class GenerationClient:
         if len({request.request_id for request in requests}) != len(requests):
             raise ValueError("generate: two requests have the same request_id")
         results: list[list[Generation | None]] = [[None] * num_samples for _ in requests]
+        arrived = self._arrived
+        if policy_version is None or arrived is None or (arrived.policy_version, arrived.sampling) != (policy_version, sampling):
+            arrived = None if policy_version is None else _Arrived(policy_version, sampling)
+        self._arrived = arrived
 
         def accept(sample: _Sample, generation: Generation) -> None:
             row = results[sample.request_index]
             assert row[sample.index] is None, f"{sample.name} was answered twice"
             row[sample.index] = generation
+            if arrived is not None:
+                arrived.generations[sample.request, sample.index] = generation
             if on_generation is not None:
                 on_generation(generation)
 
-        samples = [_Sample(request, i, j) for i, request in enumerate(requests) for j in range(num_samples)]
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
-        # trust_env=False: servers are reached directly, whatever http_proxy says.
-        async with httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=False) as http:
-            call = _Call(http=http, sampling=sampling, accept=accept, room=_Room(self._max_in_flight), client=self)
-            await _run_all([call.run(share, endpoint_index) for endpoint_index, share in self._deal(samples)])
+        def failed(sample: _Sample) -> None:
+            if arrived is not None:
+                arrived.retries[sample.request, sample.index] = sample.num_retries
+
+        samples = []
+        for number, request in enumerate(requests):
+            for index in range(num_samples):
+                if arrived is not None and (request, index) in arrived.generations:
+                    results[number][index] = arrived.generations[request, index]
+                else:
+                    retries = 0 if arrived is None else arrived.retries.get((request, index), 0)
+                    samples.append(_Sample(request, number, index, num_retries=retries))
+        async with self._connections() as http:
+            call = self._call(http, sampling, accept, failed, policy_version=policy_version, one_at_a_time=self._samples_per_call is None)
+            await run_all([call.run(share, turn) for turn, share in self._deal(samples)])
+        self._arrived = None
         missing = [f"{request.request_id}" for request, row in zip(requests, results, strict=True) if any(g is None for g in row)]
         if missing:  # cannot happen: each task either fills its samples or raises
             raise RolloutFailed(f"no response for {len(missing)} requests, the first being {missing[0]}")
         return [[generation for generation in row if generation is not None] for row in results]
 
+    def take_report(self) -> dict[str, float]:
+        """Since the last report: servers/used (that gave at least one response) and servers/retries (samples that were sent again)."""
+        report = {"servers/used": float(len(self._servers_used)), "servers/retries": float(self._num_retries)}
+        self._servers_used.clear()
+        self._num_retries = 0
+        return report
+
+    def stream(
+        self, requests: Iterable[GenerationRequest], sampling: SamplingParams, *, on_generation: Callable[[Generation], None]
+    ) -> None:
+        """One response for each request, handed over in order of arrival, in this thread, and then forgotten.
+
+        A request is drawn from `requests` when there is room for it and sent as one HTTP call, so memory stays bounded by max_in_flight
+        however many there are, and what has arrived is lost by no later failure. Raises what `generate` raises.
+        """
+        asyncio.run(self._stream(enumerate(requests), sampling, on_generation))
+
+    async def _stream(
+        self, source: Iterator[tuple[int, GenerationRequest]], sampling: SamplingParams, on_generation: Callable[[Generation], None]
+    ) -> None:
+        async with self._connections() as http:
+            call = self._call(
+                http,
+                sampling,
+                lambda sample, generation: on_generation(generation),
+                lambda sample: None,
+                policy_version=None,
+                one_at_a_time=False,
+            )
+
+            async def draw() -> None:
+                for index, request in source:  # shared by all: each request goes to one of them
+                    await call.run([_Sample(request, index, 0)], index % len(self.endpoints))
+
+            await run_all([draw() for _ in range(self._max_in_flight)])
+
+    def _call(
+        self,
+        http: httpx.AsyncClient,
+        sampling: SamplingParams,
+        accept: Callable[[_Sample, Generation], None],
+        failed: Callable[[_Sample], None],
+        *,
+        policy_version: int | None,
+        one_at_a_time: bool,
+    ) -> _Call:
+        return _Call(
+            http=http,
+            sampling=sampling,
+            accept=accept,
+            failed=failed,
+            room=_Room(self._max_in_flight),
+            gate=Gate(self.endpoints, http, policy_version=policy_version, wait_s=self._wait_s),
+            turns={endpoint: asyncio.Lock() for endpoint in self.endpoints} if one_at_a_time else {},
+            client=self,
+        )
+
+    def _connections(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
+        # trust_env=False: servers are reached directly, whatever http_proxy says.
+        transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE)
+        return httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport, trust_env=False)
+
     def _deal(self, samples: Sequence[_Sample]) -> list[tuple[int, list[_Sample]]]:
-        """Samples of one request stay together (they share the prompt's cache); requests go to the servers in turn."""
+        """Samples of one request stay together (they share the prompt's cache); requests go to the servers in turn.
+
+        (whose turn it is, samples of one call). The deal knows nothing of dead servers: it is the same whatever happens to them.
+        """
         shares: list[list[_Sample]] = [[] for _ in self.endpoints]
         for sample in samples:
             shares[sample.request_index % len(shares)].append(sample)
@@ -168,27 +276,41 @@ class _Call:
     http: httpx.AsyncClient
     sampling: SamplingParams
     accept: Callable[[_Sample, Generation], None]
+    failed: Callable[[_Sample], None]
     room: _Room
+    gate: Gate
+    turns: Mapping[str, asyncio.Lock]  # of servers that get one call at a time; empty: they get as many as there is room for
     client: GenerationClient
 
-    async def run(self, samples: Sequence[_Sample], endpoint_index: int) -> None:
+    async def run(self, samples: Sequence[_Sample], turn: int) -> None:
         """Fill all of `samples`; whatever fails in an attempt goes into the next one, elsewhere."""
-        endpoints = self.client.endpoints
         attempt = 0
         while samples:
-            endpoint = endpoints[(endpoint_index + attempt) % len(endpoints)]
             await self.room.take(len(samples))
             try:
-                failed = await self._attempt(samples, endpoint)
+                endpoint = await self.gate.pick(turn + attempt)
+                async with self.turns.get(endpoint, nullcontext()):
+                    again = await self._attempt(samples, endpoint)
             finally:
                 await self.room.give(len(samples))
-            for sample in failed:
-                if sample.num_retries > self.client._max_retries:
-                    raise RolloutFailed(f"{endpoint}: request {sample.name}: {sample.last_failure} (gave up after {attempt + 1} attempts)")
-            samples = failed
-            if samples:
-                await asyncio.sleep(min(30.0, self.client._backoff_s * 2**attempt))
             attempt += 1
+            samples = again
+            if samples:
+                await self._prepare_retry(samples, endpoint, attempt)
+
+    async def _prepare_retry(self, samples: Sequence[_Sample], endpoint: str, attempt: int) -> None:
+        """Count, give up or pause, and look whether the server that failed may be asked again."""
+        self.client._num_retries += len(samples)
+        for sample in samples:
+            self.failed(sample)
+            if sample.num_retries > self.client._max_retries:
+                raise RolloutFailed(
+                    f"{endpoint}: request {sample.name}: {sample.last_failure} (gave up after {sample.num_retries} attempts)"
+                )
+        log.warning("%s: %s: %d sample(s) are sent again", endpoint, samples[0].last_failure, len(samples))
+        self.gate.close(endpoint)
+        await asyncio.sleep(min(30.0, self.client._backoff_s * 2 ** (attempt - 1)))
+        await self.gate.look([endpoint])
 
     async def _attempt(self, samples: Sequence[_Sample], endpoint: str) -> list[_Sample]:
         """One HTTP call. Accepts what came back whole; returns the samples to send again."""
@@ -208,18 +330,22 @@ class _Call:
                 raise RolloutFailed(f"{endpoint}: request {sample.name}: {error}") from error
             if generation.finish_reason == "abort":
                 again.append(_failed(sample, f"aborted by the server: {answer['meta_info']['finish_reason'].get('message')}"))
+            elif self.gate.policy_version is not None and generation.policy_versions != (self.gate.policy_version,) * 2:
+                reason = "sampled under policy versions {} to {}".format(*generation.policy_versions)
+                again.append(_failed(sample, f"{reason}, wanted is {self.gate.policy_version}"))
             else:
+                self.client._servers_used.add(endpoint)
                 self.accept(sample, generation)
         return again
 
     async def _post(self, samples: Sequence[_Sample], endpoint: str) -> list[dict[str, Any]]:
-        body = request_body(samples, self.sampling)
+        body = request_body([(sample.request, sample.index) for sample in samples], self.sampling)
         try:
             response = await self.http.post(f"{endpoint}/generate", json=body)
         except httpx.HTTPError as error:
             raise _Retryable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
         name = samples[0].name if len(samples) == 1 else f"{samples[0].name} and {len(samples) - 1} more"
-        if response.status_code in _RETRIED_STATUS:
+        if response.status_code in RETRIED_STATUS:
             raise _Retryable(f"HTTP {response.status_code}: {response.text[:300]}")
         if response.status_code != 200:
             raise RolloutFailed(f"{endpoint}: request {name}: HTTP {response.status_code}: {response.text[:300]}")
@@ -233,7 +359,7 @@ class _Call:
         return answers
 
 
-async def _run_all(calls: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def run_all(calls: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Run all; the first failure cancels the rest and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -250,107 +376,3 @@ def _failed(sample: _Sample, reason: str) -> _Sample:
 def _sent(sample: _Sample) -> float:
     assert sample.first_sent is not None
     return sample.first_sent
-
-
-def sample_seed(seed: int, request_id: str, sample_index: int) -> int:
-    """A 31-bit seed for one response: the same for the same (seed, request, index), different from all others. FNV-1a, 64 bits, folded."""
-    state = 0xCBF29CE484222325
-    for byte in f"{seed}/{request_id}/{sample_index}".encode():
-        state = ((state ^ byte) * 0x100000001B3) % 2**64
-    state ^= state >> 33
-    return (state * 0xFF51AFD7ED558CCD % 2**64) >> 33
-
-
-def request_body(samples: Sequence[_Sample], sampling: SamplingParams) -> dict[str, Any]:
-    """The body of one batched /generate call. Every sampling setting is said: a model folder's generation_config.json has no say."""
-    common = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": 0.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": list(sampling.stop_token_ids),
-    }
-    params = []
-    for sample in samples:
-        seed = None if sampling.seed is None else sample_seed(sampling.seed, sample.request.request_id, sample.index)
-        params.append(common if seed is None else {**common, "sampling_seed": seed})
-    nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
-    return {
-        "rid": [f"{sample.name}-{nonce}" for sample in samples],
-        "input_ids": [list(sample.request.prompt_token_ids) for sample in samples],
-        "sampling_params": params,
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "stream": False,
-    }
-
-
-def read_generation(answer: dict[str, Any], request: GenerationRequest, *, num_retries: int, latency_s: float) -> Generation:
-    """SGLang's answer for one sample as our record.
-
-    Raises ValueError, saying what is wrong with it, when a log-prob or a version is missing or does not fit the tokens, or when the server
-    says that the request itself is bad (an abort with status 400).
-    """
-    meta = answer.get("meta_info")
-    if not isinstance(meta, dict) or "output_ids" not in answer:
-        raise ValueError(f"the answer has no meta_info or no output_ids; it has {sorted(answer)}")
-    finish = meta["finish_reason"]
-    kind = finish["type"] if isinstance(finish, dict) else finish
-    if kind not in ("stop", "length", "abort"):
-        raise ValueError(f"finish_reason is {finish!r}, expected stop, length or abort")
-    if kind == "abort" and isinstance(finish, dict) and finish.get("status_code") == 400:
-        raise ValueError(f"refused by the server: {finish.get('message')}")
-    token_ids = tuple(answer["output_ids"])
-    if kind == "abort":  # will be sampled again: its contents are not used, so they need not be whole
-        token_ids = ()
-    entries = () if kind == "abort" else _logprob_entries(meta, len(token_ids))
-    for position, (logprob, token_id) in enumerate(entries):
-        if token_id != token_ids[position]:
-            raise ValueError(f"log-prob {position} belongs to token {token_id}, but the response has {token_ids[position]} there")
-        if logprob is None or not math.isfinite(logprob):
-            raise ValueError(f"log-prob {position} is {logprob}, expected a finite number")
-    if kind != "abort" and not token_ids:
-        raise ValueError("the response is empty")
-    return Generation(
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        response_token_ids=token_ids,
-        engine_logprobs=tuple(logprob for logprob, _ in entries),
-        version_spans=() if kind == "abort" else _version_spans(meta, len(token_ids)),
-        finish_reason=kind,
-        latency_s=latency_s,
-        num_retries=num_retries,
-    )
-
-
-def _logprob_entries(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[float, int], ...]:
-    entries = meta.get("output_token_logprobs")
-    if entries is None:
-        raise ValueError("output_token_logprobs is missing")
-    if len(entries) != num_tokens:
-        raise ValueError(f"{len(entries)} log-probs for {num_tokens} response tokens")
-    return tuple((entry[0], entry[1]) for entry in entries)
-
-
-def _version_spans(meta: dict[str, Any], num_tokens: int) -> tuple[VersionSpan, ...]:
-    spans = meta.get("weight_versions")
-    if spans is None:
-        raise ValueError("weight_versions is missing")
-    read = []
-    for span in spans:
-        if span["start"] == span["end"]:
-            continue
-        try:
-            version = int(span["version"])
-        except ValueError:
-            raise ValueError(
-                f"weight version {span['version']!r} is not a policy version; was the server started by this project?"
-            ) from None
-        read.append(VersionSpan(policy_version=version, start=span["start"], end=span["end"]))
-    if sum(span.end - span.start for span in read) != num_tokens:
-        raise ValueError(f"version spans {spans} do not cover {num_tokens} response tokens")
-    return tuple(read)

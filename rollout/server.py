@@ -1,4 +1,4 @@
-"""Start, watch and stop SGLang servers: one process tree per server, on loopback unless keys are given.
+"""Start, restart and stop SGLang servers (supervisor.py watches them): one process tree per server, on loopback unless keys are given.
 
 On the CPU a server is started through rollout/sglang_cpu.py, on CUDA through SGLang's own launcher; everything else is the same code.
 """
@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -29,6 +30,7 @@ from rollout.sglang_options import option_arguments
 Device = Literal["cpu", "cuda"]
 
 _ABORT_POLL_S = 0.2
+_HUNG_DEADLINE_S = 2.0  # a server that is restarted has nothing left to do
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +48,7 @@ _RESERVED = {
     "api_key": "the key file",
     "admin_api_key": "the key file",
     "weight_version": "the policy version",
-    "skip_tokenizer_init": "the client, which speaks token ids",
+    "skip_tokenizer_init": "text_api",
     "skip_server_warmup": "the server pool, which warms servers up itself",
     "base_gpu_id": "the server pool",
     "nccl_port": "the server pool",
@@ -58,6 +60,10 @@ _RESERVED = {
 # A launcher's variables must not reach a server: SGLang builds process groups of its own from the same names.
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_WORLD", "ROLE_")
+
+# What a restarted server reports as its weight version. No trainer asks for it: also a server that held the model folder's own weights
+# gets them published again, and so is seen to have been restarted.
+RESTARTED_VERSION = -1
 
 
 class ServerDied(RuntimeError):
@@ -89,6 +95,7 @@ class ServerSettings:
     first_gpu: of server 0 on CUDA, counted among the devices that this process sees; server i takes tp devices from first_gpu + i * tp on.
     num_threads: torch threads per server on the CPU. max_total_tokens: KV cache on the CPU, in tokens (CUDA: SGLang decides by memory).
     api_key_path, admin_key_path: files with one line each; both are required unless host is a loopback address.
+    text_api: also answer the OpenAI endpoints (/v1/...); the server then has a tokenizer.
     options: further SGLang server arguments by name; unknown ones are refused.
     """
 
@@ -106,6 +113,7 @@ class ServerSettings:
     max_running_requests: int = 256
     api_key_path: Path | None = None
     admin_key_path: Path | None = None
+    text_api: bool = False
     server_python: Path = field(default_factory=default_server_python)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -201,14 +209,19 @@ def server_environment(*, device: str, num_threads: int) -> dict[str, str]:
     return environment
 
 
-def server_command(settings: ServerSettings, *, port: int, index: int, option_arguments: list[str], key_file: Path | None) -> list[str]:
+def server_command(
+    settings: ServerSettings, *, port: int, index: int, option_arguments: list[str], key_file: Path | None, restarted: bool = False
+) -> list[str]:
     """The command line of server number `index` of a pool."""
+    version = RESTARTED_VERSION if restarted else settings.policy_version
     entry = "rollout.sglang_cpu" if settings.device == "cpu" else "sglang.launch_server"
     command = [str(settings.server_python), "-m", entry, "--model-path", str(settings.model_path)]
     command += ["--host", settings.host, "--port", str(port), "--device", settings.device, "--dtype", settings.dtype]
-    command += ["--tp-size", str(settings.tp), "--weight-version", str(settings.policy_version), "--random-seed", str(settings.seed)]
-    # Token ids go in and out, so no server needs a tokenizer; warming up is done by the pool, with the request it will really send.
-    command += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    command += ["--tp-size", str(settings.tp), "--weight-version", str(version), "--random-seed", str(settings.seed)]
+    if not settings.text_api:
+        command += ["--skip-tokenizer-init"]  # token ids go in and out
+    # Warming up is done by the pool, with the request it will really send.
+    command += ["--skip-server-warmup", "--sleep-on-idle"]
     command += ["--log-level-http", "warning"]  # otherwise a line per request
     if settings.device == "cpu":
         command += ["--attention-backend", "torch_native", "--disable-overlap-schedule", "--mem-fraction-static", "0.1"]
@@ -262,6 +275,7 @@ class ServerPool:
         self._option_arguments = option_arguments
         self._servers: list[ManagedProcess] = []
         self._stopped = False
+        self._lock = threading.Lock()
         # Only this user can enter it. Holds the key file and the sockets between a server's processes: a short path (the system allows
         # 107 bytes), and one place to clean up.
         self._private_dir = Path(tempfile.mkdtemp(prefix="minpro_servers_"))
@@ -333,24 +347,22 @@ class ServerPool:
             self.stop()
             raise
 
-    def check(self) -> None:
-        """Raises ServerDied, with the last log lines, if any server has ended."""
-        for server in self._servers:
-            if not server.is_running:
-                raise ServerDied(server.describe_end())
-
     def restart(self, index: int, *, start_timeout_s: float) -> None:
-        """End what is left of server `index` and start it again on the same port, with the weights and policy version of the model folder.
+        """End what is left of server `index` and start it again on the same port, with the weights of the model folder.
 
-        The caller must publish the current weights before the server is asked for a response.
+        It reports RESTARTED_VERSION until weights are published to it. Raises ServerDied when it is not ready in time.
         """
-        self._servers[index].terminate()
-        self._servers[index] = self._spawn(index)
+        with self._lock:
+            if self._stopped:
+                raise ServerDied(f"{self._servers[index].name} was not restarted: the pool is stopped")
+            self._servers[index].terminate(_HUNG_DEADLINE_S)
+            self._servers[index] = self._spawn(index, restarted=True)
         self._wait_for(index, time.monotonic() + start_timeout_s, start_timeout_s)
 
     def stop(self, deadline_s: float = 3.0) -> None:
         """End all servers; nothing of them is left afterwards. Safe to call again."""
-        self._stopped = True
+        with self._lock:  # a restart under way leaves no server that is not seen here
+            self._stopped = True
         terminate_all(self._servers, deadline_s=deadline_s)
         shutil.rmtree(self._private_dir, ignore_errors=True)
 
@@ -360,13 +372,14 @@ class ServerPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def _spawn(self, index: int) -> ManagedProcess:
+    def _spawn(self, index: int, *, restarted: bool = False) -> ManagedProcess:
         command = server_command(
             self.settings,
             port=self._ports[index],
             index=index,
             option_arguments=self._option_arguments,
             key_file=self._key_file,
+            restarted=restarted,
         )
         environment = server_environment(device=self.settings.device, num_threads=self.settings.num_threads)
         environment["TMPDIR"] = str(self._private_dir)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 import urllib.error
 import urllib.request
 from typing import Any
 
+# A process that ends closes its connections; a host that ends does not. With these its connections fail after about 20 s of silence.
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
 
 class ServerRefused(RuntimeError):
-    """A server could not be reached, or answered a control request with an error. Names endpoint, path and reason."""
+    """A server could not be reached, or answered a control request with an error. Names endpoint, path and reason.
+
+    status: of the HTTP answer; None when there was none in time.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def control_key(*, api_key: str | None, admin_key: str | None) -> str | None:
@@ -29,22 +46,39 @@ def call(endpoint: str, path: str, body: dict[str, Any] | None = None, *, key: s
     request = urllib.request.Request(endpoint + path, data, headers)
     try:
         # An empty proxy table: servers are reached directly, whatever http_proxy says.
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({}), _KeepAlive).open(request, timeout=timeout_s) as response:
             text = response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
-        raise ServerRefused(f"{endpoint}{path}: HTTP {error.code}: {detail}") from error
-    except OSError as error:
-        raise ServerRefused(f"{endpoint}{path}: {error}") from error
+        raise ServerRefused(f"{endpoint}{path}: HTTP {error.code}: {detail}", status=error.code) from error
+    except (OSError, http.client.HTTPException) as error:  # the latter: a connection that ended in the middle of an answer
+        raise ServerRefused(f"{endpoint}{path}: {str(error) or type(error).__name__}") from error
     try:
         answer = json.loads(text)
     except ValueError:
         return text
     if isinstance(answer, dict) and answer.get("success") is False:
-        raise ServerRefused(f"{endpoint}{path}: {answer.get('message', 'success is false, without a message')}")
+        raise ServerRefused(f"{endpoint}{path}: {answer.get('message', 'success is false, without a message')}", status=200)
     return answer
 
 
 def weight_version(endpoint: str, *, key: str | None, timeout_s: float) -> str:
     """The weight version a server reports (SGLang's word, a string). key: the api key, also where there is an admin key."""
     return call(endpoint, "/model_info", key=key, timeout_s=timeout_s)["weight_version"]
+
+
+def check_engine(endpoint: str, *, key: str | None, timeout_s: float) -> None:
+    """Raises ServerRefused unless the process that computes answers; /health and /model_info are answered without it. key: the api key."""
+    call(endpoint, "/server_info", key=key, timeout_s=timeout_s)
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        for option in KEEPALIVE:
+            self.sock.setsockopt(*option)
+
+
+class _KeepAlive(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)

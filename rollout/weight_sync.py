@@ -2,22 +2,26 @@
 
 What the servers go through, and what it protects:
     pause       nothing is sampled while weights are partly new
+    no version  whoever is left with partly new weights says so: its version is none that anybody asks for
     begin       repacked or quantised layouts are opened for loading
     update      one or more buckets; the KV cache of the old weights is dropped
     end         layouts are closed, post-load work runs once
     version     all later tokens carry the new policy version
     check       every server reports the new version
     continue
-If any step fails on any server, the servers stay paused, WeightSyncFailed is raised and the sync refuses further use: nobody can tell
-which weights such a server holds, so none may be asked for a response. Restart the servers.
+A publish goes to the servers that answer. If any step fails on any of them, the publish is void: they stay paused and without a version,
+so that no client asks them, and WeightSyncFailed is raised. The same version can then be published again: it goes to those that answer,
+except those that made it void (unless there is no other), and overwrites every weight of a server. At the next version all are asked.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -42,23 +46,37 @@ __all__ = [
     "tensor_checksum",
 ]
 
+log = logging.getLogger(__name__)
+
+_QUICK_S = 30.0  # for what loads nothing
+
 NamedTensors = Iterator[tuple[str, Tensor]]
 InFlight = Literal["retract", "abort"]
 
 
 class WeightSyncFailed(RuntimeError):
-    """Servers did not take the new weights; they are paused and must not be used. Names endpoint, step and reason."""
+    """No server took the new weights; those that were asked are paused and have no version. Names endpoint, step and reason.
+
+    The weights can be published again.
+    """
 
 
 class WeightSync(Protocol):
-    def publish(self, policy_version: int, tensors: NamedTensors) -> None:
-        """Put the named tensors (Hugging Face names, all of them, streamed) into every server, as weights of `policy_version`."""
+    @property
+    def num_restarts(self) -> int:
+        """Servers found, at a publish, with other weights than they were last given."""
+
+    def publish(self, policy_version: int, tensors: NamedTensors) -> tuple[str, ...]:
+        """Put the named tensors (Hugging Face names, all of them, streamed) into the servers, as weights of `policy_version`.
+
+        The endpoints that hold them now: all that answer, or (WeightSyncFailed) none; the tensors may then not be used up.
+        """
 
     def close(self) -> None: ...
 
 
 class _Servers:
-    """All servers, told the same thing at the same time.
+    """All servers, and those among them that take part in the present publish; these are told the same thing at the same time.
 
     Endpoints that control a server take the admin key (the api key where no admin key is set), those that only tell about it the api key.
     """
@@ -67,38 +85,95 @@ class _Servers:
         if not endpoints:
             raise ValueError("weight sync: no endpoints, expected at least one")
         self.endpoints = tuple(endpoint.rstrip("/") for endpoint in endpoints)
+        self.members: tuple[str, ...] = ()
         self.api_key = api_key
         self.admin_key = control_key(api_key=api_key, admin_key=admin_key)
         self.timeout_s = timeout_s
-        self.failure: str | None = None
+        self.num_restarts = 0
+        self._expected: dict[str, set[str]] = {}  # what each server reports unless it was restarted; after a void publish one of several
+        self._spoilers: tuple[int, set[str]] = (-1, set())  # a policy version, and the servers that made its publish void
 
-    def begin(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
-        """Start one call per server, each with its own body."""
+    def gather(self, policy_version: int) -> bool:
+        """Choose the members of a publish. True when they are those of the last one and hold what it gave them.
+
+        Raises WeightSyncFailed when no server answers.
+        """
+        asked = [in_background(partial(self._look, endpoint), name="weight sync look") for endpoint in self.endpoints]
+        wait(asked)
+        reasons = {e: call.exception() for e, call in zip(self.endpoints, asked, strict=True) if call.exception() is not None}
+        found = {e: call.result() for e, call in zip(self.endpoints, asked, strict=True) if e not in reasons}
+        for endpoint, reason in reasons.items():
+            log.warning("weight version %d is published without %s: %s", policy_version, endpoint, reason)
+        if not found:
+            raise WeightSyncFailed(f"policy version {policy_version}: no server answers: {'; '.join(map(str, reasons.values()))}")
+        if self._spoilers[0] != policy_version:
+            self._spoilers = (policy_version, set())
+        restarted = {e: version for e, version in found.items() if version not in self._expected.setdefault(e, {version})}
+        for endpoint, version in restarted.items():
+            log.warning("%s was restarted: it holds weight version %r, not %s", endpoint, version, sorted(self._expected[endpoint]))
+            self._expected[endpoint] = {version}
+        self.num_restarts += len(restarted)
+        before, self.members = self.members, tuple(e for e in found if e not in self._spoilers[1]) or tuple(found)
+        return before == self.members and not restarted and all(len(self._expected[endpoint]) == 1 for endpoint in self.members)
+
+    def may_hold(self, *versions: str) -> None:
+        """From now on the members hold what they held or one of these versions."""
+        for endpoint in self.members:
+            self._expected[endpoint].update(versions)
+
+    def hold(self, version: str) -> None:
+        """The members hold this version."""
+        self._expected |= {endpoint: {version} for endpoint in self.members}
+
+    def _look(self, endpoint: str) -> str:
+        # One that cannot compute would make everybody wait for it in the group.
+        sglang_control.check_engine(endpoint, key=self.api_key, timeout_s=min(_QUICK_S, self.timeout_s))
+        return self._version(endpoint)
+
+    def _version(self, endpoint: str) -> str:
+        return sglang_control.weight_version(endpoint, key=self.api_key, timeout_s=min(_QUICK_S, self.timeout_s))
+
+    def begin(self, path: str, bodies: Sequence[dict[str, Any]], *, timeout_s: float | None = None) -> list[Future[Any]]:
+        """Start one call per member, each with its own body."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
         return [
             in_background(
-                partial(sglang_control.call, endpoint, path, body, key=self.admin_key, timeout_s=self.timeout_s), name=f"weight sync {path}"
+                partial(sglang_control.call, endpoint, path, body, key=self.admin_key, timeout_s=limit_s), name=f"weight sync {path}"
             )
-            for endpoint, body in zip(self.endpoints, bodies, strict=True)
+            for endpoint, body in zip(self.members, bodies, strict=True)
         ]
 
     def tell(self, path: str, body: dict[str, Any]) -> None:
-        """The same call to every server; returns when all have answered. Raises ServerRefused as soon as one did not, naming it."""
-        self.collect(self.begin(path, [body] * len(self.endpoints)))
+        """The same call to every member; returns when all have answered. Raises ServerRefused as soon as one did not, naming it."""
+        self.collect(self.begin(path, [body] * len(self.members)))
+
+    def tell_quickly(self, path: str, body: dict[str, Any]) -> None:
+        """`tell` for what loads nothing: an answer that is not there within seconds will not come."""
+        self.collect(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
+
+    def try_to_tell(self, path: str, body: dict[str, Any]) -> None:
+        """The same call to every member, whatever they answer, if they do so within seconds."""
+        wait(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
 
     def collect(self, calls: Sequence[Future[Any]]) -> None:
-        done, _ = wait(calls, return_when=FIRST_EXCEPTION)  # one failure decides; a server that hangs is not waited for then
-        errors = [str(call.exception()) for call in calls if call in done and call.exception() is not None]
-        if errors:
-            raise ServerRefused("; ".join(errors))
+        """Wait for the answers to `begin`; one failure decides, and a server that hangs is not waited for then."""
+        wait(calls, return_when=FIRST_EXCEPTION)
+        self.refuse_failed(calls)
+
+    def refuse_failed(self, calls: Sequence[Future[Any]]) -> None:
+        """Raises ServerRefused when a call to a member has failed by now."""
+        failed = {e: call.exception() for e, call in zip(self.members, calls, strict=True) if call.done() and call.exception() is not None}
+        if failed:
+            self._spoilers[1].update(failed)
+            raise ServerRefused("; ".join(str(error) for error in failed.values()))
 
     def check_versions(self, expected: int) -> None:
-        for endpoint in self.endpoints:
-            found = sglang_control.weight_version(endpoint, key=self.api_key, timeout_s=self.timeout_s)
-            if found != str(expected):
+        for endpoint in self.members:
+            if (found := self._version(endpoint)) != str(expected):
                 raise ServerRefused(f"{endpoint}: reports weight version {found!r} after version {expected} was published")
 
     def parameter_names(self) -> set[str]:
-        return set(server_checksums(self.endpoints[0], admin_key=self.admin_key, timeout_s=self.timeout_s)[0])
+        return set(server_checksums(self.members[0], admin_key=self.admin_key, timeout_s=self.timeout_s)[0])
 
 
 class _CompletenessCheck:
@@ -124,7 +199,10 @@ class _CompletenessCheck:
             raise ValueError(f"weight sync: tensors differ from the first publish; missing: {missing[:5]}; new: {extra[:5]}")
 
     def _check_against_server(self, seen: set[str]) -> None:
-        held = self._servers.parameter_names()
+        try:
+            held = self._servers.parameter_names()
+        except ServerRefused as refused:
+            raise WeightSyncFailed(f"cannot learn which parameters a server has: {refused}") from refused
         sent = {server_parameter(name)[0] for name in seen}
         missing = sorted(held - sent)
         unknown = sorted(sent - held - {"lm_head.weight"})  # tied to the embedding, the server lists it once
@@ -136,7 +214,7 @@ class DiskWeightSync:
     """Through a checkpoint folder that servers and trainer both see. Simple and slow; any layout, any number of hosts with one file system.
 
     write_checkpoint(directory, tensors): writes a whole Hugging Face folder (config.json too), streaming. directory: gets one folder per
-    version; the folder of the version before is removed once the new one is in use.
+    version; older folders are removed once the new one is in use.
     in_flight: what becomes of responses being generated: "retract" continues them under the new weights (their version spans say so),
     "abort" ends them (the client samples them again).
     """
@@ -158,17 +236,23 @@ class DiskWeightSync:
         self._directory = Path(directory)
         self._in_flight = in_flight
 
-    def publish(self, policy_version: int, tensors: NamedTensors) -> None:
+    @property
+    def num_restarts(self) -> int:
+        return self._servers.num_restarts
+
+    def publish(self, policy_version: int, tensors: NamedTensors) -> tuple[str, ...]:
         """Write the checkpoint, then load it everywhere. The servers keep sampling while it is written.
 
-        Raises WeightSyncFailed when a server does not take it, ValueError when tensors are missing; OSError of the writing.
+        Raises WeightSyncFailed when no server took it, ValueError when tensors are missing; OSError of the writing.
         """
         folder = self._directory / f"version_{policy_version}"
-        _refuse_if_failed(self._servers)
+        self._servers.gather(policy_version)
         self._write_checkpoint(folder, self._complete.watch(tensors))
-        with _Update(self._servers, policy_version, self._in_flight) as update:
-            update.step("/update_weights_from_disk", {"model_path": str(folder.resolve()), "flush_cache": True})
+        self._servers.gather(policy_version)  # once more: writing may have taken minutes
+        with _update(self._servers, policy_version, self._in_flight):
+            self._servers.tell("/update_weights_from_disk", {"model_path": str(folder.resolve()), "flush_cache": True})
         self._remove_all_but(folder)
+        return self._servers.members
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -187,6 +271,8 @@ class CollectiveWeightSync:
     tp: of each server. master_address: this host as the servers reach it. bucket_bytes: tensors travel in flat buckets of about this
     size (a larger tensor alone makes its own); memory needed on both sides: one bucket.
     in_flight: as for DiskWeightSync. timeout_s: of joining, and of each step of an update.
+    The group is made at the first publish, and made anew when the servers are others than at the last one (one is gone, back, or was
+    restarted) or when that was void.
     """
 
     def __init__(
@@ -206,70 +292,94 @@ class CollectiveWeightSync:
             raise ValueError(f"weight sync: bucket_bytes is {bucket_bytes}, expected at least 1")
         self._servers = _Servers(endpoints, api_key=api_key, admin_key=admin_key, timeout_s=timeout_s)
         self._complete = _CompletenessCheck(self._servers)
+        self._tp = tp
+        self._backend: Backend = backend
+        self._master_address = master_address
         self._bucket_bytes = bucket_bytes
         self._in_flight = in_flight
         self._timeout_s = timeout_s
-        # A name of its own per connection: a server refuses nothing about an old group of the same name, it would silently use it.
-        self._group = BroadcastGroup(
-            name=f"weight_sync_{uuid.uuid4().hex[:12]}",
-            world_size=1 + tp * len(self._servers.endpoints),
-            backend=backend,
-            master_address=master_address,
-            timeout_s=timeout_s,
-        )
-        self._join(tp)
+        self._group: BroadcastGroup | None = None
 
-    def publish(self, policy_version: int, tensors: NamedTensors) -> None:
+    @property
+    def num_restarts(self) -> int:
+        return self._servers.num_restarts
+
+    def publish(self, policy_version: int, tensors: NamedTensors) -> tuple[str, ...]:
         """Send the tensors bucket by bucket. The servers pause when the first bucket is full, and continue when the last is loaded.
 
-        Raises WeightSyncFailed when a server does not take them or when `tensors` fails or is incomplete after the pause.
+        Raises WeightSyncFailed when no server took them, ValueError when tensors are missing.
         """
-        _refuse_if_failed(self._servers)
+        unchanged = self._servers.gather(policy_version)
+        if self._group is None or not unchanged:
+            self._leave()
+            self._join(policy_version)
         buckets = fill_buckets(self._complete.watch(tensors), bucket_bytes=self._bucket_bytes)
         first = next(buckets, None)
         if first is None:
             raise ValueError("weight sync: no tensors were given")
-        with _Update(self._servers, policy_version, self._in_flight) as update:
-            update.step("/begin_weight_update", {})
-            bucket: list[tuple[str, Tensor]] | None = first
-            while bucket is not None:
-                self._send(bucket)
-                bucket = next(buckets, None)
-            update.step("/end_weight_update", {})
+        try:
+            with _update(self._servers, policy_version, self._in_flight):
+                self._servers.tell_quickly("/begin_weight_update", {})
+                bucket: list[tuple[str, Tensor]] | None = first
+                while bucket is not None:
+                    self._send(bucket)
+                    bucket = next(buckets, None)
+                self._servers.tell("/end_weight_update", {})
+        except WeightSyncFailed:
+            self._leave()
+            self._servers.try_to_tell("/end_weight_update", {})  # otherwise a server would refuse to begin again
+            raise
+        return self._servers.members
 
     def close(self) -> None:
         """Leave the group; servers that are still alive leave it too."""
-        if self._servers.failure is None:
-            try:
-                self._servers.tell("/destroy_weights_update_group", {"group_name": self._group.name})
-            except ServerRefused as refused:  # a server that is gone has left the group as well
-                self._servers.failure = str(refused)
-        self._group.close()
+        self._leave()
 
-    def _join(self, tp: int) -> None:
+    def _leave(self) -> None:
+        if self._group is None:
+            return
+        # First this end: a server that waits for a broadcast answers nothing else until the connection is gone.
+        self._group.close()
+        self._servers.try_to_tell("/destroy_weights_update_group", {"group_name": self._group.name})
+        self._group = None
+
+    def _join(self, policy_version: int) -> None:
+        members = self._servers.members
+        self._group = BroadcastGroup(
+            # A name of its own: a server refuses nothing about an old group of the same name, it would silently use it.
+            name=f"weight_sync_{uuid.uuid4().hex[:12]}",
+            world_size=1 + self._tp * len(members),
+            backend=self._backend,
+            master_address=self._master_address,
+            timeout_s=self._timeout_s,
+        )
         bodies = [
             {
                 "master_address": self._group.master_address,
                 "master_port": self._group.port,
-                "rank_offset": 1 + index * tp,
+                "rank_offset": 1 + index * self._tp,
                 "world_size": self._group.world_size,
                 "group_name": self._group.name,
                 "backend": self._group.backend,
             }
-            for index in range(len(self._servers.endpoints))
+            for index in range(len(members))
         ]
         calls = self._servers.begin("/init_weights_update_group", bodies)
         # In the background: where a server refuses, joining would only end with the time limit, and nobody waits for that.
         joined = in_background(self._group.join, name="weight sync join")
         try:
-            _wait_for(joined.done, calls, deadline=time.monotonic() + self._timeout_s, what="joining the weight sync group")
-            joined.result()
+            self._wait_for(joined.done, calls, what="joining the weight sync group")
+            try:
+                joined.result()
+            except RuntimeError as error:
+                raise ServerRefused(f"joining the weight sync group: {error}") from error
             self._servers.collect(calls)
-        except (ServerRefused, RuntimeError) as error:
-            self._servers.failure = str(error)
-            raise WeightSyncFailed(f"cannot join the weight sync group: {error}") from error
+        except ServerRefused as error:
+            self._leave()
+            raise WeightSyncFailed(f"policy version {policy_version}: cannot join the weight sync group: {error}") from error
 
     def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        assert self._group is not None
         flat = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for _, tensor in bucket]).to(self._group.device)
         body = {
             "names": [name for name, _ in bucket],
@@ -279,11 +389,26 @@ class CollectiveWeightSync:
             "load_format": "flattened_bucket",
             "flush_cache": True,
         }
-        calls = self._servers.begin("/update_weights_from_distributed", [body] * len(self._servers.endpoints))
+        calls = self._servers.begin("/update_weights_from_distributed", [body] * len(self._servers.members))
         work = self._group.broadcast(flat)
-        _wait_for(work.is_completed, calls, deadline=time.monotonic() + self._timeout_s, what="broadcasting weights")
-        work.wait()  # raises if the broadcast failed
+        self._wait_for(work.is_completed, calls, what="broadcasting weights")
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._servers.collect(calls)  # the server that made it fail says why
+            raise ServerRefused(f"broadcasting weights: {error}") from error
         self._servers.collect(calls)
+
+    def _wait_for(self, done: Callable[[], bool], calls: Sequence[Future[Any]], *, what: str) -> None:
+        """Wait for `done`, giving up as soon as a server's call has failed (it would be waited for in vain)."""
+        deadline = time.monotonic() + self._timeout_s
+        pause_s = 0.0002
+        while not done():
+            self._servers.refuse_failed(calls)
+            if time.monotonic() > deadline:
+                raise ServerRefused(f"{what}: not done within {self._timeout_s:g} s")
+            time.sleep(pause_s)
+            pause_s = min(0.02, 2 * pause_s)
 
 
 def fill_buckets(tensors: NamedTensors, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -303,57 +428,19 @@ def fill_buckets(tensors: NamedTensors, *, bucket_bytes: int) -> Iterator[list[t
         yield sorted(bucket, key=lambda item: -item[1].itemsize)
 
 
-class _Update:
-    """Pause on entry; version, check and continue on a clean exit; on any failure the servers stay paused and are marked as unusable."""
-
-    def __init__(self, servers: _Servers, policy_version: int, in_flight: InFlight) -> None:
-        self._servers = servers
-        self._policy_version = policy_version
-        self._in_flight = in_flight
-
-    def __enter__(self) -> _Update:
-        try:
-            self.step("/pause_generation", {"mode": self._in_flight})
-        except BaseException as error:
-            self._fail(error)
-        return self
-
-    def step(self, path: str, body: dict[str, Any]) -> None:
-        self._servers.tell(path, body)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._fail(error)
-        try:
-            # Without aborting: by default this call would end every response in flight.
-            self.step("/update_weight_version", {"new_version": str(self._policy_version), "abort_all_requests": False})
-            self._servers.check_versions(self._policy_version)
-            self.step("/continue_generation", {})
-        except BaseException as late:
-            self._fail(late)
-
-    def _fail(self, error: BaseException) -> None:
-        self._servers.failure = f"policy version {self._policy_version}: {error}"
-        if not isinstance(error, Exception):
-            raise error
-        raise WeightSyncFailed(
-            f"policy version {self._policy_version} is not in all servers, which stay paused and must be restarted: {error}"
-        ) from error
-
-
-def _refuse_if_failed(servers: _Servers) -> None:
-    if servers.failure is not None:
-        raise WeightSyncFailed(f"the servers hold unknown weights since an earlier failure: {servers.failure}")
-
-
-def _wait_for(done: Callable[[], bool], calls: Sequence[Future[Any]], *, deadline: float, what: str) -> None:
-    """Wait for `done`, giving up as soon as a server's call has failed (it would be waited for in vain)."""
-    pause_s = 0.0002
-    while not done():
-        errors = [call.exception() for call in calls if call.done() and call.exception() is not None]
-        if errors:
-            raise ServerRefused(f"{what}: {'; '.join(str(error) for error in errors)}")
-        if time.monotonic() > deadline:
-            raise ServerRefused(f"{what}: not done within the time limit")
-        time.sleep(pause_s)
-        pause_s = min(0.02, 2 * pause_s)
+@contextmanager
+def _update(servers: _Servers, policy_version: int, in_flight: InFlight) -> Iterator[None]:
+    """Pause before, version and continue after the update. On failure the members stay paused and keep a version that nobody asks for."""
+    unusable = f"{uuid.uuid4().hex[:8]} of an unfinished update to {policy_version}"
+    try:
+        servers.may_hold(unusable, str(policy_version))
+        servers.tell_quickly("/pause_generation", {"mode": in_flight})
+        # Without aborting: by default this call would end every response in flight.
+        servers.tell_quickly("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
+        yield
+        servers.tell_quickly("/update_weight_version", {"new_version": str(policy_version), "abort_all_requests": False})
+        servers.check_versions(policy_version)
+        servers.hold(str(policy_version))
+        servers.tell_quickly("/continue_generation", {})
+    except ServerRefused as refused:
+        raise WeightSyncFailed(f"policy version {policy_version}: no server took it: {refused}") from refused

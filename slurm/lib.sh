@@ -26,15 +26,53 @@ new_key() {
   (umask 077 && head -c 32 /dev/urandom | base64 | tr -d '\n=' >"$1")
 }
 
+# Options of srun that put a step into a container (pyxis), one per line; nothing unless CONTAINER_IMAGE is set.
+# The image must hold what the environments need; this folder is seen under its own path.
+container_options() {
+  [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
+  printf '%s\n' "--container-image=$CONTAINER_IMAGE" "--container-mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" \
+    "--container-workdir=$PWD" --no-container-mount-home
+}
+
+# step LOG "n0 n1 ..." COMMAND...: one task on each of these nodes, output in RUN_DIR/logs/LOG-ATTEMPT-NODE.log; a task that fails ends all.
+step() {
+  local name="$1" nodes options
+  read -ra nodes <<<"$2"
+  shift 2
+  mapfile -t options < <(container_options)
+  # exec, so that the process in the background is srun itself, and can be waited for and ended
+  exec srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --nodelist="$(join , "${nodes[@]}")" --kill-on-bad-exit=1 \
+    --output="$RUN_DIR/logs/$name-${SLURM_RESTART_COUNT:-0}-%N.log" "${options[@]}" "$@"
+}
+
+# What a step of that name said was wrong, in this attempt.
+step_error() {
+  local logs="$RUN_DIR/logs/$1-${SLURM_RESTART_COUNT:-0}-"
+  grep --no-filename --max-count=1 '^minpro: error: ' "$logs"*.log | head -n 1 || echo "$1 failed, see $logs*"
+}
+
 # wait_for_files PID SECONDS FILE...: until all files exist; fails when the process ends first, or time is up.
 wait_for_files() {
   local pid="$1" deadline=$((SECONDS + $2)) file
   shift 2
   for file in "$@"; do
     until [[ -e "$file" ]]; do
-      kill -0 "$pid" 2>/dev/null || fail "the step that should write $file has ended"
+      kill -0 "$pid" 2>/dev/null || fail "the step that should write $file has ended; its words are in $RUN_DIR/logs"
       ((SECONDS < deadline)) || fail "no $file in time"
-      sleep 2
+      sleep 1
     done
   done
+}
+
+# Whether the run in RUN_DIR trained all of its batches.
+run_is_complete() {
+  [[ -s $RUN_DIR/result.json ]] && .venv/bin/python -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["complete"])' "$RUN_DIR/result.json"
+}
+
+# Put this job back into the queue, unless that was done MAX_REQUEUES times already.
+requeue() {
+  ((${SLURM_RESTART_COUNT:-0} < MAX_REQUEUES)) || fail "$1; not requeued: that was done $MAX_REQUEUES times (MAX_REQUEUES)"
+  log "$1; requeued"
+  scontrol requeue "$SLURM_JOB_ID" || true # Slurm may already be requeueing (preemption, a dead node)
+  exit 0
 }

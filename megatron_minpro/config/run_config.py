@@ -17,6 +17,7 @@ from megatron_minpro.config.sections import (
     ModelConfig,
     ObjectiveConfig,
     ParallelConfig,
+    ProfileConfig,
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
@@ -52,6 +53,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the model is spread over them")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the state is saved")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="what is written down")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="which steps are traced")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="checks that cost time")
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed through to Megatron's TransformerConfig and OptimizerConfig")
     sglang: dict[str, Any] = Field(default_factory=dict, description="passed through to the SGLang server's arguments")

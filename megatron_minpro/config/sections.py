@@ -6,6 +6,7 @@ Keys with a default are those that cannot move a trained number (places, ports, 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -198,9 +199,12 @@ class RolloutConfig(Section):
     base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
     api_key_path: str | None = Field(default=None, description="one-line file with the key that every request must carry")
     admin_key_path: str | None = Field(default=None, description="one-line file with the key for changing weights")
-    start_timeout_s: float = Field(default=300.0, gt=0, description="a server must be ready by then")
+    start_timeout_s: float = Field(default=300.0, gt=0, description="until a server is ready; a run waits so long while none answers")
     request_timeout_s: float = Field(default=600.0, gt=0, description="one generation request, retries not included")
     max_retries: int = Field(default=3, ge=0, description="further attempts after a failed request")
+    max_server_restarts: int = Field(default=5, ge=0, description="of one dead or hung server within the window; one more ends the run")
+    restart_window_s: float = Field(default=3600.0, gt=0, description="the window of max_server_restarts")
+    unresponsive_after_s: float = Field(default=15.0, gt=0, description="a server whose health check is silent for so long hangs")
     endpoints: tuple[str, ...] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
 
     @model_validator(mode="after")
@@ -274,6 +278,27 @@ class TrackingConfig(Section):
     tensorboard: bool = Field(default=True, description="event files in RUN/tensorboard")
     keep_rollouts: bool = Field(default=True, description="every sampled response as readable JSON lines in RUN/rollouts")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
+
+
+class ProfileConfig(Section):
+    """Which global steps the torch profiler traces."""
+
+    steps: str | int | None = Field(default=None, description="global steps to trace, first to last, as in 3-5; null: none")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ProfileConfig:
+        found = None if self.steps is None else re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.steps))
+        if self.steps is not None and (found is None or int(found[1]) > int(found[2] or found[1])):
+            raise ValueError(f"steps = {self.steps!r}: expected the first and last global step, as in 3-5, or one, as in 3")
+        return self
+
+    @property
+    def first_and_last(self) -> tuple[int, int] | None:
+        """None when nothing is traced."""
+        if self.steps is None:
+            return None
+        first, _, last = str(self.steps).partition("-")
+        return int(first), int(last or first)
 
 
 class DebugConfig(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_minpro.evaluation.report import read_counts
 from megatron_minpro.evaluation.scores import CONFIDENCE, ESTIMATORS, NUM_RESAMPLES, SEED, Counts
+from megatron_minpro.evaluation.settings import EvaluationSettings
 from megatron_minpro.evaluation.tables import Table, markdown_table
 from megatron_minpro.pass_at_k import Estimator, bootstrap_interval, pass_at_k_values
 
@@ -30,6 +31,7 @@ class Difference:
 def differences(first: Counts, second: Counts) -> list[Difference]:
     """For every k that both runs have the samples for. Problems are resampled in pairs: what makes a problem hard for both cancels.
 
+    The bootstrap estimator's bias depends on the number of samples, so where the runs differ in it only its k = 1 is compared.
     Raises ValueError when the two did not answer the same problems.
     """
     if first.problem_ids != second.problem_ids:
@@ -38,6 +40,8 @@ def differences(first: Counts, second: Counts) -> list[Difference]:
     found = []
     for estimator in ESTIMATORS:
         for k in sorted(set(first.ks) & set(second.ks)):
+            if estimator == "bootstrap" and k > 1 and first.num_samples != second.num_samples:
+                continue
             here, there = (pass_at_k_values(counts.num_samples, counts.num_correct, k=k, estimator=estimator) for counts in (first, second))
             gap_P = there - here
             low, high = bootstrap_interval(gap_P, seed=SEED, num_resamples=NUM_RESAMPLES, confidence=CONFIDENCE)
@@ -58,7 +62,7 @@ def differences(first: Counts, second: Counts) -> list[Difference]:
 
 
 def compare_folders(first: Path, second: Path, *, announce: Callable[[str], None]) -> Table:
-    """The differences, second minus first, of all benchmarks that both evaluations have.
+    """The differences, second minus first, of all benchmarks that both evaluations have; announce is told what else the two differ in.
 
     Raises ValueError when there is none, and when the two did not answer the same problems with the same labels.
     """
@@ -70,8 +74,26 @@ def compare_folders(first: Path, second: Path, *, announce: Callable[[str], None
     for item, _ in shared:
         if settings.benchmarks[item.benchmark].problems != other_settings.benchmarks[item.benchmark].problems:
             raise ValueError(f"--compare: {item.benchmark}: {first} and {second} have different problems, labels or tolerances")
+    for text in other_conditions(settings, other_settings):
+        announce(f"the two differ in more than their weights: {text}")
+    for here, there in shared:
+        if here.num_samples != there.num_samples:
+            announce(
+                f"{here.title}: {here.num_samples[0]} and {there.num_samples[0]} samples per problem; "
+                "the bootstrap estimator is biased by their number, so beyond k = 1 it is left out"
+            )
     found = [difference for here, there in shared for difference in differences(here, there)]
     return comparison_table(found, names=(str(first), str(second)))
+
+
+def other_conditions(first: EvaluationSettings, second: EvaluationSettings) -> list[str]:
+    """How the two were sampled and graded differently: "temperature 1.0 and 0.7". Another seed is another draw of the same."""
+    texts = []
+    for here, there in ((first.sampling, second.sampling), (first.grading, second.grading)):
+        before, after = asdict(here), asdict(there)
+        names = [name for name in before if name not in ("checkpoint", "weights", "seed") and before[name] != after[name]]
+        texts += [f"{name} {before[name]} and {after[name]}" for name in names]
+    return texts
 
 
 def comparison_table(found: Sequence[Difference], *, names: tuple[str, str]) -> Table:

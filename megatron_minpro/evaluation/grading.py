@@ -130,10 +130,14 @@ class RewardGrader:
 
 
 def make_grader(name: str, *, style: str, timeout_s: float, workers: int) -> Grader:
-    """math_verify, or a reward of training by name. Raises ValueError for an unknown one."""
+    """math_verify, or a reward of training by name. Raises ValueError for an unknown one, and for a style that math_verify cannot read."""
     if name != "math_verify":
         return RewardGrader(make_reward(name))
     styles: dict[str, AnswerStyle] = {"dapo": "dapo", "boxed": "boxed"}
+    if style not in styles:
+        raise ValueError(
+            f"--style {style} says nowhere where the answer stands, which math_verify must know; choose a style or another --grader"
+        )
     return MathGrader(style=styles[style], timeout_s=timeout_s, workers=workers)
 
 

@@ -101,10 +101,6 @@ def plan(request: EvaluationRequest) -> Plan:
     location = None if served_only else find_checkpoint(Path(request.checkpoint), config=request.config)
     if request.style not in (*WRAPPERS, BARE):
         raise ValueError(f"--style {request.style}: expected one of {', '.join((*WRAPPERS, BARE))}")
-    if request.style == BARE and request.grader == "math_verify":
-        raise ValueError(
-            f"--style {BARE} says nowhere where the answer stands, which math_verify must know; choose a style or another --grader"
-        )
     sampling = SamplingParams(
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,

@@ -72,13 +72,14 @@ def rescore(out: Path, *, grader: str | None, timeout_s: float | None, workers: 
 
     Raises ValueError when the folder holds no evaluation.
     """
-    kept = read_settings(out)
-    if kept is None:
+    if not (out / SETTINGS_FILE).is_file():  # before the lock, which makes the folder
         raise ValueError(f"--out {out}: holds no evaluation to rescore (no {SETTINGS_FILE})")
-    grading = GradingSettings(
-        grader=kept.grading.grader if grader is None else grader, timeout_s=kept.grading.timeout_s if timeout_s is None else timeout_s
-    )
     with places.ownership(out):
+        kept = read_settings(out)
+        assert kept is not None
+        grading = GradingSettings(
+            grader=kept.grading.grader if grader is None else grader, timeout_s=kept.grading.timeout_s if timeout_s is None else timeout_s
+        )
         chosen = make_grader(grading.grader, style=kept.sampling.style, timeout_s=grading.timeout_s, workers=workers)
         try:
             fresh = {name: places.grades_path(out, name).with_suffix(".jsonl.partial") for name in kept.benchmarks}

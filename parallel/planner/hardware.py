@@ -49,6 +49,14 @@ def known_hardware() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def hardware_of_device(device_name: str) -> str:
+    """The name in configs/hardware that a device's own name holds, as "NVIDIA H200" or "CPU" do. Raises ValueError when none is held."""
+    held = [name for name in known_hardware() if name in device_name.lower()]
+    if not held:
+        raise ValueError(f"--hardware: {device_name!r} is none of {', '.join(known_hardware())}; expected one of them, or a .yaml file")
+    return max(held, key=len)  # gb200, not b200
+
+
 def read_hardware(name: str) -> Hardware:
     """By name, or from the path of a .yaml file. Raises ValueError naming the nearest known name, or the file and its key."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"

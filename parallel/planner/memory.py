@@ -83,10 +83,11 @@ def stage_memory(
 
     in_flight = micro_batches_in_flight(layout, pp_rank, batch.num_micro_batches)
     dense_layers = sum(max(0, min(chunk.last, shape.num_dense_layers) - chunk.first) for chunk in chunks)
-    per_layer = {is_moe: layer_activation_bytes(shape, layout, training, t, length, is_moe=is_moe) for is_moe in (False, True)}
-    saved = {is_moe: saved_bytes(shape, layout, training, t, length, is_moe=is_moe) for is_moe in (False, True)}
+    per_layer = {is_moe: layer_activation_bytes(shape, layout, training, t, is_moe=is_moe) for is_moe in (False, True)}
+    saved = {is_moe: saved_bytes(shape, layout, training, t, is_moe=is_moe) for is_moe in (False, True)}
     mtp = shape.mtp_layers if chunks[-1].ends else 0
-    activations = in_flight * (saved[False] * dense_layers + saved[True] * (layers - dense_layers)) + mtp * saved[True]
+    of_layers = saved[False] * dense_layers + saved[True] * (layers - dense_layers)
+    activations = in_flight * (of_layers + mask_bytes(layout, training, t, length)) + mtp * saved[True]
     kinds = [False] * (dense_layers > 0) + [True] * (layers > dense_layers)
     recomputed = max(per_layer[kind] - saved[kind] for kind in kinds)
     logits = 0.0
@@ -114,31 +115,32 @@ def micro_batches_in_flight(layout: ParallelLayout, pp_rank: int, num_micro_batc
     return min(warm_up + 1, num_micro_batches * layout.vpp) / layout.vpp
 
 
-def saved_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, length: float, *, is_moe: bool) -> float:
+def saved_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, *, is_moe: bool) -> float:
     """What one layer keeps of one micro-batch from forward to backward."""
     if training.recompute == "full":
         return t / layout.tp * shape.hidden_size * training.element_bytes  # its input
-    whole = layer_activation_bytes(shape, layout, training, t, length, is_moe=is_moe)
-    return whole - core_attention_bytes(shape, layout, training, t, length) if training.recompute == "selective" else whole
+    whole = layer_activation_bytes(shape, layout, training, t, is_moe=is_moe)
+    return whole - core_attention_bytes(shape, layout, training, t) if training.recompute == "selective" else whole
 
 
-def layer_activation_bytes(
-    shape: ModelShape, layout: ParallelLayout, training: Training, t: float, length: float, *, is_moe: bool
-) -> float:
+def layer_activation_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, *, is_moe: bool) -> float:
     """Everything that one layer's backward pass reads of its forward pass, without recomputation."""
     if training.spec == "local":
-        return _local_layer(shape, layout, training, t, is_moe) + core_attention_bytes(shape, layout, training, t, length)
+        return _local_layer(shape, layout, training, t, is_moe) + core_attention_bytes(shape, layout, training, t)
     return _fused_layer(shape, layout, training, t, is_moe)
 
 
-def core_attention_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, length: float) -> float:
+def core_attention_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float) -> float:
     """What selective recomputation does not keep."""
     if training.spec == "fused":
         return 0.0  # flash attention keeps its inputs, its output and one number per head: there is nothing to win
     q, k, e = shape.query_width / layout.tp, shape.key_width / layout.tp, training.element_bytes
-    grid = (2 * q + layout.cp * 2 * k) * e + shape.num_heads / layout.tp * 4
-    mask = length * e if layout.cp > 1 else 0.0  # which keys each query may see, added to the scores: of every layer anew
-    return t * (grid + mask)
+    return t * ((2 * q + layout.cp * 2 * k) * e + shape.num_heads / layout.tp * 4)
+
+
+def mask_bytes(layout: ParallelLayout, training: Training, t: float, length: float) -> float:
+    """Which keys each query of a micro-batch may see, added to the scores: one mask for all layers. Flash attention has none."""
+    return t * length * training.element_bytes if training.spec == "local" and layout.cp > 1 else 0.0
 
 
 def _fused_layer(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, is_moe: bool) -> float:

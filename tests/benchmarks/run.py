@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rows import table
 
-BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading")  # files beside this one, each with rows(folder) -> list[Row]
+BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state")  # files beside this one, each with rows(folder) -> list[Row]
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from parallel.actor import MegatronActor
 from parallel.capabilities import detect
 
 SHAPE = {
-    "vocab_size": 8192,
+    "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1024,
     "moe_intermediate_size": 256,
@@ -49,31 +48,36 @@ def rows(folder: Path) -> list[Row]:
         write_model(scratch / "model", SHAPE)
         with SafetensorsReader(scratch / "model") as reader:
             actor = build_actor(read_architecture(scratch / "model"), groups, detect(), reader.read, dtype=torch.float32, max_tokens=4096)
-        return checkpoint_rows(actor, groups, scratch / "checkpoints")
+        return checkpoint_rows(actor, scratch / "model", groups, scratch / "checkpoints")
     finally:
         process_groups.shut_down()
         shutil.rmtree(scratch)
 
 
-def checkpoint_rows(actor: MegatronActor, groups: process_groups.ProcessGroups, directory: Path) -> list[Row]:
+def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.ProcessGroups, directory: Path) -> list[Row]:
     """One checkpoint of the actor with two waiting batches of 64 responses of 1,000 tokens, many times, its pages on the disk each time."""
-    config = load_config(_ROOT / "configs/tiny_moe_cpu.yaml", [])
+    config = load_config(_ROOT / "configs/tiny_moe_cpu.yaml", [f"model.path={model}"])
     waiting = tuple(_batch(step) for step in range(2))
     directory.mkdir(parents=True)
     writer = CheckpointWriter(directory, keep=1, control_group=groups.control, saving_group=groups.saving)
-    step = 0
     pauses, saves, copies, loads = [], [], [], []
-    for _ in range(REPEATS):
-        step += 1
+    for step in range(1, REPEATS + 1):
+        os.sync()  # what others left unwritten is not ours to wait for
         start = time.perf_counter()
         writer.save(actor=actor, config=config, counters=RunCounters(next_step=step), cursor={}, waiting=waiting)
         pauses.append(time.perf_counter() - start)
         writer.wait()
         saves.append(time.perf_counter() - start)
         checkpoint = directory / f"step_{step:06d}"
-        copies.append(_seconds(lambda: _copy(checkpoint, directory / "copy")))
+        os.sync()
+        start = time.perf_counter()
+        shutil.copytree(checkpoint, directory / "copy")
+        fsync_tree(directory / "copy")
+        copies.append(time.perf_counter() - start)
         shutil.rmtree(directory / "copy")
-        loads.append(_seconds(lambda: run_state.load(checkpoint, actor=actor, config=config)))
+        start = time.perf_counter()
+        run_state.load(checkpoint, actor=actor, config=config)
+        loads.append(time.perf_counter() - start)
     size = sum(run_state.file_sizes(checkpoint).values())
     pause, save, copy, load = (statistics.median(times) for times in (pauses, saves, copies, loads))
     what = f"of {size / 1e6:.0f} MB, one rank"
@@ -123,15 +127,3 @@ def _batch(step: int) -> RolloutBatch:
         for number in range(64)
     )
     return RolloutBatch(sampled_at_step=step, policy_version=0, group_size=8, samples=samples)
-
-
-def _copy(source: Path, destination: Path) -> None:
-    shutil.copytree(source, destination)
-    fsync_tree(destination)
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    os.sync()  # what others left unwritten is not ours to wait for
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

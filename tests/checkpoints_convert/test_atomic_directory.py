@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints_convert import atomic_directory
-from checkpoints_convert.atomic_directory import new_directory
+from checkpoints_convert.atomic_directory import new_directory, resumable_directory
 
 
 def fill(directory: Path, content: str) -> None:
@@ -106,6 +106,20 @@ def test_result_has_the_permissions_of_an_ordinary_directory(tmp_path: Path) -> 
     with new_directory(tmp_path / "out", replace=False):
         pass
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("kind", ["new", "resumable"])
+def test_file_systems_that_cannot_exchange_names_replace_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_directory, "_exchange", lambda first, second: False)
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    made = new_directory(tmp_path / "out", replace=True)
+    if kind == "resumable":
+        made = resumable_directory(tmp_path / "out", replace=True, resume=False)
+    with made as temporary:
+        fill(temporary, "new")
+    assert contents(tmp_path / "out") == {"new"}
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def _replace_for_ever(destination: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -151,14 +152,57 @@ def test_progress_ends_at_everything(source: Path, tmp_path: Path) -> None:
 
 def test_an_existing_destination_is_refused_or_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.json").write_text("mine")
     (tmp_path / "there/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="there: exists already"):
         hf_to_megatron(source, tmp_path / "there", workers=1)
-    assert contents(tmp_path / "there") == {"mine.txt": b"mine"}
+    assert contents(tmp_path / "there") == {"config.json": b"mine", "mine.txt": b"mine"}
     hf_to_megatron(source, tmp_path / "there", workers=1, force=True)
     assert "mine.txt" not in contents(tmp_path / "there")
     with pytest.raises(ValueError, match="expected another place"):
         hf_to_megatron(source, source, workers=1, force=True)
+
+
+@pytest.mark.parametrize("command", ["hf-to-megatron", "megatron-to-hf"])
+def test_force_replaces_checkpoints_and_empty_folders_alone(command: str, source: Path, tmp_path: Path) -> None:
+    convert, start = hf_to_megatron, source
+    if command == "megatron-to-hf":
+        hf_to_megatron(source, tmp_path / "megatron", workers=1)
+        convert, start = megatron_to_hf, tmp_path / "megatron"
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"work: is to be replaced, but holds neither config.json nor .metadata"):
+        convert(start, work, workers=1, force=True)
+    assert contents(work) == {"thesis.tex": b"mine"}
+    (work / "thesis.tex").unlink()
+    convert(start, work, workers=1, force=True)
+    convert(start, work, workers=1, force=True)
+    assert (work / MANIFEST_FILE).is_file()
+
+
+def test_a_cast_that_would_turn_a_number_into_infinity_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(DENSE)
+    weights["model.layers.1.mlp.down_proj.weight"][5, 3] = 70_000.0
+    write_model(tmp_path / "hf", DENSE, weights)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", workers=1)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.down_proj.weight' holds 70144 in rows 0 to 31; .*torch.float16 can hold"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "cast", workers=1, dtype=torch.float16)
+    assert not (tmp_path / "cast").exists()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool, source: Path, tmp_path: Path) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        hf_to_megatron(source, tmp_path / "megatron", workers=1)
+        assert gc.isenabled() is enabled
+        with pytest.raises(ValueError, match="exists already"):
+            hf_to_megatron(source, tmp_path / "megatron", workers=1)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_an_error_leaves_nothing_and_the_old_destination_as_it_was(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

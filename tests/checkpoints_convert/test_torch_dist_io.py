@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from checkpoints_convert import torch_dist_writer
 from checkpoints_convert.torch_dist_metadata import FORMAT_FILE, read_metadata
 from checkpoints_convert.torch_dist_reader import TorchDistReader
 from checkpoints_convert.torch_dist_writer import Part, TorchDistWriter
@@ -45,6 +48,26 @@ def test_what_torch_saved_is_read_whole_and_in_boxes(dtype: torch.dtype, tmp_pat
         assert torch.equal(reader.read_box("a", (0, 0, 2), (3, 4, 2)), saved["a"][:, :, 2:4])
         assert torch.equal(reader.read_box("c", (1, 5), (1, 1)), saved["c"][1:, 5:])
     assert "optimizer.state.exp_avg.a" in read_metadata(tmp_path, optimizer=True)
+
+
+def test_more_files_than_a_process_may_usually_open_are_read(tmp_path: Path) -> None:
+    """A run on 512 ranks writes 1,024 files, the usual limit."""
+    rows = numbers((40, 3))
+    parts = parts_of("rows", (40,), (3,), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_dist_writer, "_LARGEST_FILE", 1)
+        with TorchDistWriter(tmp_path, parts, objects=[], destination=tmp_path) as writer:
+            for index, row in enumerate(rows):
+                writer.write_rows("rows", (index,), 0, row)
+            writer.finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        with TorchDistReader(tmp_path) as reader:
+            assert len(reader.files) == 40
+            assert torch.equal(reader.read("rows"), rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

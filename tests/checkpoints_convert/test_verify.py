@@ -76,6 +76,17 @@ def test_a_stored_copy_of_a_tied_head_is_compared_with_the_embedding(tmp_path: P
     assert (found.num_differences, "lm_head.weight" in str(found.first_difference)) == (1, True)
 
 
+def test_tensors_without_axes_are_compared_too(tmp_path: Path) -> None:
+    """The scales of an fp8 checkpoint are such tensors."""
+    weights = random_weights(DENSE)
+    for name, scale in (("a", 0.5), ("b", 0.25)):
+        write_model(tmp_path / name, DENSE, weights | {"model.layers.0.mlp.up_proj.weight_scale": torch.tensor(scale)})
+    found = compare(tmp_path / "a", tmp_path / "b", workers=1)
+    assert found.num_differences == 1
+    assert "'model.layers.0.mlp.up_proj.weight_scale' differs first at (): 0.25, but 0.5 in" in str(found.first_difference)
+    assert compare(tmp_path / "a", tmp_path / "a", workers=1).num_differences == 0
+
+
 def test_the_manifest_tells_one_flipped_bit_and_where(folders: Path) -> None:
     assert check_manifest(folders / "megatron", workers=2).num_differences == 0
     path = folders / "megatron/__0_0.distcp"

@@ -95,6 +95,12 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def without_times(rows: list[dict[str, Any]], *, but: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Metrics that a repeated run must repeat: all but wall times and how the servers fared, and `but` what a test says differs."""
+    changing = ("seconds/", "servers/", "tokens_per_second", *but)
+    return [{key: value for key, value in row.items() if not key.startswith(changing)} for row in rows]
+
+
 @pytest.fixture(scope="session")
 def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The main job, shortened: few warm-up steps, few and small batches; all runs share one base model."""
@@ -115,8 +121,10 @@ def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
-    """One undisturbed short run, weights checked after every sync."""
-    command = Command(["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true"])
+    """One undisturbed short run, weights checked after every sync, two steps traced."""
+    command = Command(
+        ["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true", "checkpoint.keep=3", "profile.steps=3-4"]
+    )
     try:
         code, out, err = command.wait()
         assert code == 0, err

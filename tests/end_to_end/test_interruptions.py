@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,14 +14,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for
+from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
-TIMES = ("seconds/", "tokens_per_second")
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
 
 
 def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
@@ -46,19 +42,68 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-@pytest.mark.parametrize("victim", ["rank", "server", "launcher"])
+@pytest.mark.parametrize(("weight_sync", "num_steps_before"), [("collective", 3), ("disk", 1)])  # after 3 steps the weights have moved
+def test_a_run_whose_only_server_is_killed_in_mid_run_restarts_it_and_ends_with_the_same_numbers_bit_for_bit(
+    weight_sync: str, num_steps_before: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+) -> None:
+    name = f"killed_server_{weight_sync}"
+    run_dir = finished_run["dir"].parent / name
+    command = minpro("train", *short_run_settings, f"name={name}", f"rollout.weight_sync={weight_sync}")
+    wait_for(lambda: len(metrics_of(run_dir)) >= num_steps_before, command)
+    servers = [process for process in command.offspring() if "rollout.sglang_cpu" in " ".join(process.cmdline())]
+    min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+    code, out, err = command.wait()
+    assert code == 0, err
+    assert command.survivors() == []
+    assert "SGLang server 0" in out and "was ended by SIGKILL; restarting it (1 of at most 5 times)" in out
+    rows = metrics_of(run_dir)
+    assert without_times(rows) == without_times(finished_run["metrics"])
+    assert sum(row.get("servers/restarts", 0) for row in rows) == 1
+    ours, theirs = (load_file(folder / "policy/model.safetensors") for folder in (run_dir, finished_run["dir"]))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_run_that_loses_all_servers_saves_its_last_step_and_continues_from_there_when_they_are_back(
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = finished_run["dir"].parent / "lost_servers"
+
+    def serve() -> tuple[Command, list[str]]:
+        servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "servers"))
+        endpoints = tmp_path / "servers/endpoints.json"
+        return servers, json.loads(wait_for(lambda: endpoints.exists() and endpoints.read_text(), servers))
+
+    servers, endpoints = serve()
+    settings = [*short_run_settings, "name=lost_servers", "rollout.servers=0", "rollout.start_timeout_s=5", "checkpoint.every=100"]
+    command = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}")
+    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    servers.process.kill()
+    (tmp_path / "servers/endpoints.json").unlink()
+    code, _, err = command.wait()
+    assert code == 1
+    assert f"no server answered within 5 s: {endpoints[0]}" in err and len(err.strip().splitlines()) == 1
+    done = len(metrics_of(run_dir))
+    assert done < 5 and (run_dir / "checkpoints/latest").read_text() == f"step_{done:06d}"
+    servers, endpoints = serve()
+    code, _, err = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}", "--resume", "must").wait()
+    assert code == 0, err
+    rows = metrics_of(run_dir)
+    assert without_times(rows) == without_times(finished_run["metrics"]) and rows[-1]["rollouts_sampled"] == rows[-1]["rollouts_trained"]
+
+
+@pytest.mark.parametrize("victim", ["rank", "server that may not be restarted", "launcher"])
 def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
     victim: str, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
-    name = f"killed_{victim}"
+    name = f"killed_{victim.split()[0]}"
     run_dir = finished_run["dir"].parent / name
-    command = minpro("train", *short_run_settings, f"name={name}", "num_global_steps=500")
+    command = minpro("train", *short_run_settings, f"name={name}", "num_global_steps=500", "rollout.max_server_restarts=0")
     wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
     if victim == "launcher":
         os.kill(command.process.pid, signal.SIGKILL)
         command.process.wait()
     else:
-        words, oldest = {"rank": ("-u -m megatron_minpro.worker", 1), "server": ("rollout.sglang_cpu", 0)}[victim]
+        words, oldest = {"rank": ("-u -m megatron_minpro.worker", 1), "server": ("rollout.sglang_cpu", 0)}[victim.split()[0]]
         running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
         # The oldest are the two ranks, or the server; later ones are what they started themselves.
         sorted(running, key=lambda process: process.create_time())[oldest].send_signal(signal.SIGKILL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,22 @@ def test_pictures_events_and_checkpoints_are_there_and_nothing_is_half_written(f
     assert (run_dir / "checkpoints/latest").read_text() == "step_000007"
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000006", "step_000007"]
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+
+
+def test_traced_steps_name_their_phases_on_every_rank_and_stand_beside_a_prediction(finished_run: dict[str, Any]) -> None:
+    folder = finished_run["dir"] / "profile"
+    for rank in range(2):
+        with gzip.open(folder / f"steps_3-4_rank_{rank}.pt.trace.json.gz") as file:
+            names = Counter(event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation")
+        expected = {"global step 3": 1, "global step 4": 1, "sample": 2, "score": 2, "update": 2, "sync": 2}
+        assert {name: names[name] for name in expected} == expected
+        assert "global step 5" not in names
+    table = (folder / "phases.md").read_text()
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in table.splitlines() if "|" in line}
+    measured = [row["seconds/update"] for row in finished_run["metrics"][3:5]]
+    assert float(rows["update"][0]) == pytest.approx(sum(measured) / 2, rel=0.01)
+    assert float(rows["update"][1]) > 0 and rows["sample"][1] == "-"  # the planner knows no CPU server
+    assert "Traces and predictions" in " ".join(finished_run["out"].split())
 
 
 def test_no_process_survives_and_the_last_line_tells_the_result(finished_run: dict[str, Any]) -> None:

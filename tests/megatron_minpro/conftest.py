@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import pytest
+import torch
 
-from megatron_minpro.samples import RolloutBatch, Sample
+from megatron_minpro.samples import STREAMS, RolloutBatch, Sample
+
+
+def content(batches: Sequence[RolloutBatch]) -> list[Any]:
+    """Every number of the batches, as Python compares them: bit by bit."""
+    return [(batch.sampled_at_step, batch.policy_version, batch.group_size, sample_content(batch.samples)) for batch in batches]
+
+
+def sample_content(samples: Sequence[Sample]) -> list[Any]:
+    """As `content`."""
+    values = [getattr(sample, field.name) for sample in samples for field in fields(Sample)]
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 @pytest.fixture
 def make_sample() -> Callable[..., Sample]:
-    """A sample of 3 prompt and `response` response tokens whose numbers tell `number` and `version`; any field can be given."""
+    """A sample of 3 prompt and `response` response tokens whose numbers tell `number` and `version`; any field can be given,
+    streams as tuples too."""
 
     def make(number: int = 0, *, response: int = 2, version: int = 0, **fields: object) -> Sample:
-        values = {
+        values: dict[str, Any] = {
             "sample_id": f"sample-{number}",
             "token_ids": (*range(3), *range(10 * number, 10 * number + response)),
             "prompt_tokens": 3,
@@ -25,8 +40,12 @@ def make_sample() -> Callable[..., Sample]:
             "reward": float(number % 2),
             "correct": number % 2 == 1,
             "advantage": 0.1 * number,
+            **fields,
         }
-        return Sample(**{**values, **fields})  # type: ignore[arg-type]
+        for name, dtype in STREAMS.items():
+            if isinstance(values.get(name), tuple):
+                values[name] = torch.tensor(values[name], dtype=dtype)
+        return Sample(**values)
 
     return make
 

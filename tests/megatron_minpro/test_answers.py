@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_minpro.answers import Tolerance, as_number, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.answers import Tolerance, as_number, compare_plainly, extract_answer, for_math_verify, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,28 @@ def test_impossible_tolerances_are_refused() -> None:
 )
 def test_math_verify_gets_spellings_that_it_reads(answer: str, expected: str) -> None:
     assert for_math_verify(answer) == expected
+
+
+def reference_last_boxed(text: str) -> str | None:
+    """Box by box from the last one, each read to its own end."""
+    for start in reversed([index for index in range(len(text)) if text.startswith("\\boxed{", index)]):
+        depth, index = 1, start + len("\\boxed{")
+        while index < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            index += 2 if text[index] == "\\" else 1
+        if depth == 0:
+            return text[start + len("\\boxed{") : index - 1].strip()
+    return None
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "\\{", "\\}", "\\\\", "1", " "]), max_size=14))
+def test_the_last_complete_box_is_found(parts: list[str]) -> None:
+    assert last_boxed("".join(parts)) == reference_last_boxed("".join(parts))
+
+
+def test_boxes_that_are_never_closed_cost_no_more_than_they_are_long() -> None:
+    # Box by box this would be 10^10 steps.
+    assert last_boxed("\\boxed{7}" + "\\boxed{" * 100_000) == "7"
 
 
 def test_each_style_looks_in_its_own_place() -> None:

@@ -14,7 +14,7 @@ import megatron_minpro
 from megatron_minpro import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "serve", "doctor", "evaluate")
+COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "scale")
 
 
 class Launcher(ModuleType):
@@ -62,6 +62,14 @@ def test_help_lists_exactly_the_commands_that_work(capsys: pytest.CaptureFixture
     assert "Example: minpro train configs/tiny_moe_cpu.yaml" in shown
     listed = [line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line.strip()]
     assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("group", [[], ["convert"]])
+def test_without_a_command_the_help_is_shown(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(group) == 0
+    captured = capsys.readouterr()
+    assert "Example:" in captured.out and "Commands:" in captured.out
+    assert captured.err == ""
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -29,7 +29,10 @@ class Client:
         self.tokenizer, self.answers, self.right = tokenizer, answers, right
         self.sampling: SamplingParams | None = None
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int, policy_version: int
+    ) -> list[list[Generation]]:
+        assert policy_version == 12
         self.sampling = sampling
         groups = []
         for request, right in zip(requests, self.right, strict=True):
@@ -72,6 +75,7 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_response(chain_token
         reward=make_reward("final_step"),
         max_new_tokens=56,
         seed=5,
+        policy_version=12,
     )
     assert found == pytest.approx({f"pass_at_{k}": sum(pass_at_k(num_samples, each, k) for each in right) / 4 for k in ks})
     assert client.sampling == SamplingParams(

@@ -30,7 +30,15 @@ def add_checkpoint(config: RunConfig, next_step: int) -> None:
     folder = config.run_dir / "checkpoints"
     (folder / name).mkdir(parents=True)
     counters = {**asdict(RunCounters()), "next_step": next_step}
-    state = {"config": config.model_dump(mode="json"), "counters": counters, "policy_version": 0, "cursor": {}, "waiting": []}
+    state = {
+        "config": config.model_dump(mode="json"),
+        "counters": counters,
+        "policy_version": 0,
+        "cursor": {},
+        "waiting": [],
+        "files": {},
+        "model": {},
+    }
     (folder / name / "run.json").write_text(json.dumps(state))
     (folder / "latest").write_text(name)
 
@@ -104,12 +112,25 @@ def test_what_an_earlier_attempt_left_is_kept_exactly_when_it_is_continued(confi
     assert (run_dir / "logs/train.log").exists()
 
 
+def test_what_attempts_before_the_first_checkpoint_sampled_counts_as_lost(config: RunConfig) -> None:
+    launcher.prepare_run_folder(config, resume="auto")
+    metrics, lost = config.run_dir / "metrics.jsonl", config.run_dir / "rollouts_lost.json"
+    metrics.write_text('{"global_step": 0, "rollouts_sampled": 32}\n{"global_step": 1, "rollouts_sampled": 64}\n')
+    launcher.prepare_run_folder(config, resume="auto")
+    assert (metrics.exists(), lost.read_text()) == (False, "64\n")
+    launcher.prepare_run_folder(config, resume="auto")
+    assert lost.read_text() == "64\n", "an attempt that finished no step sampled nothing that is known of"
+    metrics.write_text('{"global_step": 0, "rollouts_sampled": 96}\n')  # its counters began with the 64
+    launcher.prepare_run_folder(config, resume="auto")
+    assert lost.read_text() == "96\n"
+
+
 def test_a_checkpoint_pointer_at_nothing_is_refused_before_anything_is_removed(config: RunConfig) -> None:
     launcher.prepare_run_folder(config, resume="auto")
     (config.run_dir / "metrics.jsonl").write_text("{}")
     (config.run_dir / "checkpoints").mkdir()
     (config.run_dir / "checkpoints/latest").write_text("step_000010")
-    with pytest.raises(ValueError, match=r"latest: names step_000010, which holds no run\.json"):
+    with pytest.raises(ValueError, match=r"latest: names 'step_000010', which holds no run\.json"):
         launcher.prepare_run_folder(config, resume="auto")
     assert (config.run_dir / "metrics.jsonl").exists()
 

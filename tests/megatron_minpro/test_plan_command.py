@@ -40,6 +40,14 @@ def test_every_config_is_planned_without_weights(config: str, capsys: pytest.Cap
     assert "memory per GPU" in shown and "tokens/s/GPU" in shown and "global step" in shown
 
 
+def test_memory_is_said_in_the_unit_of_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("configs/tiny_moe_cpu.yaml") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "memory per GPU, MB" in shown and "largest part: activations, 0.0 GB" not in shown
+    listed = shown.partition(" activations ")[2].split()[0]
+    assert f"largest part: activations, {listed} MB" in shown
+
+
 def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("configs/qwen3_30b_a3b.yaml", "actor.recompute=none", "--layers", "fused") == 0
     shown = capsys.readouterr().out
@@ -65,6 +73,13 @@ def test_a_search_prints_layouts_and_draws_the_front(tmp_path: Path, capsys: pyt
         (["configs/qwen3_30b_a3b.yaml", "model.path=models/Qwen3-31B-A3B"], "does not exist and no shipped sizes"),
         (["configs/qwen3_30b_a3b.yaml", "--model-config", "absent.json"], "absent.json: cannot be read"),
         (["configs/qwen3_235b_a22b.yaml", "--search", "--world-size", "8"], "GB too much; largest part: optimizer"),
+        (["configs/qwen3_30b_a3b.yaml", "--plot", "front.png"], "--plot needs --search"),
+        (["configs/qwen3_30b_a3b.yaml", "--top", "3"], "--top needs --search"),
+        (["configs/qwen3_30b_a3b.yaml", "--sequence-length", "4096"], "--sequence-length needs --global-batch"),
+        (["configs/qwen3_30b_a3b.yaml", "--micro-batch", "1"], "--micro-batch needs --global-batch"),
+        ([*PUBLISHED, "--mean-tokens", "9"], "--mean-tokens is about sampling"),
+        ([*PUBLISHED, "--colocated"], "--colocated is about sampling"),
+        (["configs/qwen3_30b_a3b.yaml", "--search", "parallel.ep=16"], "parallel.ep=16 says what --search is to find; leave it out"),
         ([], "CONFIG is missing"),
     ],
 )

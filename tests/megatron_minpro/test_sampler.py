@@ -13,7 +13,9 @@ from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.prompts import Prompt, PromptCursor, PromptList
 from megatron_minpro.rewards import RewardResult
 from megatron_minpro.sampler import Sampled, Sampler, choose_groups
+from rollout.client import RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from tests.megatron_minpro.conftest import content, sample_content
 
 GROUP = 3
 
@@ -31,9 +33,18 @@ class Client:
     def __init__(self, version: int | tuple[int, int] = 4) -> None:
         self.versions = (version, version) if isinstance(version, int) else version
         self.asked: list[tuple[list[GenerationRequest], SamplingParams, int]] = []
+        self.fails_at: dict[int, Exception] = {}  # by the number of the call
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int) -> list[list[Generation]]:
+    def take_report(self) -> dict[str, float]:
+        return {"servers/used": float(len(self.asked))}
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int, policy_version: int
+    ) -> list[list[Generation]]:
+        assert policy_version == 4
         self.asked.append((list(requests), sampling, num_samples))
+        if (failure := self.fails_at.pop(len(self.asked), None)) is not None:
+            raise failure
         first, last = self.versions
         return [
             [
@@ -104,16 +115,17 @@ def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> N
     batch = sampled.batch
     assert (batch.sampled_at_step, batch.policy_version, batch.group_size, batch.num_groups) == (6, 4, GROUP, 2)
     assert [sample.sample_id for sample in batch.samples] == [f"step6-{n}" for n in range(6)]
-    by_prompt = {batch.samples[start].token_ids[0]: batch.samples[start : start + GROUP] for start in (0, GROUP)}
+    by_prompt = {int(batch.samples[start].token_ids[0]): batch.samples[start : start + GROUP] for start in (0, GROUP)}
     assert by_prompt.keys() == {10, 11}
     for first_token, samples in by_prompt.items():
-        assert [sample.token_ids for sample in samples] == [(first_token, 7, first_token, j, 99) for j in range(GROUP)]
+        assert [sample.token_ids.tolist() for sample in samples] == [[first_token, 7, first_token, j, 99] for j in range(GROUP)]
     assert [sample.advantage for sample in by_prompt[10]] == [0.0, 0.0, 0.0]  # equal rewards teach nothing
     assert [sample.reward for sample in by_prompt[11]] == [0.0, 1.0, 2.0]
     assert [sample.advantage for sample in by_prompt[11]] == [-1.0, 0.0, 1.0]
     assert [sample.correct for sample in by_prompt[11]] == [False, False, True]
     for sample in batch.samples:
-        assert (sample.prompt_tokens, sample.engine_logprobs, sample.behaviour_logprobs) == (2, (-0.1, -0.2, -0.3), None)
+        assert (sample.prompt_tokens, sample.behaviour_logprobs) == (2, None)
+        assert sample.engine_logprobs.tolist() == torch.tensor([-0.1, -0.2, -0.3]).tolist()
         assert sample.policy_versions == (4, 4)
     assert [sample.finish_reason for sample in batch.samples] == ["length", "stop", "stop"] * 2
 
@@ -122,7 +134,7 @@ def test_what_people_read_is_in_the_order_of_the_samples() -> None:
     sampled = make_sampler(Client(), SecondWord()).sample(0, policy_version=4)
     for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True):
         assert response.text.startswith(f"{sample.token_ids[0]} {sample.response_token_ids[1]}")
-        assert (response.result.reward, response.prompt.token_ids) == (sample.reward, sample.token_ids[:2])
+        assert (response.result.reward, response.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
 
 
 def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() -> None:
@@ -165,8 +177,30 @@ def test_a_response_of_other_weights_is_refused(versions: tuple[int, int]) -> No
 
 def test_prompts_go_on_where_the_last_batch_ended() -> None:
     sampler = make_sampler(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
-    seen = [sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0] for step in range(4)]
+    seen = [int(sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0]) for step in range(4)]
     assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]
+
+
+@pytest.mark.parametrize("failure", [WeightsMissing("all servers were restarted"), RolloutFailed("gave up")])
+def test_a_failed_call_asks_for_the_same_responses_again_and_loses_no_prompt(failure: Exception) -> None:
+    rewards = {f"p{i}": row for i, row in enumerate([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])}
+    client, cursor = Client(), InOrder()
+    client.fails_at = {2: failure}
+    sampler = make_sampler(
+        client,
+        Scripted(rewards),
+        cursor=cursor,
+        prompts_per_step=3,
+        dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
+    )
+    with pytest.raises(type(failure)):
+        sampler.sample(7, policy_version=4)
+    assert cursor.position == 0
+    sampled = sampler.sample(7, policy_version=4)
+    undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    assert sampled.responses == undisturbed.responses and cursor.position == end.position
+    assert client.asked[:2] == client.asked[2:4]
+    assert sampled.servers == {"servers/used": 5.0}
 
 
 # ------------------------------------------------------------------------------------------------------------ dynamic sampling
@@ -197,6 +231,12 @@ class InOrder:
         self.position += num_prompts
         return [Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers]
 
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
 
 EQUAL, MIXED, SHAPED = (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, -0.5, 0.25)  # SHAPED: all wrong, told apart by their lengths
 
@@ -214,7 +254,7 @@ def dynamically(rewards: list[Sequence[float]], *, equal: str = "reward", max_ro
 
 
 def prompts_of(samples: Sequence[Any]) -> list[int]:
-    return [sample.token_ids[0] - 10 for sample in samples[::GROUP]]
+    return [int(sample.token_ids[0]) - 10 for sample in samples[::GROUP]]
 
 
 def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() -> None:
@@ -234,7 +274,7 @@ def test_every_response_is_either_in_the_batch_or_dropped_and_has_a_name_and_a_s
     names = [request.request_id for requests, _, _ in client.asked for request in requests]
     assert len(set(names)) == 6, "a response's seed hangs on its request's name"
     for response, sample in zip(sampled.responses, everything, strict=True):
-        assert response.prompt.token_ids == sample.token_ids[:2]
+        assert response.prompt.token_ids == tuple(sample.token_ids[:2].tolist())
 
 
 def test_when_the_rounds_run_out_the_earliest_equal_groups_fill_the_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -258,7 +298,7 @@ def test_a_full_first_round_is_the_batch_of_a_sampler_without_the_option() -> No
     plain = make_sampler(plain_client, rewards).sample(0, policy_version=4)
     option = DynamicSamplingConfig(equal="reward", max_rounds=2)
     dynamic = make_sampler(client, rewards, dynamic_sampling=option).sample(0, policy_version=4)
-    assert (dynamic.batch, dynamic.dropped, client.asked) == (plain.batch, (), plain_client.asked)
+    assert (content([dynamic.batch]), dynamic.dropped, client.asked) == (content([plain.batch]), (), plain_client.asked)
 
 
 def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones() -> None:
@@ -281,10 +321,12 @@ def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones
     state = whole.cursor.state()
     batches += [whole.sample(step, policy_version=4) for step in range(2, 4)]
     resumed.cursor.load_state(state)
-    assert [resumed.sample(step, policy_version=4).batch for step in range(2, 4)] == [sampled.batch for sampled in batches[2:]]
+    continued = [resumed.sample(step, policy_version=4).batch for step in range(2, 4)]
+    assert content(continued) == content([sampled.batch for sampled in batches[2:]])
     again = sampler()
     repeated = [again.sample(step, policy_version=4) for step in range(4)]
-    assert [(sampled.batch, sampled.dropped) for sampled in repeated] == [(sampled.batch, sampled.dropped) for sampled in batches]
+    assert content([sampled.batch for sampled in repeated]) == content([sampled.batch for sampled in batches])
+    assert [sample_content(sampled.dropped) for sampled in repeated] == [sample_content(sampled.dropped) for sampled in batches]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ MakeBatch = Callable[..., RolloutBatch]
         ({"prompt_tokens": 5}, "5 prompt and 0 response tokens, expected at least 1 of each"),
         ({"engine_logprobs": (-1.0,)}, "1 engine_logprobs for 2 response tokens"),
         ({"behaviour_logprobs": (-1.0, -2.0, -3.0)}, "3 behaviour_logprobs for 2 response tokens"),
+        ({"token_ids": torch.arange(5)}, r"token_ids is torch.int64 \[5\], expected torch.int32 with one axis"),
+        ({"engine_logprobs": torch.zeros(2).double()}, r"engine_logprobs is torch.float64 \[2\], expected torch.float32 with one axis"),
+        ({"behaviour_logprobs": torch.zeros(1, 2)}, r"behaviour_logprobs is torch.float32 \[1, 2\], expected torch.float32 with one axis"),
     ],
 )
 def test_a_sample_whose_lengths_disagree_is_refused(make_sample: Make, fields: dict, message: str) -> None:
@@ -32,9 +35,9 @@ def test_a_sample_whose_lengths_disagree_is_refused(make_sample: Make, fields: d
 
 def test_scores_lie_on_the_positions_that_predict_response_tokens(make_sample: Make) -> None:
     sample = make_sample(4, response=3, behaviour_logprobs=None, advantage=-0.5)
-    assert sample.response_token_ids == (40, 41, 42)
+    assert sample.response_token_ids.tolist() == [40, 41, 42]
     scored = sample.scored_with(torch.tensor([-9.0, -8.0, -1.0, -2.0, -3.0]))  # tokens 1..5, of which 3..5 are the response
-    assert scored.behaviour_logprobs == (-1.0, -2.0, -3.0)
+    assert scored.behaviour_logprobs is not None and scored.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0]
     sequence = scored.training_sequence()
     assert sequence.token_ids.tolist() == [0, 1, 2, 40, 41, 42]
     assert sequence.loss_mask.tolist() == [False, False, True, True, True]
@@ -67,7 +70,7 @@ def test_behaviour_logprobs_come_from_the_named_scorer(make_batch: MakeBatch) ->
     by_engine = batch.scored_by_engine()
     assert [sample.behaviour_logprobs for sample in by_engine.samples] == [sample.engine_logprobs for sample in batch.samples]
     scores = [torch.full((4,), -float(number)) for number in range(4)]
-    assert [sample.behaviour_logprobs for sample in batch.scored_with(scores).samples] == [(-float(n), -float(n)) for n in range(4)]
+    assert [sample.behaviour_logprobs.tolist() for sample in batch.scored_with(scores).samples] == [[-float(n)] * 2 for n in range(4)]
     with pytest.raises(ValueError, match="shorter"):
         batch.scored_with(scores[:-1])
 

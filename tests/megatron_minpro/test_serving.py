@@ -37,8 +37,15 @@ def test_server_settings_are_those_of_the_configuration(model_folder: Path) -> N
     assert (settings.host, settings.deterministic, settings.options) == ("127.0.0.1", False, {"chunked_prefill_size": 512})
 
 
+def version_or_none(endpoint: str) -> str | None:
+    try:
+        return sglang_control.weight_version(endpoint, key=None, timeout_s=10.0)
+    except sglang_control.ServerRefused:
+        return None
+
+
 @pytest.mark.servers
-def test_serve_announces_its_endpoints_and_leaves_no_process_behind(model_folder: Path, tmp_path: Path) -> None:
+def test_serve_announces_its_endpoints_restarts_a_killed_server_and_leaves_no_process_behind(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "servers"
     command = [sys.executable, "-m", "megatron_minpro.cli", "serve", str(TINY), f"model.path={model_folder}", "--folder", str(folder)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
@@ -49,7 +56,13 @@ def test_serve_announces_its_endpoints_and_leaves_no_process_behind(model_folder
             assert time.monotonic() < deadline, "no endpoints in time"
             time.sleep(0.2)
         [endpoint] = json.loads((folder / "endpoints.json").read_text())
-        sglang_control.call(endpoint, "/health", key=None, timeout_s=10.0)
+        assert sglang_control.weight_version(endpoint, key=None, timeout_s=10.0) == "0"
+        [server] = [child for child in psutil.Process(process.pid).children() if "rollout.sglang_cpu" in " ".join(child.cmdline())]
+        server.kill()
+        while version_or_none(endpoint) != "-1":
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "not restarted in time"
+            time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGTERM)
@@ -57,7 +70,7 @@ def test_serve_announces_its_endpoints_and_leaves_no_process_behind(model_folder
     finally:
         process.kill()
     assert (process.returncode, err) == (0, "")
-    assert f"ready: {endpoint}" in out
+    assert f"ready: {endpoint}" in out and "was ended by SIGKILL; restarting it (1 of at most 5 times)" in out
     assert not (folder / "endpoints.json").exists()
     psutil.wait_procs(children, timeout=5)
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []

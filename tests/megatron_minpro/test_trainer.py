@@ -22,6 +22,7 @@ from megatron_minpro.staleness import StalenessBuffer
 from parallel.actor import LocalTokens, UpdateReport
 from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
+from rollout.client import RolloutFailed, WeightsMissing
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UPDATES = 2
@@ -88,15 +89,26 @@ class FakeDriver:
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.fields: Callable[[int], dict[str, Any]] = lambda policy_version: {}
         self.num_dropped = 0  # samples of every batch that go to the dropped ones
+        self.asked = self.published = 0
+        self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
+        self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
+
+    def ask(self) -> None:
+        self.asked += 1
+        if self.asked in self.trouble:
+            raise self.trouble[self.asked]
 
     def sample(self, step: int, *, policy_version: int) -> Sampled:
         self.diary.append(("sample", step, policy_version))
+        self.ask()
         batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
         kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
         return Sampled(batch=replace(batch, samples=kept), responses=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
 
-    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
+        self.published += 1
+        return self.void.get(self.published)
 
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
@@ -107,7 +119,26 @@ class FakeDriver:
 
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         self.diary.append(("evaluate", label, policy_version))
+        self.ask()
         return {}
+
+
+class FakeCheckpoints:
+    """Notes when a checkpoint begins and when somebody waits for it. `fails_at`: the step after which writing has failed."""
+
+    def __init__(self, lines: list[tuple], next_step: Callable[[], int]) -> None:
+        self.lines = lines
+        self.next_step = next_step
+        self.fails_at: int | None = None
+
+    def save(self) -> None:
+        self.lines.append(("save", self.next_step()))
+
+    def wait(self) -> None:
+        self.lines.append(("wait",))
+
+    def failure(self) -> str | None:
+        return None if self.fails_at is None or self.next_step() <= self.fails_at else "no space"
 
 
 class Diary:
@@ -126,7 +157,7 @@ class Diary:
             driver=self.driver,  # type: ignore[arg-type]
             control_group=group,
             stop_requested=lambda: stop_after is not None and self.run.counters.next_step > stop_after,
-            save=lambda: self.lines.append(("save", self.run.counters.next_step)),
+            checkpoints=FakeCheckpoints(self.lines, lambda: self.run.counters.next_step),
         )
 
 
@@ -139,7 +170,7 @@ def test_four_batches_at_staleness_two_by_hand(one_rank_group: dist.ProcessGroup
         *[("sample", 2, 0), ("score", 0), ("update", 0), ("update", 1), ("publish", 2, [2.0]), ("record", 2, 0), ("save", 3)],
         *[("sample", 3, 2), ("score", 2), ("update", 2), ("update", 3), ("publish", 4, [4.0]), ("record", 3, 1)],
         *[("update", 4), ("update", 5), ("publish", 6, [6.0]), ("record", 4, 2)],
-        *[("update", 6), ("update", 7), ("publish", 8, [8.0]), ("record", 5, 3), ("save", 6)],
+        *[("update", 6), ("update", 7), ("publish", 8, [8.0]), ("record", 5, 3), ("save", 6), ("wait",)],
     ]
     counters = diary.run.counters
     assert (counters.next_step, counters.trained_batches, counters.rollouts_sampled, counters.rollouts_trained) == (6, 4, 32, 32)
@@ -160,7 +191,7 @@ def test_the_engines_own_logprobs_are_trained_when_the_configuration_says_so(
     diary = Diary(small_config("behaviour_logprobs=engine"), one_rank_group, make_batch)
     trainer.train(diary.run)
     batch = make_batch(0, groups=4)
-    expected = {float(torch.tensor(x)) for sample in batch.samples for x in sample.engine_logprobs}
+    expected = {float(x) for sample in batch.samples for x in sample.engine_logprobs}
     assert set().union(*(seen for _, seen in diary.actor.trained)) == expected
 
 
@@ -248,7 +279,7 @@ def test_a_stop_saves_after_the_current_step_and_the_next_attempt_ends_as_if_nev
 
     stopped = Diary(small_config(), one_rank_group, make_batch, stop_after=3)
     assert trainer.train(stopped.run) is False
-    assert stopped.lines[-2:] == [("record", 3, 1), ("save", 4)]
+    assert stopped.lines[-3:] == [("record", 3, 1), ("save", 4), ("wait",)]
 
     resumed = Diary(small_config(), one_rank_group, make_batch, policy_version=stopped.actor.policy_version)
     resumed.run.counters = stopped.run.counters
@@ -256,7 +287,7 @@ def test_a_stop_saves_after_the_current_step_and_the_next_attempt_ends_as_if_nev
     assert trainer.train(resumed.run) is True
 
     def steps(diary: Diary) -> list[tuple]:
-        return [line for line in diary.lines if line[0] != "save"]
+        return [line for line in diary.lines if line[0] not in ("save", "wait")]
 
     assert steps(stopped) + steps(resumed) == steps(whole)
     assert stopped.actor.trained + resumed.actor.trained == whole.actor.trained
@@ -264,10 +295,73 @@ def test_a_stop_saves_after_the_current_step_and_the_next_attempt_ends_as_if_nev
     assert all(getattr(resumed.run.counters, name) == getattr(whole.run.counters, name) for name in counted)
 
 
+def test_weights_that_no_server_holds_are_published_again_and_the_same_batch_is_asked_for_again(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    undisturbed = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
+    trainer.train(undisturbed.run)
+    diary = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
+    diary.driver.trouble = {call: WeightsMissing("no server holds it") for call in (2, 5, 6)}
+    diary.driver.void = {3: "one was killed meanwhile"}
+    assert trainer.train(diary.run) is True
+    publish_4, sample_3 = ("publish", 4, [4.0]), ("sample", 3, 2)
+    assert diary.lines[4:6] == [("publish", 0, [0.0]), ("sample", 1, 0)]
+    at = diary.lines.index(sample_3)
+    assert diary.lines[at : at + 5] == [sample_3, ("publish", 2, [2.0]), sample_3, ("publish", 2, [2.0]), sample_3]
+    assert diary.lines.count(publish_4) == 1
+    assert [line for number, line in enumerate(diary.lines) if number not in (3, 4, at, at + 1, at + 2, at + 3)] == undisturbed.lines
+    assert diary.actor.trained == undisturbed.actor.trained
+
+
+def test_a_publish_that_no_server_took_is_made_up_for_when_the_next_batch_is_asked_for(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config("debug.check_weights=true"), one_rank_group, make_batch)
+    diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8,) * 2}
+    diary.driver.trouble = {4: WeightsMissing("no server holds it")}
+    diary.driver.void = {1: "the only server is dead"}
+    assert trainer.train(diary.run) is True
+    at = diary.lines.index(("publish", 2, [2.0]))
+    sample, check = ("sample", 3, 2), ("check", [2.0])
+    assert [line for line in diary.lines[at + 1 :] if line[0] in ("sample", "publish", "check")][:4] == [
+        sample,
+        ("publish", 2, [2.0]),
+        check,
+        sample,
+    ]
+
+
+@pytest.mark.parametrize("trouble", ["no answer", "weights cannot be published"])
+def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint_of_the_last_step(
+    trouble: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    if trouble == "no answer":
+        diary.driver.trouble = {2: RolloutFailed("no answer")}
+    else:
+        diary.driver.trouble = {call: WeightsMissing("no server holds it") for call in range(2, 10)}
+        diary.driver.void = dict.fromkeys(range(1, 10), trouble)
+    with pytest.raises(trainer.ServersFailed, match=f"^{trouble}$"):
+        trainer.train(diary.run)
+    assert diary.lines[-2:] == [("save", 1), ("wait",)]
+    assert (diary.run.counters.next_step, diary.run.counters.rollouts_sampled, len(diary.run.buffer)) == (1, 8, 1)
+    assert diary.driver.published == (0 if trouble == "no answer" else 3)
+
+
 def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch, stop_after=5)
     assert trainer.train(diary.run) is True
-    assert diary.lines[-1] == ("save", 6)
+    assert diary.lines[-2:] == [("save", 6), ("wait",)]
+
+
+def test_a_checkpoint_that_failed_in_the_background_ends_the_run_at_the_next_step_boundary(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.run.checkpoints.fails_at = 3  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"^no space$"):
+        trainer.train(diary.run)
+    assert diary.lines[-1] == ("record", 3, 1)
 
 
 def test_held_out_prompts_are_measured_every_so_many_steps_but_not_at_the_end(

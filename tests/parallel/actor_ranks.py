@@ -4,14 +4,17 @@ torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR, with OUT_DIR/req
 
 Each run starts with a fresh actor and leaves OUT_DIR/<name>/<run>/results.safetensors and reports.json. Keys of a run: optimizer,
 learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron (options), load (a checkpoint of these actors to start
-from, with first_step steps behind it), save_to (an absent folder for one, at the end), reload_before_step (save, build a new actor, load),
-poison (between scoring and training, see `poisoned`), refuse (see `refusals`).
+from, with first_step steps behind it), save_to (an absent folder for one, at the end, that names wrong settings of the optimizer),
+reload_before_step (save while another step is taken, build a new actor, load), count_micro_batches (see `micro_batches_alive`), poison
+(between scoring and training, see `poisoned`), refuse (see `refusals`).
 """
 
 import dataclasses
 import json
 import os
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -25,11 +28,11 @@ from megatron_minpro.objectives import make_objective
 from megatron_minpro.trainer import make_loss_function
 from parallel import actor as actor_module
 from parallel import process_groups
-from parallel.actor import ActorSettings, MegatronActor
+from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.mcore import version
-from parallel.optimizer import OptimizerSettings
+from parallel.optimizer import OptimizerSettings, inner_optimizers
 from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
 
 LOSS = make_loss_function(make_objective("minpro"))
@@ -73,6 +76,39 @@ def save_actor(actor: MegatronActor, path: Path, *, first: bool) -> None:
         path.mkdir(parents=True)
     dist.barrier()
     actor.save(path)
+
+
+def save_while_training(
+    actor: MegatronActor, groups: process_groups.ProcessGroups, sequences: list[TokenSequence], run: dict, path: Path
+) -> None:
+    """A thread writes what was captured, while the actor takes another step."""
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+    dist.barrier()
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(actor.capture(path), groups.saving)
+        actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
+        written.result()
+
+
+def micro_batches_alive(actor: MegatronActor, sequences: list[TokenSequence]) -> list[int]:
+    """Of one forward and backward pass: how many micro-batches are in memory at each call of the loss, and after the last."""
+    made: list[weakref.ref] = []
+    counts: list[int] = []
+    build = actor._micro_batches
+
+    def watched(sequences: list[TokenSequence]) -> list:
+        micro_batches = build(sequences)
+        made.extend(weakref.ref(micro_batch.packed_seq_params) for micro_batch in micro_batches)
+        return micro_batches
+
+    def counting(local: LocalTokens) -> LossOutput:
+        counts.append(sum(one() is not None for one in made))
+        return LOSS(local)
+
+    with mock.patch.object(actor, "_micro_batches", watched):
+        actor.update(sequences, counting, learning_rate=0.0)
+    return [*counts, sum(one() is not None for one in made)]
 
 
 def poisoned(actor: MegatronActor, sequences: list[TokenSequence], run: dict) -> dict:
@@ -158,7 +194,7 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
     reports = []
     for step in range(first_step, first_step + run["steps"]):
         if step == run.get("reload_before_step"):
-            save_actor(actor, out / "actor", first=first)
+            save_while_training(actor, groups, sequences, run, out / "actor")
             actor = build(fixture, layout, groups, run)
             actor.load(out / "actor", policy_version=step)
         report = actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
@@ -172,7 +208,12 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
             }
         )
     results |= {f"after.{name}": tensor for name, tensor in exported(actor).items()}
+    if run.get("count_micro_batches"):
+        notes["micro_batches_alive"] = micro_batches_alive(actor, sequences)
     if "save_to" in run:
+        for each in inner_optimizers(actor._optimizer):  # as by a run with other settings, under a torch without a fused step
+            for group in each.optimizer.param_groups:
+                group |= {"betas": (0.5, 0.5), "eps": 1.0, "fused": None}
         save_actor(actor, Path(run["save_to"]), first=first)
     if first:
         out.mkdir(exist_ok=True, parents=True)

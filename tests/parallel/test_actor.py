@@ -83,6 +83,8 @@ def results(
             if name == "ep2":
                 runs |= {f"recompute {kind}": {**train, "recompute": kind} for kind in RECOMPUTED}
                 runs["recompute full, balanced"] = {**balanced_probe, "recompute": "full"}
+            if name == "cp2":
+                runs["counting"] = {**balanced_probe, "count_micro_batches": True}
             if name == "dp2":
                 runs["refusing"] = {**train, "refuse": True}
         return jobs
@@ -158,6 +160,12 @@ def test_the_balance_loss_survives_recomputation(results: Callable) -> None:
     assert all(torch.equal(recomputed[name], stored[name]) for name in stored)
 
 
+def test_a_micro_batch_leaves_memory_when_it_is_done(results: Callable) -> None:
+    alive = results("moe", "cp2")["counting"].notes["micro_batches_alive"]
+    assert len(alive) > 3
+    assert alive == list(range(len(alive) - 1, -1, -1))
+
+
 @pytest.mark.parametrize("layout", BF16)
 def test_bf16_stays_near_fp32(layout: str, families: Callable, results: Callable) -> None:
     family, run = families("moe"), results("moe", layout)["bf16"]
@@ -226,12 +234,14 @@ def test_a_checkpoint_continues_on_its_own_layout_bit_for_bit_and_on_another_clo
     runs = {"whole": whole, "reloaded": {**whole, "reload_before_step": 2}, "first half": first_half}
     second_half = {**train, "load": str(checkpoint), "first_step": 2, "steps": 2}
     jobs = {"ep2": (LAYOUTS["ep2"], runs), "pp2": (LAYOUTS["pp2"], {"second half": second_half})}
+    jobs["dp2"] = LAYOUTS["dp2"], {name: runs[name] for name in ("whole", "reloaded")}
     done = launch_actors(families("moe").directory, tmp_path / "ranks", jobs)
 
-    expected, found = done["ep2"]["whole"], done["ep2"]["reloaded"]
-    assert found.reports == expected.reports
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    for layout in ("ep2", "dp2"):
+        expected, found = done[layout]["whole"], done[layout]["reloaded"]
+        assert found.reports == expected.reports
+        assert found.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
 
     found, halfway = done["pp2"]["second half"], done["ep2"]["first half"].weights("after")
     assert all(torch.equal(found.weights("before")[name], halfway[name]) for name in halfway)

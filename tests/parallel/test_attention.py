@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import attention as attention_module
 from parallel.attention import PackedAttention, ShardedPackedSeqParams
 from parallel.mcore import TransformerConfig
 from parallel.sequence_shard import SequenceShard
@@ -101,6 +102,35 @@ def test_no_token_sees_a_later_one_or_another_sequence(one_rank_group: dist.Proc
     after = module(query, key, value, None, packed_seq_params=packed)
     changed = (before != after).any(-1)[:, 0]
     assert changed.tolist() == [False, False, True, True, False, False, False]
+
+
+class ContextOfTwo:
+    """Stands for a context-parallel group of two ranks."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+
+def test_all_layers_keep_one_mask_between_them_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module._GatherOverContext, "apply", lambda x, group: torch.cat([x, x]))
+    shard = SequenceShard.zigzag((256, 200), 0, 2, None, multiple_of=4)
+    packed = ShardedPackedSeqParams.from_shard(shard)
+    qkv = random_qkv(shard.num_local_tokens, heads=HEADS, groups=GROUPS)
+    kept: dict[int, int] = {}  # bytes by address
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    mask_bytes = 4 * 2 * 128 * 256  # fp32, two sequences, this rank's queries, all keys
+    layers = [attention(ContextOfTwo()) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        results = [layer(*qkv, None, packed_seq_params=packed) for layer in layers]
+    assert [size for size in kept.values() if size >= mask_bytes] == [mask_bytes]
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_other_input_than_packed_sequences_is_refused(one_rank_group: dist.ProcessGroup) -> None:

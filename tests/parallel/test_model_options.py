@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints_convert.hf_config import Architecture
-from parallel.actor import check_option_names
+from parallel.actor import check_option_names, split_options
 from parallel.capabilities import Capabilities
 from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
@@ -86,6 +86,34 @@ def test_an_option_that_is_decided_elsewhere_is_refused_with_its_value() -> None
         build(calculate_per_token_loss=True)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("fp16", True),
+        ("layernorm_zero_centered_gamma", True),
+        ("mtp_num_layers", 1),
+        ("no_rope_freq", 2),
+        ("qk_l2_norm", True),
+        ("rotary_interleaved", True),
+        ("softmax_type", "off-by-one"),
+        ("window_size", [2, 0]),
+    ],
+)
+def test_what_the_plug_ins_would_leave_out_without_a_word_is_refused(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^megatron\.{option}: decided by the layout, the model or the actor"):
+        build(**{option: value})
+    with pytest.raises(ValueError, match=rf"^megatron\.{option}: decided by the layout, the model or the actor"):
+        check_option_names({option: value})  # before any process starts
+
+
+def test_an_option_reaches_every_configuration_that_knows_it() -> None:
+    options = {"fp8_recipe": "tensorwise", "fp8": "hybrid", "optimizer_cpu_offload": True, "overlap_grad_reduce": True, "unknown": 1}
+    model, optimizer, overlap = split_options(options)
+    assert model == {"fp8_recipe": "tensorwise", "fp8": "hybrid", "unknown": 1}
+    assert optimizer == {"fp8_recipe": "tensorwise", "optimizer_cpu_offload": True}
+    assert overlap == {"overlap_grad_reduce": True}
+
+
 def test_an_option_left_open_arrives() -> None:
     assert build().moe_aux_loss_coeff == 0.0
     config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="seq_aux_loss", init_method_std=0.5)
@@ -102,6 +130,8 @@ def test_an_option_left_open_arrives() -> None:
         ({"moe_aux_loss_coeff": 0.01}, "megatron.moe_aux_loss_coeff = 0.01 with moe_router_load_balancing_type = 'none': expected both"),
         ({"moe_router_load_balancing_type": "seq_aux_loss"}, "megatron.moe_aux_loss_coeff = 0.0 with moe_router_load_balancing_type"),
         ({"moe_z_loss_coeff": 0.001}, "megatron.moe_z_loss_coeff = 0.001: it would be summed over tokens without a denominator; remove it"),
+        ({"moe_expert_capacity_factor": 0.5}, "megatron.moe_expert_capacity_factor = 0.5: which tokens are dropped would change with"),
+        ({"moe_input_jitter_eps": 0.1}, "megatron.moe_input_jitter_eps = 0.1: the same tokens would have other log-probs in every pass"),
         ({"moe_router_enable_expert_bias": True}, "megatron.moe_router_enable_expert_bias = True: a Qwen3 checkpoint has no place"),
         (
             {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01, "recompute_modules": ["moe"]},

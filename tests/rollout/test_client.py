@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rollout.client import GenerationClient, RolloutFailed, sample_seed
+from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, sample_seed
 from rollout.records import GenerationRequest, SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=20, stop_token_ids=(5, 6), seed=3)
@@ -38,18 +38,27 @@ def all_good(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 class Stub:
-    """An HTTP server that answers /generate with `answer` and remembers the bodies."""
+    """An HTTP server that answers /generate with `answer` and remembers the bodies. version: what /model_info says; None: 503."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.version: str | None = None
+        self.unauthorized = False
         self.active = self.most_active = 0
         self._lock = threading.Lock()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                assert self.path == "/model_info"
+                self.reply(
+                    401 if stub.unauthorized else 503 if stub.version is None else 200,
+                    json.dumps({"weight_version": stub.version}).encode(),
+                )
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -63,7 +72,9 @@ class Stub:
                 finally:
                     with stub._lock:
                         stub.active -= len(body["input_ids"])
-                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.reply(status, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+            def reply(self, status: int, content: bytes) -> None:
                 self.send_response(status)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
@@ -237,3 +248,135 @@ def test_what_on_generation_raises_comes_out_as_it_is(stub: Callable[[Answer], S
 
     with pytest.raises(OSError, match="disk full"):
         make_client(stub(all_good)).generate(REQUESTS, SAMPLING, num_samples=1, on_generation=stop)
+
+
+def test_a_stream_draws_requests_as_there_is_room_and_hands_over_each_response_once(stub: Callable[[Answer], Stub]) -> None:
+    failed: set[str] = set()
+
+    def first_attempt_fails(body: dict[str, Any]) -> tuple[int, Any]:
+        (name,) = body["rid"]
+        request = name.rsplit("-", 1)[0]
+        time.sleep(0.002)
+        if request not in failed:
+            failed.add(request)
+            return 503, {}
+        return all_good(body)
+
+    servers = [stub(first_attempt_fails), stub(first_attempt_fails)]
+    arrived: list[str] = []
+
+    def requests() -> Iterator[GenerationRequest]:
+        for number in range(50):
+            assert number - len(arrived) <= 3  # what is drawn and not yet handed over is under way
+            yield GenerationRequest(request_id=f"r{number}", prompt_token_ids=(number, 1))
+
+    client = make_client(*servers, max_in_flight=4)
+    client.stream(requests(), SAMPLING, on_generation=lambda generation: arrived.append(generation.request_id))
+    assert sorted(arrived) == sorted(f"r{number}" for number in range(50))
+    assert max(server.most_active for server in servers) <= 4
+    assert sum(len(server.bodies) for server in servers) == 100
+
+
+def test_a_stream_keeps_what_arrived_before_a_failure_and_seeds_as_generate_does(stub: Callable[[Answer], Stub]) -> None:
+    server = stub(lambda body: all_good(body) if body["input_ids"] != [[3, 4]] else (400, {"error": "too long"}))
+    arrived: list[str] = []
+    with pytest.raises(RolloutFailed, match=r"request r3#0: HTTP 400.*too long"):
+        make_client(server, max_in_flight=1).stream(
+            REQUESTS, SAMPLING, on_generation=lambda generation: arrived.append(generation.request_id)
+        )
+    assert arrived == ["r0", "r1", "r2"]
+    streamed = [body["sampling_params"][0]["sampling_seed"] for body in server.bodies[:3]]
+    assert streamed == [sample_seed(SAMPLING.seed or 0, f"r{number}", 0) for number in range(3)]
+
+
+# --------------------------------------------------------------------------------------------- servers with other weights, or none
+
+
+def answers_of(version: int) -> Answer:
+    """Good answers, every token sampled under `version`."""
+    spans = {"weight_versions": [{"version": str(version), "start": 0, "end": 2}]}
+    return lambda body: (200, [good_answer(prompt, **spans) for prompt in body["input_ids"]])
+
+
+def holding(stub: Callable[[Answer], Stub], version: int) -> Stub:
+    server = stub(answers_of(version))
+    server.version = str(version)
+    return server
+
+
+def test_only_servers_that_hold_the_wanted_weights_are_asked(stub: Callable[[Answer], Stub]) -> None:
+    old, good, silent, other_good = holding(stub, 3), holding(stub, 4), stub(all_good), holding(stub, 4)
+    client = make_client(old, good, silent, other_good)
+    rows = client.generate(REQUESTS, SAMPLING, num_samples=2, policy_version=4)
+    assert {g.policy_versions for row in rows for g in row} == {(4, 4)} and [len(row) for row in rows] == [2] * 6
+    assert (len(old.bodies), len(silent.bodies)) == (0, 0)
+    assert sorted(good.asked + other_good.asked) == sorted(f"r{i}#{j}" for i in range(6) for j in range(2))
+    # Dealt to four servers, as if all held the weights: a call's samples, and so the batches, do not depend on who is there.
+    assert sorted(len(body["rid"]) for server in (good, other_good) for body in server.bodies) == [2, 2, 4, 4]
+    assert client.take_report() == {"servers/used": 2.0, "servers/retries": 0.0}
+    assert client.take_report() == {"servers/used": 0.0, "servers/retries": 0.0}
+
+
+def test_no_server_with_the_weights_says_what_they_hold_and_nobody_is_asked(stub: Callable[[Answer], Stub]) -> None:
+    servers = [holding(stub, 3), stub(all_good)]
+    with pytest.raises(WeightsMissing, match=rf"^no server holds policy version 4: {servers[0].endpoint} has '3'$"):
+        make_client(*servers).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
+    assert not servers[0].bodies + servers[1].bodies
+
+
+def test_a_server_that_comes_back_in_time_is_waited_for_and_no_server_is_an_error_after_the_deadline(
+    stub: Callable[[Answer], Stub],
+) -> None:
+    server = stub(answers_of(4))
+    with pytest.raises(RolloutFailed, match=rf"^no server answered within 0.2 s: {server.endpoint}: "):
+        make_client(server, wait_s=0.2).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
+    threading.Timer(0.3, lambda: setattr(server, "version", "4")).start()
+    assert len(make_client(server, wait_s=30).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)) == 6
+
+
+def test_an_answer_of_other_weights_than_the_server_said_it_holds_is_sampled_again_elsewhere(stub: Callable[[Answer], Stub]) -> None:
+    def swapped(body: dict[str, Any]) -> tuple[int, Any]:
+        changing.version = "0"  # as if it had been restarted after it was looked at
+        return answers_of(0)(body)
+
+    changing, good = stub(swapped), holding(stub, 4)
+    changing.version = "4"
+    client = make_client(changing, good)
+    rows = client.generate(REQUESTS, SAMPLING, num_samples=3, policy_version=4)
+    assert {g.policy_versions for row in rows for g in row} == {(4, 4)} and [len(row) for row in rows] == [3] * 6
+    assert len(changing.bodies) == 1 and client.take_report() == {"servers/used": 1.0, "servers/retries": 9.0}
+
+
+def test_a_server_gets_one_whole_share_at_a_time_also_when_it_does_the_work_of_another(stub: Callable[[Answer], Stub]) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.1)
+        return answers_of(4)(body)
+
+    good, dead = stub(slow), stub(lambda _: (500, {}))
+    good.version = dead.version = "4"
+    make_client(good, dead).generate(REQUESTS, SAMPLING, num_samples=2, policy_version=4)
+    assert (len(good.bodies), good.most_active) == (2, 6)
+    assert good.asked[6:] == dead.asked[:6] == [f"r{i}#{j}" for i in (1, 3, 5) for j in range(2)]
+
+
+def test_retries_are_counted_on_when_the_same_call_is_made_again(stub: Callable[[Answer], Stub]) -> None:
+    def fatal(body: dict[str, Any]) -> tuple[int, Any]:
+        server.version = "-1"  # the request that kills its server, which is then restarted
+        return 500, {"error": "crashed"}
+
+    server = stub(fatal)
+    client = make_client(server, max_retries=2)
+    for _ in range(2):
+        server.version = "4"  # published
+        with pytest.raises(WeightsMissing):
+            client.generate(REQUESTS[:1], SAMPLING, num_samples=1, policy_version=4)
+    server.version = "4"
+    with pytest.raises(RolloutFailed, match=r"request r0#0: HTTP 500: .*crashed.* \(gave up after 3 attempts\)"):
+        client.generate(REQUESTS[:1], SAMPLING, num_samples=1, policy_version=4)
+
+
+def test_wrong_key_is_an_error_at_once_and_no_reason_to_wait(stub: Callable[[Answer], Stub]) -> None:
+    server = stub(all_good)
+    server.unauthorized = True
+    with pytest.raises(RolloutFailed, match=rf"^{server.endpoint}/model_info: HTTP 401"):
+        make_client(server).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from rollout.checksums import ChecksumMismatch, check_equal, expected_checksums
-from rollout.client import GenerationClient, RolloutFailed
+from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.server import ServerPool, ServerSettings
-from rollout.sglang_control import ServerRefused, call, weight_version
+from rollout.sglang_control import ServerRefused, weight_version
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
 
 pytestmark = pytest.mark.servers
@@ -205,31 +205,25 @@ def test_responses_in_flight_survive_an_update_and_say_which_version_sampled_whi
         collective.publish(0, iter(tensors))
 
 
-def test_failed_step_leaves_the_servers_paused_and_the_sync_unusable(
-    server_pool: ServerPool, base_model: Qwen3MoeForCausalLM, client: GenerationClient, tmp_path: Path
+def test_failed_step_leaves_the_server_paused_without_a_version_until_it_is_published_to_again(
+    server_pool: ServerPool, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
     [endpoint] = server_pool.endpoints
     tensors = list(reference.checkpoint_tensors(base_model, tmp_path))
     sync = CollectiveWeightSync(server_pool.endpoints, timeout_s=30)
     sync.publish(0, iter(tensors))
     wrong = [(name, tensor[:1] if name == "model.norm.weight" else tensor) for name, tensor in tensors]
-    try:
-        with pytest.raises(
-            WeightSyncFailed, match=r"policy version 9 is not in all servers.*127\.0\.0\.1.*update_weights_from_distributed"
-        ):
-            sync.publish(9, iter(wrong))
-        with pytest.raises(WeightSyncFailed, match="unknown weights since an earlier failure: policy version 9"):
-            sync.publish(10, iter(tensors))
-        impatient = GenerationClient(server_pool.endpoints, request_timeout_s=1.5, max_retries=0, max_in_flight=10)
-        with pytest.raises(RolloutFailed, match="ReadTimeout"):
-            impatient.generate(REQUESTS[:1], sampling(), num_samples=1)
-    finally:  # put the shared server right by hand, as no program should
-        sync.close()
-        call(endpoint, "/end_weight_update", {}, key=None, timeout_s=30)
-        call(endpoint, "/continue_generation", {}, key=None, timeout_s=30)
-        repair = CollectiveWeightSync(server_pool.endpoints, timeout_s=30)
-        repair.publish(0, iter(tensors))
-        repair.close()
+    with pytest.raises(WeightSyncFailed, match=r"policy version 9: no server took it.*127\.0\.0\.1.*update_weights_from_distributed"):
+        sync.publish(9, iter(wrong))
+    assert "unfinished update to 9" in weight_version(endpoint, key=None, timeout_s=10)
+    with pytest.raises(WeightsMissing, match="unfinished update to 9"):
+        gated = GenerationClient(server_pool.endpoints, request_timeout_s=60, max_retries=0, max_in_flight=10)
+        gated.generate(REQUESTS[:1], sampling(), num_samples=1, policy_version=9)
+    impatient = GenerationClient(server_pool.endpoints, request_timeout_s=1.5, max_retries=0, max_in_flight=10)
+    with pytest.raises(RolloutFailed, match="ReadTimeout"):
+        impatient.generate(REQUESTS[:1], sampling(), num_samples=1)
+    assert sync.publish(0, iter(tensors)) == (endpoint,)
+    sync.close()
     check_equal(expected_checksums(iter(tensors), dtype=torch.float32), endpoint)
 
 
@@ -308,8 +302,8 @@ def test_server_with_both_keys_generates_and_takes_weights_and_refuses_wrong_one
         for wrong in ({}, api, {"api_key": "wrong"}, {**api, "admin_key": "wrong"}):
             with pytest.raises(ServerRefused, match=r"^http://127\S*/weights_checker: HTTP 401: .*$"):
                 check_equal(expected, endpoint, **wrong)
-        with pytest.raises(WeightSyncFailed, match=r"^cannot join \S* weight sync group: .*HTTP 401: .*$"):
-            CollectiveWeightSync(pool.endpoints, timeout_s=30, **api)
+        with pytest.raises(WeightSyncFailed, match=r"^policy version 3: cannot join \S* weight sync group: .*HTTP 401: .*$"):
+            CollectiveWeightSync(pool.endpoints, timeout_s=30, **api).publish(3, iter(()))
         with pytest.raises(ServerRefused, match=r"^http://127\S*/model_info: HTTP 401: .*$"):
             weight_version(endpoint, key=settings.admin_key, timeout_s=10)
         sync.close()

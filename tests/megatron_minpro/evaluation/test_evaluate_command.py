@@ -81,6 +81,8 @@ def test_a_dry_run_shows_what_would_be_sampled_and_leaves_nothing(
         (["{model}", "--rescore", "--out", "{model}"], "leave CHECKPOINT and --benchmarks out"),
         (["--rescore", "--out", "{model}"], "holds no evaluation to rescore"),
         (["--compare", "{model}", "{model}"], "holds no evaluation"),
+        (["{model}", "--compare", "{model}", "{model}"], "--compare reads two finished evaluations; leave CHECKPOINT"),
+        (["--rescore", "--out", "x", "--compare", "{model}", "{model}"], "--compare reads two finished evaluations"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -151,6 +151,29 @@ def test_two_folders_are_compared_problem_by_problem(make_folder: Callable[..., 
     assert str(first) in table.markdown and "+33.3 [+0.0, +50.0]" in table.markdown
 
 
+def test_what_two_folders_differ_in_beside_their_weights_is_said(make_folder: Callable[..., Path]) -> None:
+    first, second = make_folder("a"), make_folder("b", answers={n: ("25",) for n in range(3)}, samples=1)
+    for out in (first, second):
+        grade_again(out)
+    content = json.loads((second / "settings.json").read_text())
+    content["sampling"] |= {"temperature": 0.6, "checkpoint": "/models/other", "seed": 1}
+    (second / "settings.json").write_text(json.dumps(content))
+    said: list[str] = []
+    table = compare_folders(first, second, announce=said.append)
+    assert said[0] == "the two differ in more than their weights: temperature 1.0 and 0.6"
+    assert said[1].startswith("SET: 2 and 1 samples per problem") and len(said) == 2
+    assert [row["k"] for row in table.rows] == [1, 1]
+
+
+def test_bare_responses_are_not_graded_by_math_verify(make_folder: Callable[..., Path]) -> None:
+    out = make_folder("a")
+    content = json.loads((out / "settings.json").read_text())
+    content["sampling"]["style"] = "bare"
+    (out / "settings.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="--style bare says nowhere where the answer stands"):
+        grade_again(out, grader="math_verify")
+
+
 def test_folders_that_do_not_match_are_not_compared(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     first, other_label = make_folder("a"), make_folder("b", labels=("25", "\\frac{1}{2}", "x=6"))
     for out in (first, other_label):

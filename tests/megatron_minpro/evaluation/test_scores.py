@@ -68,7 +68,14 @@ def test_a_paired_difference_is_narrower_than_two_intervals_and_has_its_sign() -
     assert (gain.first, gain.second, gain.difference, gain.low, gain.high) == pytest.approx((0.375, 0.625, 0.25, 0.25, 0.25))
     lost = {(item.estimator, item.k): item for item in differences(second, first)}["unbiased", 1]
     assert lost.difference == pytest.approx(-0.25)
-    assert differences(first, counts((1,) * 100, samples=2))[-1].k == 2
+    # Other numbers of samples: the unbiased estimator alone may be compared beyond k = 1. 1 of 4 and 1 of 2 at k = 2, with replacement:
+    # 7/16 and 3/4, though without bias they are 1/2 and 1.
+    unequal = differences(counts((1,) * 100), counts((1,) * 100, samples=2))
+    assert [(item.estimator, item.k, item.difference) for item in unequal] == [
+        ("unbiased", 1, pytest.approx(0.25)),
+        ("unbiased", 2, pytest.approx(0.5)),
+        ("bootstrap", 1, pytest.approx(0.25)),
+    ]
     assert "+25.0 [+25.0, +25.0] *" in comparison_table([gain], names=("a", "b")).markdown
     none = differences(counts((0, 4) * 8), counts((4, 0) * 8))[0]
     assert none.difference == 0.0 and none.low < 0 < none.high

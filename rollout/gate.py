@@ -1,0 +1,103 @@
+"""Which servers may be asked for a response: those that answer and hold the wanted weights.
+
+There is no router between client and servers. A router hides which server answers, and so which weights; it would send requests to a
+server that has just been restarted with the base model's weights. Here every server is asked for its weight version before it gets a
+sample, and again after every failure, and a server with another version is passed over until the next publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+
+import httpx
+
+log = logging.getLogger(__name__)
+
+_LOOK_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.5
+
+
+class RolloutFailed(RuntimeError):
+    """A response could not be had. Names the endpoint, the request and the reason."""
+
+
+class WeightsMissing(RuntimeError):
+    """Servers answer, but none holds the wanted weights: publish them, then ask again."""
+
+
+class Gate:
+    """Lets requests through to servers that hold the weights of `policy_version`; None: to all of them, unasked.
+
+    wait_s: how long `pick` waits while no server answers at all (a dead one may be restarted meanwhile).
+    """
+
+    def __init__(self, endpoints: Sequence[str], http: httpx.AsyncClient, *, policy_version: int | None, wait_s: float) -> None:
+        self.policy_version = policy_version
+        self._endpoints = tuple(endpoints)
+        self._http = http
+        self._wait_s = wait_s
+        self._open = set(endpoints) if policy_version is None else set[str]()
+        self._found: dict[str, str] = {}  # endpoint -> the weight version it reported, if it answered the last time it was looked at
+        self._reasons: dict[str, str] = {}  # endpoint -> why it did not answer
+        self._looking = asyncio.Lock()
+
+    async def pick(self, turn: int) -> str:
+        """The server whose turn it is, or another one where that one may not be asked.
+
+        Raises WeightsMissing when servers answer but none holds the weights, RolloutFailed when none answers within wait_s.
+        """
+        began = time.monotonic()
+        while True:
+            preferred = self._endpoints[turn % len(self._endpoints)]
+            if preferred in self._open:
+                return preferred
+            if self._open:
+                others = [endpoint for endpoint in self._endpoints if endpoint in self._open]
+                return others[turn % len(others)]
+            async with self._looking:
+                if not self._open:
+                    await self.look(self._endpoints)
+            if self._open:
+                continue
+            if self._found:
+                held = ", ".join(f"{endpoint} has {version!r}" for endpoint, version in self._found.items())
+                raise WeightsMissing(f"no server holds policy version {self.policy_version}: {held}")
+            if time.monotonic() - began > self._wait_s:
+                reasons = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in self._reasons.items())
+                raise RolloutFailed(f"no server answered within {self._wait_s:g} s: {reasons}")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def close(self, endpoint: str) -> None:
+        """Ask nothing of this server until it has been looked at again."""
+        if self.policy_version is not None:
+            self._open.discard(endpoint)
+
+    async def look(self, endpoints: Iterable[str]) -> None:
+        """Ask servers for their weight version; those that hold the wanted one may be asked for responses from now on."""
+        if self.policy_version is None:
+            return
+        await asyncio.gather(*(self._look(endpoint) for endpoint in endpoints))
+
+    async def _look(self, endpoint: str) -> None:
+        version, reason = None, ""
+        try:
+            answer = await self._http.get(f"{endpoint}/model_info", timeout=_LOOK_TIMEOUT_S)
+            if answer.status_code in (401, 403):
+                raise RolloutFailed(f"{endpoint}/model_info: HTTP {answer.status_code}: {answer.text[:300]}")
+            version, reason = answer.json()["weight_version"], f"HTTP {answer.status_code}"
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if version is None:
+            if self._reasons.get(endpoint) != reason:
+                log.warning("%s does not answer (%s): it gets no requests", endpoint, reason)
+            self._found.pop(endpoint, None)
+            self._reasons[endpoint] = reason
+        else:
+            if version != str(self.policy_version) and self._found.get(endpoint) != version:
+                log.warning("%s holds weight version %r, wanted is %s: it gets no requests", endpoint, version, self.policy_version)
+            self._found[endpoint] = version
+            self._reasons.pop(endpoint, None)
+        (self._open.add if version == str(self.policy_version) else self._open.discard)(endpoint)

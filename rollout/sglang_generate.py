@@ -1,0 +1,117 @@
+"""SGLang's /generate: what is said in a request, and what is read from, and demanded of, an answer."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+
+
+def sample_seed(seed: int, request_id: str, sample_index: int) -> int:
+    """A 31-bit seed for one response: the same for the same (seed, request, index), different from all others. FNV-1a, 64 bits, folded."""
+    state = 0xCBF29CE484222325
+    for byte in f"{seed}/{request_id}/{sample_index}".encode():
+        state = ((state ^ byte) * 0x100000001B3) % 2**64
+    state ^= state >> 33
+    return (state * 0xFF51AFD7ED558CCD % 2**64) >> 33
+
+
+def request_body(samples: Sequence[tuple[GenerationRequest, int]], sampling: SamplingParams) -> dict[str, Any]:
+    """The body of one batched /generate call. samples: (request, sample index).
+
+    Every sampling setting is said: a model folder's generation_config.json has no say.
+    """
+    common = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    params = []
+    for request, index in samples:
+        seed = None if sampling.seed is None else sample_seed(sampling.seed, request.request_id, index)
+        params.append(common if seed is None else {**common, "sampling_seed": seed})
+    nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
+    return {
+        "rid": [f"{request.request_id}#{index}-{nonce}" for request, index in samples],
+        "input_ids": [list(request.prompt_token_ids) for request, _ in samples],
+        "sampling_params": params,
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "stream": False,
+    }
+
+
+def read_generation(answer: dict[str, Any], request: GenerationRequest, *, num_retries: int, latency_s: float) -> Generation:
+    """SGLang's answer for one sample as our record.
+
+    Raises ValueError, saying what is wrong with it, when a log-prob or a version is missing or does not fit the tokens, or when the server
+    says that the request itself is bad (an abort with status 400).
+    """
+    meta = answer.get("meta_info")
+    if not isinstance(meta, dict) or "output_ids" not in answer:
+        raise ValueError(f"the answer has no meta_info or no output_ids; it has {sorted(answer)}")
+    finish = meta["finish_reason"]
+    kind = finish["type"] if isinstance(finish, dict) else finish
+    if kind not in ("stop", "length", "abort"):
+        raise ValueError(f"finish_reason is {finish!r}, expected stop, length or abort")
+    if kind == "abort" and isinstance(finish, dict) and finish.get("status_code") == 400:
+        raise ValueError(f"refused by the server: {finish.get('message')}")
+    token_ids = tuple(answer["output_ids"])
+    if kind == "abort":  # will be sampled again: its contents are not used, so they need not be whole
+        token_ids = ()
+    entries = () if kind == "abort" else _logprob_entries(meta, len(token_ids))
+    for position, (logprob, token_id) in enumerate(entries):
+        if token_id != token_ids[position]:
+            raise ValueError(f"log-prob {position} belongs to token {token_id}, but the response has {token_ids[position]} there")
+        if logprob is None or not math.isfinite(logprob):
+            raise ValueError(f"log-prob {position} is {logprob}, expected a finite number")
+    if kind != "abort" and not token_ids:
+        raise ValueError("the response is empty")
+    return Generation(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        response_token_ids=token_ids,
+        engine_logprobs=tuple(logprob for logprob, _ in entries),
+        version_spans=() if kind == "abort" else _version_spans(meta, len(token_ids)),
+        finish_reason=kind,
+        latency_s=latency_s,
+        num_retries=num_retries,
+    )
+
+
+def _logprob_entries(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[float, int], ...]:
+    entries = meta.get("output_token_logprobs")
+    if entries is None:
+        raise ValueError("output_token_logprobs is missing")
+    if len(entries) != num_tokens:
+        raise ValueError(f"{len(entries)} log-probs for {num_tokens} response tokens")
+    return tuple((entry[0], entry[1]) for entry in entries)
+
+
+def _version_spans(meta: dict[str, Any], num_tokens: int) -> tuple[VersionSpan, ...]:
+    spans = meta.get("weight_versions")
+    if spans is None:
+        raise ValueError("weight_versions is missing")
+    read = []
+    for span in spans:
+        if span["start"] == span["end"]:
+            continue
+        try:
+            version = int(span["version"])
+        except ValueError:
+            raise ValueError(
+                f"weight version {span['version']!r} is not a policy version; was the server started by this project?"
+            ) from None
+        read.append(VersionSpan(policy_version=version, start=span["start"], end=span["end"]))
+    if sum(span.end - span.start for span in read) != num_tokens:
+        raise ValueError(f"version spans {spans} do not cover {num_tokens} response tokens")
+    return tuple(read)

@@ -1,0 +1,244 @@
+"""Two real servers, of which one is killed, stopped or restarted: who is asked, with which weights, and that no response is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
+
+from rollout.checksums import check_equal, expected_checksums
+from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
+from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.server import ServerDied, ServerPool, ServerSettings
+from rollout.sglang_control import weight_version
+from rollout.supervisor import Supervisor
+from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+
+pytestmark = pytest.mark.servers
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fire_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = _load("model_reference")
+
+REQUESTS = [GenerationRequest(request_id=f"prompt{i}", prompt_token_ids=tuple(range(3 + i, 9 + 2 * i))) for i in range(6)]
+LONG = SamplingParams(max_new_tokens=120, temperature=1.0, top_p=1.0, top_k=-1, stop_token_ids=(), seed=7)
+SHORT = dataclasses.replace(LONG, max_new_tokens=8)
+
+
+class Two:
+    """Two servers and everything that a trainer has on its side."""
+
+    def __init__(self, pool: ServerPool, tensors: list[tuple[str, Tensor]]) -> None:
+        self.pool = pool
+        self.tensors = tensors
+        self.said: list[str] = []
+        self.supervisor = Supervisor(
+            pool, max_restarts=5, window_s=3600, unresponsive_after_s=6, start_timeout_s=200, announce=self.said.append
+        )
+        self.sync: WeightSync = CollectiveWeightSync(pool.endpoints, bucket_bytes=20_000, timeout_s=60)
+
+    def client(self, **changes: object) -> GenerationClient:
+        options = {"request_timeout_s": 100, "max_retries": 3, "max_in_flight": 1000, "wait_s": 100, **changes}
+        return GenerationClient(self.pool.endpoints, **options)  # type: ignore[arg-type]
+
+    def publish(self, version: int) -> tuple[str, ...]:
+        return self.sync.publish(version, iter(self.tensors))
+
+    def version(self, index: int) -> str:
+        return weight_version(self.pool.endpoints[index], key=None, timeout_s=10)
+
+    def kill(self, index: int) -> None:
+        self.pool.processes[index].popen.send_signal(signal.SIGKILL)
+        self.pool.processes[index].wait(10)
+
+    def supervise(self, until: Callable[[], bool], timeout_s: float = 200) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            self.supervisor.check()
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.1)
+
+    def whole(self) -> None:
+        """Both servers run."""
+        self.supervise(lambda: not self.supervisor._starting and all(server.is_running for server in self.pool.processes))
+
+
+@pytest.fixture(scope="module")
+def pool(server_settings: ServerSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+    settings = dataclasses.replace(server_settings, options={"log_requests": True, "log_requests_level": 0})
+    with ServerPool.start(settings, num_servers=2, log_dir=tmp_path_factory.mktemp("two"), start_timeout_s=240) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def two(pool: ServerPool, base_model: Qwen3MoeForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    two = Two(pool, list(reference.checkpoint_tensors(base_model, tmp_path_factory.mktemp("base"))))
+    yield two
+    two.supervisor.close()
+    two.sync.close()
+
+
+@pytest.fixture(autouse=True)
+def both_run(two: Two) -> Iterator[None]:
+    """Every test begins with two servers that hold version 1."""
+    two.whole()
+    two.publish(1)
+    two.said.clear()
+    yield
+
+
+def content(rows: list[list[Generation]]) -> list[list[tuple[object, ...]]]:
+    return [[(g.request_id, g.response_token_ids, g.engine_logprobs, g.policy_versions) for g in row] for row in rows]
+
+
+def asked(pool: ServerPool, index: int) -> int:
+    """Responses of the client's that a server's log tells of, whichever process wrote it."""
+    return sum("rid=" in line and "prompt" in line for line in (pool.processes[index].log_path).read_text().splitlines())
+
+
+def test_a_server_killed_in_mid_generation_costs_no_response_and_changes_none(two: Two) -> None:
+    undisturbed = two.client().generate(REQUESTS, LONG, num_samples=8, policy_version=1)
+    assert [len(row) for row in undisturbed] == [8] * 6
+    client = two.client()
+    threading.Timer(0.3, two.kill, [1]).start()
+    rows = client.generate(REQUESTS, LONG, num_samples=8, policy_version=1)
+    assert content(rows) == content(undisturbed), "to the last bit: the same batches, on another server"
+    assert client.take_report() == {"servers/used": 1.0, "servers/retries": 24.0}
+    assert sorted({g.num_retries for row in rows for g in row}) == [0, 1]
+
+
+def test_a_restarted_server_is_asked_for_nothing_before_the_next_publish(two: Two) -> None:
+    two.kill(0)
+    two.whole()
+    assert two.said[0].startswith("SGLang server 0") and "was ended by SIGKILL; restarting it (1" in two.said[0].replace("(2", "(1")
+    assert (two.version(0), two.version(1)) == ("-1", "1")
+    before = asked(two.pool, 0)
+    client = two.client()
+    rows = client.generate(REQUESTS, SHORT, num_samples=4, policy_version=1)
+    assert {g.policy_versions for row in rows for g in row} == {(1, 1)}
+    assert asked(two.pool, 0) == before and client.take_report()["servers/used"] == 1.0
+    assert two.publish(2) == tuple(two.pool.endpoints)
+    client.generate(REQUESTS, SHORT, num_samples=4, policy_version=2)
+    assert asked(two.pool, 0) > before and client.take_report() == {"servers/used": 2.0, "servers/retries": 0.0}
+
+
+def test_a_server_that_hangs_is_noticed_and_its_requests_are_answered_by_the_other(two: Two) -> None:
+    client, results = two.client(), []
+    many = threading.Thread(target=lambda: results.extend(client.generate(REQUESTS, LONG, num_samples=8, policy_version=1)), daemon=True)
+    many.start()
+    time.sleep(0.3)
+    hung = two.pool.processes[1].pid
+    two.pool.processes[1].popen.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    two.supervise(lambda: bool(two.said))
+    assert "no answer to" in two.said[0] and "server 1" in two.said[0]
+    assert time.monotonic() - began < 40, "long before the request's own time limit"
+    many.join(60)
+    assert [len(row) for row in results] == [8] * 6
+    assert {g.policy_versions for row in results for g in row} == {(1, 1)}
+    two.whole()
+    assert two.pool.processes[1].pid != hung
+
+
+@pytest.mark.parametrize("way", ["disk", "collective"])
+def test_a_publish_goes_on_without_a_dead_server_and_takes_it_in_again(two: Two, way: str, model_folder: Path, tmp_path: Path) -> None:
+    def write_checkpoint(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        folder.mkdir(parents=True)
+        save_file(dict(tensors), folder / "model.safetensors")
+        (folder / "config.json").write_text((model_folder / "config.json").read_text())
+
+    endpoints = two.pool.endpoints
+    disk = DiskWeightSync(endpoints, write_checkpoint=write_checkpoint, directory=tmp_path, timeout_s=60)
+    sync = two.sync if way == "collective" else disk
+    restarts = sync.num_restarts
+    sync.publish(2, iter(two.tensors))
+    two.kill(0)
+    assert sync.publish(3, iter(two.tensors)) == (endpoints[1],)
+    assert two.version(1) == "3"
+    two.whole()
+    assert sync.publish(4, iter(two.tensors)) == tuple(endpoints)
+    assert (two.version(0), two.version(1), sync.num_restarts - restarts) == ("4", "4", 1)
+    check_equal(expected_checksums(iter(two.tensors), dtype=torch.float32), endpoints[0])
+
+
+def test_a_server_killed_while_weights_are_broadcast_makes_the_publish_void_and_the_next_attempt_succeeds(two: Two) -> None:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for number, item in enumerate(two.tensors):
+            if number == len(two.tensors) // 2:
+                two.kill(1)
+            yield item
+
+    began = time.monotonic()
+    with pytest.raises(WeightSyncFailed, match="policy version 2: no server took it"):
+        two.sync.publish(2, tensors())
+    assert time.monotonic() - began < 30, "nobody waits for the dead"
+    assert "unfinished update to 2" in two.version(0)
+    with pytest.raises(WeightsMissing, match="unfinished update to 2"):
+        two.client().generate(REQUESTS, SHORT, num_samples=1, policy_version=2)
+    assert two.publish(2) == (two.pool.endpoints[0],)
+    rows = two.client().generate(REQUESTS, SHORT, num_samples=1, policy_version=2)
+    assert {g.policy_versions for row in rows for g in row} == {(2, 2)}
+
+
+def test_what_had_arrived_when_the_weights_were_lost_is_not_sampled_again(two: Two) -> None:
+    client = two.client(samples_per_call=1, max_in_flight=16)
+    arrived: list[Generation] = []
+
+    def lose(generation: Generation) -> None:
+        arrived.append(generation)
+        if len(arrived) == 10:
+            two.publish(2)
+
+    with pytest.raises(WeightsMissing):
+        client.generate(REQUESTS, SHORT, num_samples=8, policy_version=1, on_generation=lose)
+    two.publish(1)
+    rows = client.generate(REQUESTS, SHORT, num_samples=8, policy_version=1, on_generation=arrived.append)
+    assert [len(row) for row in rows] == [8] * 6 and len(arrived) == 48
+    assert sorted(map(id, arrived)) == sorted(id(g) for row in rows for g in row)
+    assert {g.policy_versions for g in arrived} == {(1, 1)}
+
+
+def test_no_server_at_all_is_one_clear_error_after_the_deadline_and_too_many_restarts_are_another(two: Two) -> None:
+    strict = Supervisor(two.pool, max_restarts=0, window_s=60, unresponsive_after_s=6, start_timeout_s=60, announce=two.said.append)
+    for index in (0, 1):
+        two.kill(index)
+    with pytest.raises(RolloutFailed, match=r"^no server answered within 1 s: http://127\S*: ConnectError.*; http://127"):
+        two.client(wait_s=1).generate(REQUESTS, SHORT, num_samples=1, policy_version=1)
+    with pytest.raises(WeightSyncFailed, match=r"^policy version 2: no server answers: http://127"):
+        two.publish(2)
+    with pytest.raises(ServerDied, match=r"^after 0 restarts within 60 s: SGLang server 0 .* was ended by SIGKILL; last lines of"):
+        strict.check()
+    strict.close()
+
+
+def test_two_thousand_requests_in_flight_are_all_answered_in_little_memory(two: Two) -> None:
+    client = two.client(max_in_flight=2000, request_timeout_s=200)
+    params = dataclasses.replace(SHORT, max_new_tokens=2)
+    wanted = (GenerationRequest(request_id=f"load{number}", prompt_token_ids=(3 + number % 30, 4)) for number in range(4000))
+    arrived: list[str] = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    client.stream(wanted, params, on_generation=lambda generation: arrived.append(generation.request_id))
+    assert sorted(arrived) == sorted(f"load{number}" for number in range(4000))
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert kilobytes < 2000 * 150, f"{kilobytes / 2000:.0f} kB for each request in flight"

@@ -1,0 +1,138 @@
+"""Who is started again and when not, with servers that are a few lines of Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rollout.server import RESTARTED_VERSION, ServerDied, ServerPool, ServerSettings
+from rollout.supervisor import Supervisor
+
+# Ready at once, and healthy; with a file `port.cursed` beside the script it dies at its start.
+SCRIPT = """
+    import http.server, os, sys
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    print("started with", sys.argv[sys.argv.index("--weight-version") + 1])
+    if os.path.exists(f"{sys.argv[0]}.cursed"):
+        print("RuntimeError: no such weights"); sys.exit(9)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers["content-length"] or 0))
+            self.send_response(200); self.send_header("content-length", "2"); self.end_headers(); self.wfile.write(b"{}")
+        do_POST = do_GET
+        log_message = print
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class Watched:
+    def __init__(self, pool: ServerPool, folder: Path) -> None:
+        self.pool, self.folder, self.said = pool, folder, []
+        self.supervisors: list[Supervisor] = []
+
+    def supervise(self, **changes: float) -> Supervisor:
+        options = {"max_restarts": 2, "window_s": 60, "unresponsive_after_s": 4, "start_timeout_s": 20, **changes}
+        self.supervisors.append(Supervisor(self.pool, announce=self.said.append, **options))  # type: ignore[arg-type]
+        return self.supervisors[-1]
+
+    def signal(self, index: int, number: signal.Signals) -> None:
+        self.pool.processes[index].popen.send_signal(number)
+        if number == signal.SIGKILL:
+            self.pool.processes[index].wait(5)
+
+    def until(self, supervisor: Supervisor, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            supervisor.check()
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def back(self, times: int) -> Callable[[], bool]:
+        return lambda: sum("runs again" in line for line in self.said) == times
+
+
+@pytest.fixture
+def watched(server_settings: ServerSettings, tmp_path: Path) -> Iterator[Watched]:
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -u {tmp_path}/script.py "$@"\n')
+    python.chmod(0o755)
+    settings = dataclasses.replace(server_settings, server_python=python)
+    with ServerPool.start(settings, num_servers=2, log_dir=tmp_path / "logs", start_timeout_s=20) as pool:
+        watched = Watched(pool, tmp_path)
+        yield watched
+        for supervisor in watched.supervisors:
+            supervisor.close()
+
+
+def test_a_dead_server_is_started_again_on_its_port_with_a_version_that_nobody_wants(watched: Watched) -> None:
+    supervisor, endpoints = watched.supervise(), watched.pool.endpoints
+    untouched = watched.pool.processes[0].pid
+    watched.signal(1, signal.SIGKILL)
+    watched.until(supervisor, watched.back(1))
+    assert watched.pool.endpoints == endpoints and watched.pool.processes[1].is_running
+    assert watched.pool.processes[0].pid == untouched
+    log = (watched.folder / "logs/server_1.log").read_text().splitlines()
+    assert [line for line in log if line.startswith("started")] == ["started with 0", f"started with {RESTARTED_VERSION}"]
+    died, back = watched.said
+    assert died.startswith("SGLang server 1 (pid ") and died.endswith("was ended by SIGKILL; restarting it (1 of at most 2 times)")
+    assert back == "SGLang server 1 runs again; it gets requests once it has the current weights"
+
+
+def test_a_hung_server_is_ended_and_started_again_while_a_slow_machine_is_given_time(watched: Watched) -> None:
+    supervisor = watched.supervise()
+    hung = watched.pool.processes[0].pid
+    watched.signal(0, signal.SIGSTOP)
+    began = time.monotonic()
+    watched.until(supervisor, watched.back(1))
+    assert time.monotonic() - began > 4 and watched.pool.processes[0].pid != hung
+    assert watched.said[0].startswith("no answer to 2 health checks in a row: SGLang server 0 (pid ")
+    supervisor._silent = [3, 3]
+    assert not supervisor._hangs(0), "nobody answers: the machine may be slow"
+    supervisor._silent = [8, 8]
+    assert supervisor._hangs(0) and supervisor._hangs(1)
+
+
+def test_the_death_after_the_last_allowed_restart_is_an_error_with_its_last_words(watched: Watched) -> None:
+    supervisor = watched.supervise(max_restarts=1)
+    watched.signal(1, signal.SIGKILL)
+    watched.until(supervisor, watched.back(1))
+    watched.signal(0, signal.SIGKILL)
+    watched.until(supervisor, watched.back(2))  # each server has its own count
+    watched.signal(1, signal.SIGKILL)
+    with pytest.raises(
+        ServerDied, match=r"^after 1 restarts within 60 s: SGLang server 1 .* was ended by SIGKILL; last lines of .*server_1"
+    ):
+        supervisor.check()
+
+
+def test_restarts_before_the_window_are_forgotten(watched: Watched) -> None:
+    supervisor = watched.supervise(max_restarts=1, window_s=0.01)
+    for times in (1, 2, 3):
+        watched.signal(1, signal.SIGKILL)
+        watched.until(supervisor, watched.back(times))
+
+
+def test_a_start_that_fails_counts_as_a_death(watched: Watched) -> None:
+    supervisor = watched.supervise()
+    (watched.folder / "script.py.cursed").touch()
+    watched.signal(1, signal.SIGKILL)
+    with pytest.raises(ServerDied, match=r"(?s)^after 2 restarts within 60 s: SGLang server 1 .*exit code 9.*no such weights"):
+        watched.until(supervisor, lambda: False)
+    assert [line.rpartition(" (")[2] for line in watched.said] == ["1 of at most 2 times)", "2 of at most 2 times)"]
+
+
+def test_a_pool_that_is_stopped_during_a_restart_leaves_no_server(watched: Watched) -> None:
+    supervisor = watched.supervise()
+    watched.signal(1, signal.SIGKILL)
+    supervisor.check()
+    watched.pool.stop()
+    time.sleep(0.5)
+    assert not any(process.is_running for process in watched.pool.processes)

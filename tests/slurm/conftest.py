@@ -1,0 +1,143 @@
+"""A real Slurm on this machine, and the small base model that its jobs train."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_minpro import base_model, launcher
+from megatron_minpro.atomic_files import write_atomically
+from megatron_minpro.config import dump_config, load_config
+from megatron_minpro.run_files import CONFIG_FILE, INITIAL_MODEL_FOLDER
+from tests.end_to_end.conftest import metrics_of
+from tests.slurm.cluster import Job, SlurmCluster, missing_requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "slurm/qwen3_30b_a3b.sbatch"
+# The main job, shortened: 16 global steps that sample and 2 that train what waits.
+SETTINGS = ("num_global_steps=16", "evaluation.num_prompts=8", "checkpoint.every=2")
+RESPONSES = 16 * 32 * 8
+
+
+def need_slurm() -> None:
+    """Skip where no cluster can be started; in CI that is a failure."""
+    reason = missing_requirement()
+    if reason is None:
+        return
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"Slurm: {reason}")
+    pytest.skip(f"Slurm: {reason} (Debian: slurmctld slurmd slurm-client munge iproute2)")
+
+
+@contextmanager
+def started_cluster(*, num_nodes: int, gpus_per_node: int, namespaces: bool) -> Iterator[SlurmCluster]:
+    """A cluster in a folder of a short name (the munge socket lies in it); skips where none can be started, fails in CI."""
+    need_slurm()
+    folder = Path(tempfile.mkdtemp(prefix="mp_slurm_"))
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a test run that is told to end takes the cluster down first
+    try:
+        with SlurmCluster(folder, num_nodes=num_nodes, gpus_per_node=gpus_per_node, namespaces=namespaces) as cluster:
+            yield cluster
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[SlurmCluster]:
+    """Four nodes of two (fake) GPUs each, with networks of their own."""
+    with started_cluster(num_nodes=4, gpus_per_node=2, namespaces=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `minpro train` makes before it trains: supervised learning on noisy worked examples."""
+    folder = tmp_path_factory.mktemp("slurm_base")
+    config = load_config(
+        ROOT / "configs/tiny_moe_cpu.yaml",
+        [f"output_dir={folder}", "name=warm_up", f"model.path={folder / 'model'}"],
+    )
+    config.run_dir.mkdir()
+    write_atomically(config.run_dir / CONFIG_FILE, dump_config(config))
+    base_model.write_initial_model(config.model, config.prompts, config.run_dir / INITIAL_MODEL_FOLDER)
+    ranks = launcher.start_ranks(config, "warm_up")
+    try:
+        assert ranks.wait(280) == 0, ranks.describe_end()
+    finally:
+        ranks.terminate()
+    return folder / "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jobs:
+    """Submits the production script with the tiny configuration: two nodes train (two ranks each), two serve (one server each)."""
+
+    cluster: SlurmCluster
+    folder: Path
+    base_model: Path
+    numbers: dict[str, int] = field(default_factory=dict)  # of the jobs submitted, by name
+
+    def submit(self, name: str, *settings: str, options: tuple[str, ...] = (), **environment: str) -> int:
+        """environment: the script's variables that are not as the tests usually have them."""
+        usual = {"CONFIG": "configs/tiny_moe_cpu.yaml", "RUN_DIR": str(self.run_dir(name)), "SERVERS_PER_NODE": "1", "GPUS_SEEN": "0"}
+        self.numbers[name] = self.cluster.submit(
+            "--gpus-per-node=2",
+            f"--output={self.folder}/{name}.out",
+            *options,
+            SCRIPT,
+            *SETTINGS,
+            f"model.path={self.base_model}",
+            *settings,
+            cwd=ROOT,
+            environment={"OMP_NUM_THREADS": "1", **usual, **environment},
+        )
+        return self.numbers[name]
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / name
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        return metrics_of(self.run_dir(name))
+
+    def output(self, name: str) -> str:
+        path = self.folder / f"{name}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait_for_steps(self, name: str, job_id: int, steps: int) -> None:
+        """Until the run has that many global steps behind it. Fails when the job ends first."""
+
+        def reached() -> bool:
+            job = self.cluster.job(job_id)
+            assert not job.ended, f"{job.state}\n{self.output(name)}"
+            return len(self.metrics(name)) >= steps
+
+        self.cluster.until(reached, f"{steps} global steps of {name}", timeout_s=240)
+
+    def finish(self, name: str, job_id: int) -> Job:
+        """Wait for the end; the job must have completed."""
+        job = self.cluster.wait(job_id, timeout_s=400)
+        assert (job.state, job.exit_code) == ("COMPLETED", 0), self.output(name)
+        return job
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: SlurmCluster, small_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The way to submit jobs."""
+    return Jobs(cluster=cluster, folder=tmp_path_factory.mktemp("slurm_jobs"), base_model=small_base_model)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(jobs: Jobs) -> list[dict[str, Any]]:
+    """Metrics of a run that nothing happens to."""
+    jobs.finish("undisturbed", jobs.submit("undisturbed"))
+    return jobs.metrics("undisturbed")
