@@ -76,7 +76,17 @@ def train(run: TrainingRun) -> bool:
     """Run to the end, or until a stop is asked for. True when all batches are trained. Checkpoints are on disk when it returns.
 
     The last `staleness` global steps sample nothing: they train what is still waiting, so that nothing sampled is lost.
+    Raises ServersFailed, with a checkpoint of the last whole step on disk.
     """
+    try:
+        return _train(run)
+    except ServersFailed:
+        run.checkpoints.save()
+        run.checkpoints.wait()
+        raise
+
+
+def _train(run: TrainingRun) -> bool:
     config, counters = run.config, run.counters
     last_step = config.num_global_steps + config.staleness
     while counters.next_step < last_step:
@@ -85,12 +95,7 @@ def train(run: TrainingRun) -> bool:
         timer = PhaseTimer()
         metrics: dict[str, float] = {}
         if step < config.num_global_steps:
-            try:
-                batch = collect(run, step, timer, metrics)
-            except ServersFailed:
-                run.checkpoints.save()
-                run.checkpoints.wait()
-                raise
+            batch = collect(run, step, timer, metrics)
             run.buffer.push(step, batch)
         due = run.buffer.pop(step)
         if due is not None:

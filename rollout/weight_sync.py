@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rollout import sglang_control
@@ -150,6 +151,12 @@ class _Servers:
     def tell_quickly(self, path: str, body: dict[str, Any]) -> None:
         """`tell` for what loads nothing: an answer that is not there within seconds will not come."""
         self.collect(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
+
+    def tell_all(self, path: str, body: dict[str, Any]) -> None:
+        """`tell_quickly`, but nobody's answer is still on its way when it returns or raises."""
+        calls = self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s))
+        wait(calls)
+        self.refuse_failed(calls)
 
     def try_to_tell(self, path: str, body: dict[str, Any]) -> None:
         """The same call to every member, whatever they answer, if they do so within seconds."""
@@ -390,10 +397,13 @@ class CollectiveWeightSync:
             "flush_cache": True,
         }
         calls = self._servers.begin("/update_weights_from_distributed", [body] * len(self._servers.members))
-        work = self._group.broadcast(flat)
-        self._wait_for(work.is_completed, calls, what="broadcasting weights")
+        # In the background: NCCL meets at the first broadcast, and would wait there without a limit for a server that never comes.
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()  # the other thread's stream knows nothing of this one's
+        started = in_background(partial(self._group.broadcast, flat), name="weight sync broadcast")
+        self._wait_for(lambda: _is_over(started), calls, what="broadcasting weights")
         try:
-            work.wait()
+            started.result().wait()
         except RuntimeError as error:
             self._servers.collect(calls)  # the server that made it fail says why
             raise ServerRefused(f"broadcasting weights: {error}") from error
@@ -409,6 +419,10 @@ class CollectiveWeightSync:
                 raise ServerRefused(f"{what}: not done within {self._timeout_s:g} s")
             time.sleep(pause_s)
             pause_s = min(0.02, 2 * pause_s)
+
+
+def _is_over(started: Future[dist.Work]) -> bool:
+    return started.done() and (started.exception() is not None or started.result().is_completed())
 
 
 def fill_buckets(tensors: NamedTensors, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -438,9 +452,11 @@ def _update(servers: _Servers, policy_version: int, in_flight: InFlight) -> Iter
         # Without aborting: by default this call would end every response in flight.
         servers.tell_quickly("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
         yield
-        servers.tell_quickly("/update_weight_version", {"new_version": str(policy_version), "abort_all_requests": False})
+        servers.tell_all("/update_weight_version", {"new_version": str(policy_version), "abort_all_requests": False})
         servers.check_versions(policy_version)
-        servers.hold(str(policy_version))
         servers.tell_quickly("/continue_generation", {})
+        servers.hold(str(policy_version))
     except ServerRefused as refused:
+        # Those that have taken the version already are paused as well: whoever asked them would wait in vain.
+        servers.try_to_tell("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
         raise WeightSyncFailed(f"policy version {policy_version}: no server took it: {refused}") from refused

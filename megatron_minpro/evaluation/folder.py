@@ -11,6 +11,7 @@ ATTEMPTS_FILE = "attempts.jsonl"  # one line per start: what was kept, what was 
 RESULTS_FILE = "results.json"
 TABLES_FOLDER = "tables"
 LOGS_FOLDER = "logs"
+RESCORING_FILE = "rescoring"  # there while new grades replace old ones: of which grader each file is, is not known then
 CONVERTED_FOLDER = "converted"  # the checkpoint in Hugging Face format, where it came in Megatron's
 
 
@@ -24,6 +25,12 @@ def responses_path(folder: Path, benchmark: str) -> Path:
 
 def grades_path(folder: Path, benchmark: str) -> Path:
     return folder / "grades" / f"{benchmark}.jsonl"
+
+
+def check_graded_alike(folder: Path) -> None:
+    """Raises ValueError when a rescore was killed between two of its files."""
+    if (folder / RESCORING_FILE).exists():
+        raise ValueError(f"{folder}: a rescore was killed while its grades replaced the old ones; expected --rescore to be run again first")
 
 
 @contextmanager

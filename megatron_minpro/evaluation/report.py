@@ -27,6 +27,7 @@ def read_counts(out: Path, *, announce: Callable[[str], None]) -> tuple[Evaluati
     settings = read_settings(out)
     if settings is None:
         raise ValueError(f"{out}: holds no evaluation")
+    places.check_graded_alike(out)
     counts = []
     missing: list[Incomplete] = []
     for name, benchmark in settings.benchmarks.items():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_minpro.atomic_files import write_atomically
 from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.endpoints import Wanted
 from megatron_minpro.evaluation.grade_file import GradeFile, GradingThread
@@ -32,6 +33,7 @@ def evaluate(plan: Plan, *, announce: Callable[[str], None]) -> dict[str, Any]:
     """
     request, out = plan.request, plan.request.out
     with places.ownership(out), ExitStack() as closing:
+        places.check_graded_alike(out)
         # Read again under the lock: another process may have finished meanwhile.
         kept = read_settings(out)
         settings = plan.settings if kept is None else merged(kept, plan.settings, folder=out)
@@ -94,9 +96,11 @@ def rescore(out: Path, *, grader: str | None, timeout_s: float | None, workers: 
                         progress.graded(done + len(file))
                     done += len(file)
                     file.close()
+            write_atomically(out / places.RESCORING_FILE, "")
             for name, path in fresh.items():
                 os.replace(path, places.grades_path(out, name))
             write_settings(out, replace(kept, grading=grading))
+            (out / places.RESCORING_FILE).unlink()
         finally:
             chosen.close()
     return write_report(out, announce=announce)

@@ -77,7 +77,7 @@ def test_pictures_events_and_checkpoints_are_there_and_nothing_is_half_written(f
         assert (run_dir / "plots" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
     assert (run_dir / "checkpoints/latest").read_text() == "step_000007"
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000006", "step_000007"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000004", "step_000006", "step_000007"]
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
 
 

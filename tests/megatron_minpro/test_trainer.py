@@ -348,6 +348,14 @@ def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint_of_the_last_st
     assert diary.driver.published == (0 if trouble == "no answer" else 3)
 
 
+def test_servers_that_fail_during_an_evaluation_cost_no_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
+    diary.driver.trouble = {3: RolloutFailed("no answer")}
+    with pytest.raises(trainer.ServersFailed, match="^no answer$"):
+        trainer.train(diary.run)
+    assert diary.lines[-3:] == [("evaluate", "step_000002", 0), ("save", 2), ("wait",)]
+
+
 def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch, stop_after=5)
     assert trainer.train(diary.run) is True

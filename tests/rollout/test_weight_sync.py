@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from rollout.broadcast_group import BroadcastGroup
 from rollout.checksums import check_equal
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed, fill_buckets
 
@@ -56,13 +57,15 @@ def test_buckets_are_filled_as_tensors_stream_by() -> None:
 class Stub:
     """A server's control endpoints: it reports its weight version and remembers what it was told.
 
-    answers: path -> what happens there ("refuse": HTTP 400, "hang": no answer for 30 s). Everything else is done at once.
+    answers: path -> what happens there ("refuse": HTTP 400, "hang": no answer for 30 s). refused_version: a version it does not take.
+    Everything else is done at once.
     """
 
     def __init__(self, **answers: str) -> None:
         self.version = "0"
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.answers = answers
+        self.refused_version = ""
         self.released = threading.Event()
         stub = self
 
@@ -76,7 +79,7 @@ class Stub:
                 stub.told.append((name, body))
                 if stub.answers.get(name) == "hang":
                     stub.released.wait(30)
-                if stub.answers.get(name) == "refuse":
+                if stub.answers.get(name) == "refuse" or (stub.refused_version and body.get("new_version") == stub.refused_version):
                     self.answer(400, {"success": False, "message": "group is taken"})
                     return
                 if name == "update_weight_version":
@@ -156,6 +159,32 @@ def test_a_void_publish_is_repeated_with_the_rest_and_the_next_version_tries_all
     bad.answers = {}
     assert sync.publish(2, iter(())) == (good.endpoint, bad.endpoint)
     assert (good.version, bad.version, sync.num_restarts) == ("2", "2", 0)
+
+
+def test_a_void_publish_leaves_no_paused_server_with_a_version_that_is_asked_for(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    good, bad = stub(), stub()
+    sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
+    sync.publish(1, iter(()))
+    bad.refused_version = "2"
+    with pytest.raises(WeightSyncFailed, match=f"{bad.endpoint}/update_weight_version"):
+        sync.publish(2, iter(()))
+    assert "unfinished update to 2" in good.version, "it is paused: asked for responses it would give none"
+    assert sync.publish(2, iter(())) == (good.endpoint,) and good.version == "2" and sync.num_restarts == 0
+
+
+def test_a_broadcast_that_does_not_begin_is_given_up_when_a_server_has_failed(
+    stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's first broadcast waits, without a time limit, until every server has begun it too."""
+    server = stub(update_weights_from_distributed="refuse")
+    forever = threading.Event()
+    monkeypatch.setattr(BroadcastGroup, "join", lambda group: None)
+    monkeypatch.setattr(BroadcastGroup, "broadcast", lambda group, tensor: forever.wait(60))
+    began = time.monotonic()
+    with pytest.raises(WeightSyncFailed, match="/update_weights_from_distributed: HTTP 400"):
+        CollectiveWeightSync([server.endpoint], timeout_s=50).publish(1, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]))
+    assert time.monotonic() - began < 30
+    forever.set()
 
 
 def test_a_server_that_dies_before_the_first_publish_is_checked_makes_it_void(stub: Callable[..., Stub], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_minpro.evaluation import folder as places
+from megatron_minpro.evaluation import run
 from megatron_minpro.evaluation.compare import compare_folders
 from megatron_minpro.evaluation.grade_file import read_grades
 from megatron_minpro.evaluation.problems import Problem, write_problems
@@ -123,6 +124,24 @@ def test_a_failing_rescore_leaves_the_old_grades(make_folder: Callable[..., Path
     with pytest.raises(ValueError, match="is not a response"):
         grade_again(out, grader="final_step")
     assert (places.grades_path(out, "set").read_bytes(), (out / "settings.json").read_bytes()) == before
+
+
+def test_a_rescore_killed_among_its_files_is_said_and_can_be_repeated(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make_folder("a")
+    grade_again(out)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_settings", killed)
+        grade_again(out, timeout_s=20.0)
+    with pytest.raises(ValueError, match="a: a rescore was killed while its grades replaced the old ones"):
+        compare_folders(out, out, announce=lambda text: None)
+    grade_again(out)
+    compare_folders(out, out, announce=lambda text: None)
 
 
 def test_an_interrupted_benchmark_is_left_out_aloud(make_folder: Callable[..., Path]) -> None:

@@ -1,0 +1,1 @@
+"""How a model's training scales with expert parallelism: predicted and measured rows, their table, plots and report."""
