@@ -165,6 +165,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
     write_progress(run_dir, Progress(phase="starting servers and ranks", global_step=0))
     pool = None
     ranks = None
+    supervisor = None
     try:
         if config.rollout.servers:
             pool = ServerPool.launch(
@@ -180,9 +181,12 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
             )
         endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
-        check_servers = supervise(config, pool, announce=console.log).check if pool is not None else lambda: None
-        _watch(ranks, console, check_servers, ctrl_c, run_dir, stop_gently=True)
+        if pool is not None:
+            supervisor = supervise(config, pool, announce=console.log)
+        _watch(ranks, console, lambda: None if supervisor is None else supervisor.check(), ctrl_c, run_dir, stop_gently=True)
     finally:
+        if supervisor is not None:
+            supervisor.close()
         if ranks is not None:
             ranks.terminate()
         if pool is not None:

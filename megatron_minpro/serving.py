@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from megatron_minpro.atomic_files import write_atomically
@@ -77,10 +78,10 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
             pool.wait_until_ready(rollout.start_timeout_s)
             write_atomically(path, json.dumps(pool.endpoints) + "\n")
             announce(f"ready: {' '.join(pool.endpoints)} (Ctrl-C ends them)")
-            supervisor = supervise(config, pool, announce=announce)
-            while True:
-                supervisor.check()
-                time.sleep(_CHECK_EVERY_S)
+            with closing(supervise(config, pool, announce=announce)) as supervisor:
+                while True:
+                    supervisor.check()
+                    time.sleep(_CHECK_EVERY_S)
         except _Stopped:
             announce("ending the servers")
         finally:

@@ -49,7 +49,10 @@ def call(endpoint: str, path: str, body: dict[str, Any] | None = None, *, key: s
         with urllib.request.build_opener(urllib.request.ProxyHandler({}), _KeepAlive).open(request, timeout=timeout_s) as response:
             text = response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
-        detail = error.read().decode(errors="replace")[:500]
+        try:
+            detail = error.read().decode(errors="replace")[:500]
+        except (OSError, http.client.HTTPException) as broken:  # it ended in the middle of saying so
+            detail = str(broken) or type(broken).__name__
         raise ServerRefused(f"{endpoint}{path}: HTTP {error.code}: {detail}", status=error.code) from error
     except (OSError, http.client.HTTPException) as error:  # the latter: a connection that ended in the middle of an answer
         raise ServerRefused(f"{endpoint}{path}: {str(error) or type(error).__name__}") from error

@@ -33,6 +33,7 @@ from torch import Tensor
 from rollout import sglang_control
 from rollout.background import in_background
 from rollout.broadcast_group import Backend, BroadcastGroup
+from rollout.buckets import fill_buckets
 from rollout.checksums import check_equal, expected_checksums, server_checksums, server_parameter, tensor_checksum
 from rollout.sglang_control import ServerRefused, control_key
 
@@ -423,23 +424,6 @@ class CollectiveWeightSync:
 
 def _is_over(started: Future[dist.Work]) -> bool:
     return started.done() and (started.exception() is not None or started.result().is_completed())
-
-
-def fill_buckets(tensors: NamedTensors, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Group streamed tensors into buckets of at most `bucket_bytes` (or one larger tensor). Deterministic.
-
-    Within a bucket, wider dtypes come first: laid out end to end, every tensor then starts at a multiple of its item size.
-    """
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield sorted(bucket, key=lambda item: -item[1].itemsize)
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield sorted(bucket, key=lambda item: -item[1].itemsize)
 
 
 @contextmanager

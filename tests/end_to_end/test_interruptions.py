@@ -68,23 +68,24 @@ def test_a_run_that_loses_all_servers_saves_its_last_step_and_continues_from_the
 ) -> None:
     run_dir = finished_run["dir"].parent / "lost_servers"
 
-    def serve() -> tuple[Command, list[str]]:
-        servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "servers"))
-        endpoints = tmp_path / "servers/endpoints.json"
-        return servers, json.loads(wait_for(lambda: endpoints.exists() and endpoints.read_text(), servers))
+    def endpoints_of(servers: Command, folder: str) -> list[str]:
+        endpoints = tmp_path / folder / "endpoints.json"
+        return json.loads(wait_for(lambda: endpoints.exists() and endpoints.read_text(), servers))
 
-    servers, endpoints = serve()
-    settings = [*short_run_settings, "name=lost_servers", "rollout.servers=0", "rollout.start_timeout_s=5", "checkpoint.every=100"]
+    servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "first"))
+    endpoints = endpoints_of(servers, "first")
+    settings = [*short_run_settings, "name=lost_servers", "rollout.servers=0", "rollout.start_timeout_s=3", "checkpoint.every=100"]
     command = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}")
-    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    wait_for(lambda: len(metrics_of(run_dir)) >= 2, command)
     servers.process.kill()
-    (tmp_path / "servers/endpoints.json").unlink()
+    # On another port: these start while the run still waits for the first ones.
+    servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "second"))
     code, _, err = command.wait()
     assert code == 1
-    assert f"no server answered within 5 s: {endpoints[0]}" in err and len(err.strip().splitlines()) == 1
+    assert f"no server answered within 3 s: {endpoints[0]}" in err and len(err.strip().splitlines()) == 1
     done = len(metrics_of(run_dir))
     assert done < 5 and (run_dir / "checkpoints/latest").read_text() == f"step_{done:06d}"
-    servers, endpoints = serve()
+    endpoints = endpoints_of(servers, "second")
     code, _, err = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}", "--resume", "must").wait()
     assert code == 0, err
     rows = metrics_of(run_dir)

@@ -351,7 +351,7 @@ def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint_of_the_last_st
 def test_servers_that_fail_during_an_evaluation_cost_no_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
     diary.driver.trouble = {3: RolloutFailed("no answer")}
-    with pytest.raises(trainer.ServersFailed, match="^no answer$"):
+    with pytest.raises(trainer.ServersFailed, match=r"^no answer$"):
         trainer.train(diary.run)
     assert diary.lines[-3:] == [("evaluate", "step_000002", 0), ("save", 2), ("wait",)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -17,8 +19,10 @@ import pytest
 import torch
 
 from rollout.broadcast_group import BroadcastGroup
+from rollout.buckets import fill_buckets
 from rollout.checksums import check_equal
-from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed, fill_buckets
+from rollout.sglang_control import ServerRefused, call
+from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,11 +182,12 @@ def test_a_broadcast_that_does_not_begin_is_given_up_when_a_server_has_failed(
     """NCCL's first broadcast waits, without a time limit, until every server has begun it too."""
     server = stub(update_weights_from_distributed="refuse")
     forever = threading.Event()
+    sync = CollectiveWeightSync([server.endpoint], bucket_bytes=4, timeout_s=50)
     monkeypatch.setattr(BroadcastGroup, "join", lambda group: None)
     monkeypatch.setattr(BroadcastGroup, "broadcast", lambda group, tensor: forever.wait(60))
     began = time.monotonic()
     with pytest.raises(WeightSyncFailed, match="/update_weights_from_distributed: HTTP 400"):
-        CollectiveWeightSync([server.endpoint], timeout_s=50).publish(1, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]))
+        sync.publish(1, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]))
     assert time.monotonic() - began < 30
     forever.set()
 
@@ -214,6 +219,21 @@ def test_a_server_with_other_weights_than_it_was_given_counts_as_restarted(stub:
     sync.publish(2, iter(()))
     sync.publish(3, iter(()))
     assert sync.num_restarts == 1 and [server.version for server in servers] == ["3", "3"]
+
+
+def test_an_error_that_breaks_off_in_the_middle_is_an_error_like_any_other() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 500 Error\r\nContent-Length: 100\r\n\r\nshort")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets the connection
+            connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(ServerRefused, match="/health: HTTP 500"):
+            call(f"http://127.0.0.1:{listener.getsockname()[1]}", "/health", key=None, timeout_s=10)
 
 
 def test_server_that_refuses_to_join_is_named_at_once_and_not_waited_for(refusing_server: str) -> None:
