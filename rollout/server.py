@@ -5,9 +5,11 @@ On the CPU a server is started through rollout/sglang_cpu.py, on CUDA through SG
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -30,6 +32,7 @@ from rollout.sglang_options import option_arguments
 Device = Literal["cpu", "cuda"]
 
 _ABORT_POLL_S = 0.2
+_FREE_PORTS = range(20_000, 32_000)
 _HUNG_DEADLINE_S = 2.0  # a server that is restarted has nothing left to do
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -250,15 +253,19 @@ def check_port_free(host: str, port: int) -> None:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """`count` different ports that nothing listens on. Another process may still take one before the server does."""
-    probes = [socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """`count` different ports that nothing listens on, drawn from below the kernel's ephemeral range.
+
+    Only another process that also wants one of these by number can take it before the server does: a port from the ephemeral range could
+    go to any connection or listener that is opened meanwhile. Raises RuntimeError when none is left.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
+        if len(found) == count:
+            return found
+        with contextlib.suppress(ValueError):
+            check_port_free(host, port)
+            found.append(port)
+    raise RuntimeError(f"{host}: fewer than {count} free ports among {_FREE_PORTS.start} to {_FREE_PORTS.stop - 1}")
 
 
 class ServerPool:

@@ -11,8 +11,8 @@ fail() {
 # Host names of the allocation, one per line.
 job_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
-# A port of this job's own: jobs on shared nodes, and quick requeues, do not collide.
-job_port() { echo $((20000 + SLURM_JOB_ID % 20000)); }
+# A port of this job's own, below the ephemeral range: jobs on shared nodes, and quick requeues, do not collide.
+job_port() { echo $((20000 + SLURM_JOB_ID % 10000)); }
 
 # join , a b c  ->  a,b,c
 join() {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +11,16 @@ from pathlib import Path
 import pytest
 
 from megatron_minpro.cluster_check import Membership
+from rollout.server import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_on(nodes: list[str], tmp_path: Path, *extra: str, peers: str, timeout_s: int = 30) -> dict[str, tuple[int, str]]:
     """`minpro doctor` once for each node, all on this machine. Exit code and what was said, by node."""
     run_dir = tmp_path / "run"
     run_dir.mkdir(exist_ok=True)
-    port = str(free_port())
+    port = str(free_ports("127.0.0.1", 1)[0])
     settings = [f"output_dir={tmp_path}", "name=run", f"model.path={tmp_path / 'model'}"]
     command = [sys.executable, "-m", "megatron_minpro.cli", "doctor", "configs/tiny_moe_cpu.yaml", *settings, "--peers", peers]
     command += ["--port", port, "--trainers", "2", "--timeout-s", str(timeout_s), *extra]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from rollout.server import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 # Off policy, packed, masked in the middle, lengths that no parallel size divides.
@@ -297,7 +297,7 @@ def launch_actors() -> Launch:
         [world_size] = {layout["world_size"] for layout, _ in jobs.values()}
         requests = [
             {"name": name, "port": port, "layout": layout, "runs": runs}
-            for (name, (layout, runs)), port in zip(jobs.items(), _free_ports(len(jobs)), strict=True)
+            for (name, (layout, runs)), port in zip(jobs.items(), free_ports("127.0.0.1", len(jobs)), strict=True)
         ]
         out.mkdir(exist_ok=True)
         (out / "requests.json").write_text(json.dumps(requests))
@@ -310,17 +310,6 @@ def launch_actors() -> Launch:
         return {name: {run: _read_result(out / name / run) for run in runs} for name, (_, runs) in jobs.items()}
 
     return launch
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below the range that the system hands out by itself, so that no connection takes one before its turn comes."""
-    found: set[int] = set()
-    while len(found) < count:
-        with socket.socket() as probe:
-            port = random.randrange(20000, 32000)
-            if probe.connect_ex(("127.0.0.1", port)) != 0:  # nobody listens
-                found.add(port)
-    return sorted(found)
 
 
 def _read_result(folder: Path) -> RunResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.megatron_weights import MegatronWeights
+from rollout.server import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     hf_to_megatron(source, folder / "converted", workers=2)
     layouts = {name: layout for name, layout in LAYOUTS.items() if request.param == "moe" or "ep" not in layout}
     asked = {"fixture": str(source), "converted": str(folder / "converted"), "out": str(folder), "layouts": layouts, "padded": "tp2"}
-    run_two_ranks(asked | {"ports": free_ports(len(layouts))})
+    run_two_ranks(asked | {"ports": free_ports("127.0.0.1", len(layouts))})
     return {
         "folder": folder,
         "source": source,
@@ -78,14 +78,6 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "layouts": list(layouts),
         "results": {name: load_file(folder / f"{name}.safetensors") for name in layouts},
     }
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def run_two_ranks(request: dict[str, Any]) -> None:

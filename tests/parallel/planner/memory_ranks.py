@@ -8,7 +8,6 @@ Imports once; the ranks of every case are forked from this process. OUT.json hol
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.optimizer import OptimizerSettings, inner_optimizers
 from parallel.packing import TokenSequence
+from rollout.server import free_ports
 
 CHUNK_TOKENS = 64
 
@@ -120,17 +120,11 @@ def rank_main(rank: int, port: int, case: dict, folder: str) -> None:
     Path(folder, str(rank)).write_text(json.dumps(measure(case)))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def main() -> None:
     cases, results = json.loads(sys.argv[2]), {}
     context = multiprocessing.get_context("fork")
     for case in cases:
-        port, size = free_port(), case["layout"]["world_size"]
+        port, size = free_ports("127.0.0.1", 1)[0], case["layout"]["world_size"]
         with tempfile.TemporaryDirectory() as folder:
             ranks = [context.Process(target=rank_main, args=(rank, port, case, folder)) for rank in range(size)]
             for process in ranks:
