@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_minpro import base_model, launcher
@@ -112,6 +113,10 @@ class Jobs:
     def output(self, name: str) -> str:
         path = self.folder / f"{name}.out"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    def processes_on(self, index: int, words: str) -> list[psutil.Process]:
+        """Those on one node whose command line holds `words`."""
+        return [process for pid in self.cluster.pids_on(index) if words in " ".join((process := psutil.Process(pid)).cmdline())]
 
     def wait_for_steps(self, name: str, job_id: int, steps: int) -> None:
         """Until the run has that many global steps behind it. Fails when the job ends first."""

@@ -8,7 +8,6 @@ import re
 import stat
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.end_to_end.conftest import without_times
@@ -41,12 +40,19 @@ def test_the_time_limit_makes_it_save_requeue_and_continue_to_the_same_numbers(j
     job_id = jobs.submit("limited")
     jobs.wait_for_steps("limited", job_id, 3)
     minutes = int(jobs.cluster.job(job_id).fields["RunTime"].split(":")[1])
-    # The limit comes near: less than --signal's half hour is left, so Slurm sends USR1 when it next looks.
+    # The limit comes near: less than --signal's half hour is left, so Slurm sends USR1 when it next looks, within half a minute. The
+    # ranks stand still meanwhile: on a fast machine the run would be over by then.
+    ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.worker")]
+    for rank in ranks:
+        rank.suspend()
     jobs.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
+    jobs.cluster.until(lambda: "USR1: time is nearly up" in jobs.output("limited"), "USR1", timeout_s=60)
+    for rank in ranks:
+        rank.resume()
     jobs.cluster.until(lambda: jobs.cluster.job(job_id).restarts == 1, "the requeue", timeout_s=120)
     jobs.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-0")  # the next attempt has a day again
     output = jobs.output("limited")
-    assert "USR1: time is nearly up" in output and "stopped with a checkpoint; requeued" in output
+    assert "stopped with a checkpoint; requeued" in output
     saved = int((jobs.run_dir("limited") / "checkpoints/latest").read_text().removeprefix("step_"))
     assert saved == len(jobs.metrics("limited"))  # nothing was done after the checkpoint
     jobs.finish("limited", job_id)
@@ -72,9 +78,7 @@ def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(jobs: Jobs, undist
 def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     job_id = jobs.submit("server_killed")
     jobs.wait_for_steps("server_killed", job_id, 3)
-    servers = [psutil.Process(pid) for pid in jobs.cluster.pids_on(3)]
-    servers = [process for process in servers if "rollout.sglang_cpu" in " ".join(process.cmdline())]
-    min(servers, key=lambda process: process.create_time()).kill()
+    min(jobs.processes_on(3, "rollout.sglang_cpu"), key=lambda process: process.create_time()).kill()
     assert jobs.finish("server_killed", job_id).restarts == 0
     assert without_times(jobs.metrics("server_killed")) == without_times(undisturbed)
 
