@@ -6,11 +6,11 @@ python convert_process.py hf-to-megatron SRC DST ...
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 
 import torch.distributed.checkpoint.filesystem  # noqa: F401 - two seconds, whatever the size of the model
+from rows import resident_bytes
 
 from megatron_minpro import cli
 
@@ -21,7 +21,7 @@ def main() -> None:
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if code:
         sys.exit(code)
-    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_bytes = resident_bytes("VmHWM")
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
+from rows import resident_bytes
 from torch import Tensor
 
 from parallel.logprobs import token_logprobs
@@ -33,12 +33,6 @@ def measure(way: str, tokens: int, hidden_size: int, vocab_size: int) -> dict[st
     before, start = resident_bytes("VmRSS"), time.perf_counter()
     {"chunked": chunked, "straightforward": straightforward}[way](hidden, weight, labels).sum().backward()
     return {"seconds": time.perf_counter() - start, "bytes": resident_bytes("VmHWM") - before}
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS: now; VmHWM: the most so far. Not getrusage, whose maximum a child inherits from a larger parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import resident_bytes
 
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.mapping import parameters
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     start = time.perf_counter()
     bridge.load_weights([model], str(folder))
     seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident_bytes("VmHWM")
     print(json.dumps({"version": mbridge.__version__, "seconds": seconds, "peak_bytes": peak}))
     process_groups.shut_down()
 

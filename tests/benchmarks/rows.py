@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +68,9 @@ def table(rows: list[Row]) -> str:
 
 def _cell(number: float | None, format_spec: str) -> str:
     return "" if number is None else format(number, format_spec)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS: now; VmHWM: the most so far. Not getrusage, whose maximum a child inherits from a larger parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
