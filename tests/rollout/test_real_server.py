@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,21 +20,10 @@ from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.server import ServerPool, ServerSettings
 from rollout.sglang_control import ServerRefused, weight_version
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+from tests.rollout import model_reference as reference
+from tests.rollout.conftest import make_model
 
 pytestmark = pytest.mark.servers
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"rollout_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _load("model_reference")
-make_model = _load("conftest").make_model
 
 REQUESTS = [GenerationRequest(request_id=f"prompt{i}", prompt_token_ids=tuple(range(3 + i, 9 + 2 * i))) for i in range(5)]
 

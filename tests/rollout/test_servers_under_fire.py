@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -28,20 +25,9 @@ from rollout.server import ServerDied, ServerPool, ServerSettings
 from rollout.sglang_control import weight_version
 from rollout.supervisor import Supervisor
 from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+from tests.rollout import model_reference as reference
 
 pytestmark = pytest.mark.servers
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fire_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _load("model_reference")
 
 REQUESTS = [GenerationRequest(request_id=f"prompt{i}", prompt_token_ids=tuple(range(3 + i, 9 + 2 * i))) for i in range(6)]
 LONG = SamplingParams(max_new_tokens=120, temperature=1.0, top_p=1.0, top_k=-1, stop_token_ids=(), seed=7)
