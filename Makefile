@@ -66,7 +66,7 @@ bench-gpu: $(TRAINER) ## measure on a CUDA device: parity, scan, log-probs, acto
 	.venv/bin/python tests/benchmarks/gpu.py --out runs/benchmarks $(ARGS)
 
 plan-report: $(TRAINER) ## the planner's predictions beside published steps: errors and a parity plot in runs/plan_report
-	.venv/bin/python -m parallel.planner.report runs/plan_report
+	.venv/bin/python -m parallel.planner.accuracy runs/plan_report
 
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -15,7 +15,11 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from megatron_minpro import convert_command, doctor_command, evaluate_command, plan_command, scale_command
+from megatron_minpro.commands import convert as convert_command
+from megatron_minpro.commands import doctor as doctor_command
+from megatron_minpro.commands import evaluate as evaluate_command
+from megatron_minpro.commands import plan as plan_command
+from megatron_minpro.commands import scale as scale_command
 
 app = typer.Typer(
     name="minpro",
@@ -77,7 +81,7 @@ def train(
             raise ValueError("--slurm: expected --dry-run beside it; the job itself is started by the sbatch command that it prints")
         from rich.console import Console
 
-        from megatron_minpro import slurm_plan
+        from megatron_minpro.cluster import slurm as slurm_plan
 
         command, shown = slurm_plan.describe(config, overrides or [], run_config, hardware=hardware, gpus_per_node=gpus_per_node)
         typer.echo(command)
@@ -86,11 +90,11 @@ def train(
     if dry_run:
         from rich.console import Console
 
-        from megatron_minpro.dry_run import describe
+        from megatron_minpro.run.dry_run import describe
 
         Console(highlight=False).print(describe(run_config))
         return
-    from megatron_minpro import launcher
+    from megatron_minpro.run import launcher
 
     try:
         launcher.run(run_config, resume=resume.value)
@@ -121,7 +125,7 @@ def serve(
     from megatron_minpro.config import load_config
 
     run_config = load_config(config, overrides or [])
-    from megatron_minpro import serving
+    from megatron_minpro.run import serving
 
     serving.serve(run_config, folder=run_config.run_dir / "servers" if folder is None else folder, announce=typer.echo)
 

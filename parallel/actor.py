@@ -20,6 +20,7 @@ from checkpoints_convert.mapping import Architecture
 from parallel import actor_checkpoint
 from parallel.capabilities import Capabilities
 from parallel.finite import FiniteWatch
+from parallel.layers.router import check_router_options
 from parallel.layout import ParallelLayout
 from parallel.logprobs import token_logprobs
 from parallel.mcore import (
@@ -42,7 +43,6 @@ from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, sett
 from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
-from parallel.router import check_router_options
 from parallel.sequence_shard import SequenceShard
 from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
 

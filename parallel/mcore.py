@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel import megatron_cpu  # isort: skip  (must come before any megatron.core import)
+from parallel.cpu import megatron_cpu  # isort: skip  (must come before any megatron.core import)
 
 from megatron.core import __version__ as version
 from megatron.core import dist_checkpointing, parallel_state
@@ -38,7 +38,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 if megatron_cpu.INSTALLED:
-    from parallel import gloo_collectives
+    from parallel.cpu import gloo_collectives
 
     gloo_collectives.install()
 

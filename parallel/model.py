@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints_convert.mapping import Architecture
-from parallel.attention import PackedAttention
 from parallel.capabilities import Capabilities
-from parallel.experts import PackedExperts
+from parallel.layers.attention import PackedAttention
+from parallel.layers.experts import PackedExperts
+from parallel.layers.norm import RMSNorm
+from parallel.layers.router import SequenceBalancedRouter, check_router_options, follow_packing
 from parallel.layout import ParallelLayout
 from parallel.mcore import (
     ColumnParallelLinear,
@@ -36,8 +38,6 @@ from parallel.mcore import (
     get_num_layers_to_build,
     parallel_state,
 )
-from parallel.norm import RMSNorm
-from parallel.router import SequenceBalancedRouter, check_router_options, follow_packing
 
 # What Qwen3 does not have. Some of it this project's plug-ins would leave out without a word, all of it would be another model.
 ABSENT_FROM_QWEN3: Mapping[str, Any] = {

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints_convert.mapping import Architecture
-from parallel.attention import ShardedPackedSeqParams
+from parallel.layers.attention import ShardedPackedSeqParams
 from parallel.layout import ParallelLayout
 from parallel.sequence_shard import SequenceShard
 

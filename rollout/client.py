@@ -22,8 +22,8 @@ import httpx
 
 from rollout.gate import Gate, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
-from rollout.sglang_control import KEEPALIVE
-from rollout.sglang_generate import read_generation, request_body, sample_seed
+from rollout.sglang.control import KEEPALIVE
+from rollout.sglang.generate import read_generation, request_body, sample_seed
 
 __all__ = ["RETRIED_STATUS", "GenerationClient", "RolloutFailed", "WeightsMissing", "run_all", "sample_seed"]
 

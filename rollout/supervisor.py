@@ -13,9 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from rollout import sglang_control
 from rollout.background import in_background
-from rollout.server import ServerDied, ServerPool
+from rollout.sglang import control as sglang_control
+from rollout.sglang.server import ServerDied, ServerPool
 
 _PROBE_EVERY_S = 1.0
 _PROBE_TIMEOUT_S = 2.0

@@ -46,26 +46,26 @@ class ObjectiveConfig(Choice):
 
 
 class RewardConfig(Choice):
-    """How a response is judged. The names and options are those of megatron_minpro.rewards.make_reward."""
+    """How a response is judged. The names and options are those of megatron_minpro.rewards.reward.make_reward."""
 
     name: str = Field(description="of the reward, or package.module:function")
 
     @model_validator(mode="after")
     def _is_known(self) -> RewardConfig:
-        from megatron_minpro.rewards import make_reward
+        from megatron_minpro.rewards.reward import make_reward
 
         make_reward(self.name, **self.options).close()
         return self
 
 
 class AdvantagesConfig(Choice):
-    """How rewards become advantages. The estimators and options are those of megatron_minpro.advantages.make_advantages."""
+    """How rewards become advantages. The estimators and options are those of megatron_minpro.objectives.advantages.make_advantages."""
 
     estimator: str = Field(description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; and others")
 
     @model_validator(mode="after")
     def _is_known(self) -> AdvantagesConfig:
-        from megatron_minpro.advantages import make_advantages
+        from megatron_minpro.objectives.advantages import make_advantages
 
         make_advantages(self.estimator, **self.options)
         return self
@@ -84,7 +84,7 @@ class WarmUpConfig(Section):
 
     @model_validator(mode="after")
     def _noise_is_known(self) -> WarmUpConfig:
-        from megatron_minpro.arithmetic_chains import WorkedExampleNoise
+        from megatron_minpro.tasks.arithmetic_chains.chains import WorkedExampleNoise
 
         known = [field.name for field in dataclasses.fields(WorkedExampleNoise)]
         for key in self.noise:
@@ -103,7 +103,7 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    """Where prompts come from and how a row becomes a prompt; the keys are the arguments of megatron_minpro.prompt_sources.load_prompts."""
+    """Where prompts come from and how a row becomes a prompt; the keys are the arguments of megatron_minpro.data.sources.load_prompts."""
 
     source: str = Field(min_length=1, description="a generator's name, the path of a .jsonl or .parquet file, or a Hugging Face dataset")
     max_prompt_tokens: int = Field(ge=1, description="longer prompts (after the chat template) are dropped and counted")
@@ -118,7 +118,7 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> PromptsConfig:
-        from megatron_minpro.prompt_sources import ANSWER_FORMATS, PRESETS, WRAPPERS
+        from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS, WRAPPERS
 
         for key, value, known in (("preset", self.preset, PRESETS), ("answer_format", self.answer_format, ANSWER_FORMATS)):
             if value is not None and value not in known:
@@ -161,7 +161,7 @@ class RejectionConfig(Section):
 
 
 class CorrectionsConfig(Section):
-    """For the difference between server and trainer log-probs of the same weights; they compose (see megatron_minpro.corrections)."""
+    """For the difference between server and trainer log-probs of the same weights; they compose (objectives/corrections.py)."""
 
     truncated_is: TruncatedIsConfig | None = Field(default=None, description="null: off")
     masked_is: MaskedIsConfig | None = Field(default=None, description="null: off")
@@ -209,7 +209,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RolloutConfig:
-        from rollout.server import is_loopback
+        from rollout.sglang.server import is_loopback
 
         if self.top_p != 1.0:
             raise ValueError(f"top_p = {self.top_p}: expected 1.0, a truncated distribution is not the policy that is trained")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.nearest import nearest
-from megatron_minpro.prompt_sources import ANSWER_FORMATS, PRESETS
+from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
+from megatron_minpro.registry import nearest
 
 _MANY, _FEW = 128, 2  # samples per problem of small and of large sets, as the paper (arXiv:2601.22718)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.checkpoint_location import CheckpointLocation, locate_checkpoint
 from checkpoints_convert.hf_config import read_config
-from megatron_minpro.checkpoint_location import CheckpointLocation, locate_checkpoint
 
 _CONVERSION_THREADS = 4
 _SAY_EVERY_S = 10.0

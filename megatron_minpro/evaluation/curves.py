@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from megatron_minpro import plots
+from megatron_minpro.evaluation.pass_at_k import PassAtK
 from megatron_minpro.evaluation.scores import Counts, pass_at_k_table
-from megatron_minpro.pass_at_k import PassAtK
+from megatron_minpro.report import plots
 
 
 def plot_curves(path: Path, runs: Mapping[str, Sequence[Counts]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import httpx
 
 from megatron_minpro.evaluation.responses import Response
-from megatron_minpro.sampler import graded_tokens
+from megatron_minpro.loop.sampler import graded_tokens
 from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, run_all, sample_seed
 from rollout.records import Generation, GenerationRequest, SamplingParams
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_minpro.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.data.prompts import Prompt
 from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Response
-from megatron_minpro.grader_pool import GraderPool, Verdict
-from megatron_minpro.prompts import Prompt
-from megatron_minpro.rewards import Reward, make_reward
+from megatron_minpro.rewards.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
+from megatron_minpro.rewards.reward import Reward, make_reward
 
 _REMEMBERED_PAIRS = 50_000
 

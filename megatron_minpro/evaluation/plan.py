@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.checkpoint_location import CheckpointLocation
+from checkpoints_convert.checkpoint_location import CheckpointLocation
+from checkpoints_convert.policy_folder import load_tokenizer
+from megatron_minpro.data.prompts import encode_prompts
+from megatron_minpro.data.sources import WRAPPERS
 from megatron_minpro.evaluation.benchmarks import Benchmark
 from megatron_minpro.evaluation.checkpoint import find_checkpoint, largest_length
 from megatron_minpro.evaluation.endpoints import Api
@@ -23,9 +26,6 @@ from megatron_minpro.evaluation.settings import (
     read_settings,
     weights_digest,
 )
-from megatron_minpro.policy_folder import load_tokenizer
-from megatron_minpro.prompt_sources import WRAPPERS
-from megatron_minpro.prompts import encode_prompts
 from rollout.records import SamplingParams
 
 BARE = "bare"  # a style without a wrapper: the question alone, for models that were trained so

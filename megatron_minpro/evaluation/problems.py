@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_minpro.answers import Tolerance
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.data.sources import ANSWER_FORMATS, field_text, read_field, read_rows
 from megatron_minpro.evaluation.benchmarks import Benchmark, locate
-from megatron_minpro.prompt_sources import ANSWER_FORMATS, field_text, read_field, read_rows
+from megatron_minpro.rewards.answers import Tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

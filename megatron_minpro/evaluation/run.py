@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.endpoints import Wanted
 from megatron_minpro.evaluation.grade_file import GradeFile, GradingThread
@@ -19,8 +19,8 @@ from megatron_minpro.evaluation.json_lines import JsonLines
 from megatron_minpro.evaluation.plan import Plan, wrapped
 from megatron_minpro.evaluation.problems import Problem, load_problems, write_problems
 from megatron_minpro.evaluation.progress import EvaluationProgress
-from megatron_minpro.evaluation.report import write_report
 from megatron_minpro.evaluation.responses import Response, ResponseStore
+from megatron_minpro.evaluation.results import write_report
 from megatron_minpro.evaluation.settings import SETTINGS_FILE, GradingSettings, merged, read_settings, write_settings
 from megatron_minpro.evaluation.sources import open_source
 

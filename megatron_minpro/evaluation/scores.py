@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_minpro.evaluation.grade_file import read_grades
-from megatron_minpro.evaluation.problems import Problem
-from megatron_minpro.evaluation.responses import read_responses
-from megatron_minpro.pass_at_k import (
+from megatron_minpro.evaluation.pass_at_k import (
     Estimator,
     PassAtK,
     bootstrap_means,
@@ -21,6 +19,8 @@ from megatron_minpro.pass_at_k import (
     pass_at_k_values,
     percentile_interval,
 )
+from megatron_minpro.evaluation.problems import Problem
+from megatron_minpro.evaluation.responses import read_responses
 
 ESTIMATORS: tuple[Estimator, ...] = ("unbiased", "bootstrap")
 CONFIDENCE, NUM_RESAMPLES, SEED = 0.95, 10_000, 0

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
 
 SETTINGS_FILE = "settings.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".distcp", ".metadata", ".bin", ".pt")

@@ -13,14 +13,14 @@ from megatron_minpro.evaluation.endpoints import NativeSource, OpenAISource, Sam
 from megatron_minpro.evaluation.plan import Plan, Serving
 from parallel.capabilities import detect
 from rollout.client import GenerationClient
-from rollout.server import ServerPool, ServerSettings, read_key
+from rollout.sglang.server import ServerPool, ServerSettings, read_key
 
 
 @contextmanager
 def open_source(plan: Plan, *, announce: Callable[[str], None]) -> Iterator[SampleSource]:
     """Where samples come from while the block lasts; servers of our own end with it.
 
-    Raises ValueError for settings that cannot be used, rollout.server.ServerDied when a server does not start.
+    Raises ValueError for settings that cannot be used, rollout.sglang.server.ServerDied when a server does not start.
     """
     serving = plan.request.serving
     api_key = None if serving.api_key_path is None else read_key(serving.api_key_path, name="--api-key-file")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.evaluation.grading import Disagreement
 from megatron_minpro.evaluation.scores import Average, Counts, pass_at_k_table
 

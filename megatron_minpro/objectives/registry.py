@@ -9,7 +9,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from megatron_minpro.nearest import nearest
 from megatron_minpro.objectives.base import Objective, ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.cispo import cispo, scaled_cispo
 from megatron_minpro.objectives.ctpo import ctpo
@@ -21,6 +20,7 @@ from megatron_minpro.objectives.prefix_filter import prefix_filter, prefix_filte
 from megatron_minpro.objectives.prefix_ratio import prefix_ratio
 from megatron_minpro.objectives.reinforce import reinforce
 from megatron_minpro.objectives.topr import topr
+from megatron_minpro.registry import nearest
 from parallel.sequence_shard import SequenceShard
 
 OBJECTIVES: Mapping[str, Callable[..., ObjectiveOutput]] = MappingProxyType(

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro import base_model
 from megatron_minpro.config import RunConfig
+from megatron_minpro.run import base_model
 from megatron_minpro.scaling.rows import Row, measured
 from megatron_minpro.scaling.study import Case
 from parallel.capabilities import Capabilities
@@ -132,6 +132,6 @@ def _start(name: str, request: Mapping[str, Any], folder: Path, model: Path, res
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens on an address that others can reach
     else:
         command += [f"--nnodes={needed}", f"--node-rank={nodes.rank}", f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
-    command += ["-m", "megatron_minpro.scaling.worker", str(folder), json.dumps(request), str(model), str(result)]
+    command += ["-m", "megatron_minpro.scaling.measure_rank", str(folder), json.dumps(request), str(model), str(result)]
     log = folder / "logs" / (f"{name}.log" if needed == 1 else f"{name}_node{nodes.rank}.log")
     return spawn(command, log_path=log, env=environment, name=f"ranks of {name}")

@@ -9,9 +9,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_minpro.plots import COLOURS, STYLE, save
-from megatron_minpro.scaling.report import efficiency, memory_of, pairs, series
+from megatron_minpro.report.plots import COLOURS, STYLE, save
 from megatron_minpro.scaling.rows import Row
+from megatron_minpro.scaling.tables import efficiency, memory_of, pairs, series
 from parallel.planner.hardware import Hardware
 
 _KINDS = (("measured", "-"), ("predicted", "--"))

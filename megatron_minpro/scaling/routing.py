@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro.config import RunConfig
-from megatron_minpro.policy_folder import load_tokenizer
-from megatron_minpro.prompt_sources import load_prompts
-from megatron_minpro.prompts import encode_prompts
+from megatron_minpro.data.prompts import encode_prompts
+from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.scaling.study import Case
 from parallel.expert_load import RoutedTokens, load_of
 from parallel.layout import ParallelLayout

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.scaling.study import Case, Settings
 from parallel.capabilities import Capabilities
 from parallel.planner.hardware import Hardware

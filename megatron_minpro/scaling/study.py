@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_minpro.atomic_files import write_atomically
+from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config, flatten_differences, load_config
 from parallel.layout import ParallelLayout
 from parallel.planner.shape import ModelShape

@@ -15,12 +15,12 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.mapping import Architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
+from megatron_minpro.loop.trainer import make_loss_function
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.trainer import make_loss_function
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import Capabilities, detect
-from parallel.experts import Product, grouped_linear, loop_linear
+from parallel.layers.experts import Product, grouped_linear, loop_linear
 from parallel.layout import ParallelLayout
 from parallel.optimizer import OptimizerSettings
 from parallel.packing import TokenSequence

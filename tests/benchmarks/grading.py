@@ -9,7 +9,7 @@ from pathlib import Path
 from math_verify import parse, verify
 from rows import Row, median_seconds
 
-from megatron_minpro.grader_pool import GraderPool
+from megatron_minpro.rewards.grader_pool import GraderPool
 
 # (label, answer) as the benchmarks have them: integers, fractions, roots, intervals, tuples, polynomials, text. N is another number in
 # each round, for sympy remembers what it has computed.

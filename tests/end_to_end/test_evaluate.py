@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from megatron_minpro.arithmetic_chains import ArithmeticChains
-from megatron_minpro.policy_folder import load_tokenizer
-from rollout.server import ServerPool, ServerSettings
+from checkpoints_convert.policy_folder import load_tokenizer
+from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
+from rollout.sglang.server import ServerPool, ServerSettings
 from tests.end_to_end.conftest import Command, wait_for
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]

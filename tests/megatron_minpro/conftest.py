@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_minpro.samples import STREAMS, RolloutBatch, Sample
+from megatron_minpro.batch.sample import STREAMS, RolloutBatch, Sample
 
 
 def content(batches: Sequence[RolloutBatch]) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-import megatron_minpro
+import megatron_minpro.run
 from megatron_minpro import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ class Launcher(ModuleType):
     """Stands in for the launcher, the border to processes: remembers what it was asked."""
 
     def __init__(self, failure: BaseException | None = None) -> None:
-        super().__init__("megatron_minpro.launcher")
+        super().__init__("megatron_minpro.run.launcher")
         self.calls: list[tuple[str, Any, Any]] = []
         self.failure = failure
 
@@ -41,9 +41,10 @@ def use_launcher(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(REPOSITORY)
 
     def use(launcher: Launcher) -> Launcher:
-        monkeypatch.setitem(sys.modules, "megatron_minpro.launcher", launcher)
-        monkeypatch.setitem(sys.modules, "megatron_minpro.dry_run", launcher)
-        monkeypatch.setattr(megatron_minpro, "launcher", launcher, raising=False)
+        monkeypatch.setitem(sys.modules, "megatron_minpro.run.launcher", launcher)
+        monkeypatch.setitem(sys.modules, "megatron_minpro.run.dry_run", launcher)
+        monkeypatch.setattr(megatron_minpro.run, "launcher", launcher, raising=False)
+        monkeypatch.setattr(megatron_minpro.run, "dry_run", launcher, raising=False)
         return launcher
 
     return use

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_config import DTYPES, read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
+from megatron_minpro.loop.trainer import make_loss_function
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.trainer import make_loss_function
 from parallel import actor as actor_module
 from parallel import process_groups
 from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollout.server import free_ports
+from rollout.sglang.server import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 # Off policy, packed, masked in the middle, lengths that no parallel size divides.

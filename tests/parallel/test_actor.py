@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.attention import length_classes
+from parallel.layers.attention import length_classes
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the first test of a world size runs all of its layouts
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.megatron_weights import MegatronWeights
-from rollout.server import free_ports
+from rollout.sglang.server import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {

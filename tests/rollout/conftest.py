@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from rollout.server import ServerPool, ServerSettings
+from rollout.sglang.server import ServerPool, ServerSettings
 
 VOCAB_SIZE = 40
 EOS = 1

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
-from rollout.checksums import check_equal, expected_checksums
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
-from rollout.server import ServerDied, ServerPool, ServerSettings
-from rollout.sglang_control import weight_version
+from rollout.sglang.control import weight_version
+from rollout.sglang.server import ServerDied, ServerPool, ServerSettings
 from rollout.supervisor import Supervisor
-from rollout.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+from rollout.weights.checksums import check_equal, expected_checksums
+from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
 
 pytestmark = pytest.mark.servers

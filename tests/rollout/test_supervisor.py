@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.server import RESTARTED_VERSION, ServerDied, ServerPool, ServerSettings
+from rollout.sglang.server import RESTARTED_VERSION, ServerDied, ServerPool, ServerSettings
 from rollout.supervisor import Supervisor
 
 # Ready at once, and healthy; with a file `port.cursed` beside the script it dies at its start.

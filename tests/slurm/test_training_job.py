@@ -42,7 +42,7 @@ def test_the_time_limit_makes_it_save_requeue_and_continue_to_the_same_numbers(j
     minutes = int(jobs.cluster.job(job_id).fields["RunTime"].split(":")[1])
     # The limit comes near: less than --signal's half hour is left, so Slurm sends USR1 when it next looks, within half a minute. The
     # ranks stand still meanwhile: on a fast machine the run would be over by then.
-    ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.worker")]
+    ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.run.worker")]
     for rank in ranks:
         rank.suspend()
     jobs.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
@@ -78,7 +78,7 @@ def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(jobs: Jobs, undist
 def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     job_id = jobs.submit("server_killed")
     jobs.wait_for_steps("server_killed", job_id, 3)
-    min(jobs.processes_on(3, "rollout.sglang_cpu"), key=lambda process: process.create_time()).kill()
+    min(jobs.processes_on(3, "rollout.sglang.cpu.serve"), key=lambda process: process.create_time()).kill()
     assert jobs.finish("server_killed", job_id).restarts == 0
     assert without_times(jobs.metrics("server_killed")) == without_times(undisturbed)
 
@@ -135,7 +135,7 @@ def test_a_job_that_cannot_work_ends_at_once_and_says_why(
 
 def test_a_dead_node_is_named_by_the_others(jobs: Jobs, cluster: SlurmCluster) -> None:
     """One of three nodes never runs the check: the first names it, and the second is told."""
-    from megatron_minpro.cluster_check import read_reports
+    from megatron_minpro.cluster.cluster_check import read_reports
 
     config = jobs.folder / "undisturbed/config.yaml"
     command = f".venv/bin/minpro doctor {config} --peers n0,n1,n2 --trainers 2 --gpus 0 --port 23456 --timeout-s 12"

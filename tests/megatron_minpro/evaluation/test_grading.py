@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_minpro.answers import Tolerance
 from megatron_minpro.evaluation.benchmarks import BENCHMARKS
 from megatron_minpro.evaluation.grade_file import GradeFile, GradingThread, read_grades
 from megatron_minpro.evaluation.grading import Disagreement, Grade, MathGrader, RewardGrader, disagreements
 from megatron_minpro.evaluation.problems import Problem, read_problems
 from megatron_minpro.evaluation.responses import Response, ResponseStore
-from megatron_minpro.rewards import make_reward
+from megatron_minpro.rewards.answers import Tolerance
+from megatron_minpro.rewards.reward import make_reward
 
 HANGS = "9^{9^{9^{9}}}"  # sympy would work it out
 

@@ -15,8 +15,8 @@ from megatron_minpro.evaluation import run
 from megatron_minpro.evaluation.compare import compare_folders
 from megatron_minpro.evaluation.grade_file import read_grades
 from megatron_minpro.evaluation.problems import Problem, write_problems
-from megatron_minpro.evaluation.report import read_counts
 from megatron_minpro.evaluation.responses import Response
+from megatron_minpro.evaluation.results import read_counts
 from megatron_minpro.evaluation.run import rescore
 from megatron_minpro.evaluation.settings import (
     BenchmarkSettings,

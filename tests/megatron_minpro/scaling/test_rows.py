@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_minpro.scaling.report import efficiency, series, write_report
+from megatron_minpro.scaling.measure_rank import failure, summarize
 from megatron_minpro.scaling.rows import Row, describe, measured, read_row, rows_of, waiting_share, write_row, write_tables
 from megatron_minpro.scaling.study import Case, Settings
-from megatron_minpro.scaling.worker import failure, summarize
+from megatron_minpro.scaling.tables import efficiency, series, write_report
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import hardware_of_device, read_hardware

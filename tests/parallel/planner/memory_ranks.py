@@ -23,7 +23,7 @@ from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.optimizer import OptimizerSettings, inner_optimizers
 from parallel.packing import TokenSequence
-from rollout.server import free_ports
+from rollout.sglang.server import free_ports
 
 CHUNK_TOKENS = 64
 

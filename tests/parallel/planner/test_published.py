@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from parallel.planner.accuracy import errors, memory_errors
 from parallel.planner.fit import fit
 from parallel.planner.published import Row, read_rows
-from parallel.planner.report import errors, memory_errors
 
 ROWS = read_rows()
 

@@ -1,0 +1,80 @@
+"""A batch as a few tensors and one small record: how it goes into a checkpoint and from rank 0 to all ranks.
+
+The per-token streams of all samples are joined end to end, one tensor per stream, so that nothing is kept or sent as Python numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_minpro.batch.sample import STREAMS, RolloutBatch, Sample
+
+_SCALARS = tuple(field.name for field in fields(Sample) if field.name not in STREAMS)
+
+
+def pack(batch: RolloutBatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record (JSON's types) and the joined streams: token_ids int32 [all tokens], the others fp32 [all response tokens].
+
+    A stream that the batch does not have yet, or not at all, is absent. Raises ValueError naming a sample that has one which others lack.
+    """
+    present = [name for name in STREAMS if getattr(batch.samples[0], name) is not None]
+    for sample in batch.samples:
+        for name in STREAMS:
+            if (getattr(sample, name) is not None) != (name in present):
+                raise ValueError(f"{sample.sample_id}: {name} must be there for all samples of a batch or for none")
+    record = {
+        "sampled_at_step": batch.sampled_at_step,
+        "policy_version": batch.policy_version,
+        "group_size": batch.group_size,
+        "streams": present,
+        "samples": [
+            {**{name: getattr(sample, name) for name in _SCALARS}, "num_tokens": len(sample.token_ids)} for sample in batch.samples
+        ],
+    }
+    return record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present}
+
+
+def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutBatch:
+    """The counterpart of `pack`; the samples' tensors are views of `streams`. Raises ValueError for streams of another length."""
+    samples = record["samples"]
+    parts: dict[str, Any] = {}
+    for name in record["streams"]:
+        lengths = [fields["num_tokens"] - (0 if name == "token_ids" else fields["prompt_tokens"]) for fields in samples]
+        if len(streams[name]) != sum(lengths):
+            raise ValueError(f"{name}: {len(streams[name])} tokens, expected {sum(lengths)}")
+        parts[name] = streams[name].split(lengths)
+
+    def sample(number: int) -> Sample:
+        values = {name: samples[number][name] for name in _SCALARS}
+        values["policy_versions"] = tuple(values["policy_versions"])  # JSON makes a list of it
+        values |= {name: parts[name][number] if name in parts else None for name in STREAMS}
+        return Sample(**values)
+
+    return RolloutBatch(
+        sampled_at_step=record["sampled_at_step"],
+        policy_version=record["policy_version"],
+        group_size=record["group_size"],
+        samples=tuple(map(sample, range(len(samples)))),
+    )
+
+
+def broadcast(batch: RolloutBatch | None, *, group: dist.ProcessGroup) -> RolloutBatch:
+    """Collective over `group` (gloo). Rank 0's batch on every rank; the others give None."""
+    record, streams = pack(batch) if batch is not None else (None, {})
+    box = [record]
+    dist.broadcast_object_list(box, src=0, group=group)
+    record = box[0]
+    assert record is not None, "rank 0 gives the batch"
+    if batch is None:
+        tokens = sum(fields["num_tokens"] for fields in record["samples"])
+        responses = tokens - sum(fields["prompt_tokens"] for fields in record["samples"])
+        streams = {name: torch.empty(tokens if name == "token_ids" else responses, dtype=STREAMS[name]) for name in record["streams"]}
+    for name in record["streams"]:
+        dist.broadcast(streams[name], src=0, group=group)
+    return batch if batch is not None else unpack(record, streams)

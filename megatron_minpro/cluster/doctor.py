@@ -1,0 +1,150 @@
+"""What is installed, what will be used, what is missing: the facts behind `minpro doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from megatron_minpro.config import RunConfig
+
+Verdict = Literal["ok", "absent", "missing"]
+
+# Distribution, and what the run would lack without it.
+REQUIRED = (
+    ("torch", "everything"),
+    ("megatron-core", "the actor"),
+    ("psutil", "checkpoints"),
+    ("transformers", "tokenizers and exported policies"),
+    ("safetensors", "weights"),
+    ("pydantic", "configurations"),
+    ("math-verify", "the math_verify reward"),
+    ("pyarrow", "parquet prompts"),
+    ("datasets", "prompts by dataset name"),
+    ("tensorboard", "event files"),
+    ("matplotlib", "plots"),
+)
+_OPTIONAL = (
+    ("transformer-engine", "fused layers on GPUs"),
+    ("nvidia-modelopt", "fp8 and nvfp4 export"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the report. missing: a run cannot start without it; absent: something optional."""
+
+    subject: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at this machine and at the two environments, the trainer's and the servers'."""
+    return [*_machine(), *_packages(), *_capabilities(), *_server_environment(), *_tools()]
+
+
+def examine_config(config: RunConfig) -> list[Finding]:
+    """What a run needs of this machine: its files, and a run folder that can be written to (once there is one)."""
+    from megatron_minpro.cluster.node_report import missing_paths
+
+    lines = missing_paths(config)
+    findings = [Finding(subject=line.partition(":")[0], verdict="missing", detail=line.partition(": ")[2]) for line in lines]
+    return findings or [Finding(subject="run", verdict="ok", detail=f"{config.name}: its files are here")]
+
+
+def _machine() -> list[Finding]:
+    python = f"{platform.python_version()} ({sys.executable})"
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    if sys.version_info[:2] in ((3, 11), (3, 12)):
+        interpreter = Finding(subject="python", verdict="ok", detail=python)
+    else:
+        interpreter = Finding(subject="python", verdict="missing", detail=f"{python}; expected 3.11 or 3.12")
+    resources = f"{os.cpu_count()} cores, {memory_gib:.0f} GiB memory, {free_gib:.0f} GiB free on disk"
+    return [interpreter, Finding(subject="machine", verdict="ok", detail=resources)]
+
+
+def _packages() -> list[Finding]:
+    return [
+        *(_package(distribution, purpose, otherwise="missing") for distribution, purpose in REQUIRED),
+        *(_package(distribution, purpose, otherwise="absent") for distribution, purpose in _OPTIONAL),
+    ]
+
+
+def _package(distribution: str, purpose: str, *, otherwise: Verdict) -> Finding:
+    version = distribution_version(distribution)
+    if version is None:
+        return Finding(subject=distribution, verdict=otherwise, detail=f"needed for {purpose}")
+    return Finding(subject=distribution, verdict="ok", detail=version)
+
+
+def _capabilities() -> list[Finding]:
+    if distribution_version("torch") is None:
+        return []
+    from parallel.capabilities import detect
+
+    return [Finding(subject="trainer", verdict="ok", detail=line) for line in detect().lines()]
+
+
+def _server_environment() -> list[Finding]:
+    from rollout.sglang.server import default_server_python
+
+    try:
+        python = default_server_python()
+    except ValueError as error:
+        return [Finding(subject="rollout servers", verdict="missing", detail=str(error))]
+    found, environment = server_packages(python), python.parent.parent
+    if "sglang" not in found:
+        return [Finding(subject="sglang", verdict="missing", detail=f"not in {environment}: make setup installs it")]
+    return [Finding(subject="sglang", verdict="ok", detail=f"{found['sglang']} in {environment}")]
+
+
+def server_packages(python: Path) -> dict[str, str]:
+    """Versions of the distributions beside a Python, by lower-case name."""
+    # Metadata alone: importing sglang takes half a minute.
+    site_packages = [str(path) for path in (python.parent.parent / "lib").glob("python3.*/site-packages")]
+    return {
+        distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions(path=site_packages)
+    }
+
+
+def _tools() -> list[Finding]:
+    found = shutil.which("sbatch")
+    detail = found if found is not None else "no sbatch: jobs can be started on this machine only"
+    return [Finding(subject="slurm", verdict="ok" if found else "absent", detail=detail)]
+
+
+def distribution_version(distribution: str) -> str | None:
+    """Of this environment; None when it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def can_train(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is missing."""
+    return all(finding.verdict != "missing" for finding in findings)
+
+
+def as_table(findings: Sequence[Finding]) -> Table:
+    """For people."""
+    colours = {"ok": "green", "absent": "dim", "missing": "red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        table.add_row(finding.subject, f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.detail)
+    return table
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For programs."""
+    return {"can_train": can_train(findings), "findings": [asdict(finding) for finding in findings]}

@@ -1,0 +1,103 @@
+"""What `minpro train CONFIG --dry-run --slurm` shows: the sbatch command, who gets which node, and whether it fits by the planner."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from megatron_minpro.cluster import plan_inputs, plan_view
+from megatron_minpro.cluster.preflight import check_settings
+from megatron_minpro.config import RunConfig
+from parallel.planner.hardware import read_hardware
+from parallel.planner.memory import GB
+from parallel.planner.plan import Plan, make_plan, remedies
+
+SCRIPT = "slurm/qwen3_30b_a3b.sbatch"
+# Its own values, which need not be said.
+_USUAL = {"CONFIG": "configs/qwen3_30b_a3b.yaml", "RUN_DIR": "runs/qwen3_30b_a3b", "TRAINER_NODES": "2", "SERVERS_PER_NODE": "4"}
+_USUAL_NODES, _USUAL_GPUS = 4, 8
+_SET_BY_SCRIPT = ("name", "output_dir", "world_size", "rollout.servers", "rollout.endpoints")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSplit:
+    """Whole nodes, the first `trainers` for the ranks."""
+
+    trainers: int
+    servers: int
+    servers_per_node: int
+    gpus_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        return self.trainers + self.servers
+
+
+def split_nodes(config: RunConfig, *, gpus_per_node: int) -> NodeSplit:
+    """Raises ValueError, naming the key, where ranks or servers do not fill whole nodes evenly."""
+    world_size, servers, tp = config.world_size, config.rollout.servers, config.rollout.tp
+    if world_size % gpus_per_node:
+        raise ValueError(
+            f"world_size: {world_size} ranks do not fill nodes of {gpus_per_node} GPUs; expected a multiple of {gpus_per_node}"
+        )
+    if servers == 0:
+        raise ValueError("rollout.servers: 0 with endpoints; expected the number of servers that the job itself starts on its nodes")
+    if tp > gpus_per_node:
+        raise ValueError(f"rollout.tp: {tp}, expected at most {gpus_per_node}, the GPUs of a node")
+    nodes = -(-servers // (gpus_per_node // tp))
+    if servers % nodes:
+        raise ValueError(f"rollout.servers: {servers} of {tp} GPUs cannot be shared evenly by {nodes} nodes of {gpus_per_node}")
+    return NodeSplit(trainers=world_size // gpus_per_node, servers=nodes, servers_per_node=servers // nodes, gpus_per_node=gpus_per_node)
+
+
+def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit) -> str:
+    """One line for a shell. Overrides that the script itself sets from its variables are left out."""
+    variables = {
+        "CONFIG": str(path),
+        "RUN_DIR": str(run_dir),
+        "TRAINER_NODES": str(split.trainers),
+        "SERVERS_PER_NODE": str(split.servers_per_node),
+    }
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value != _USUAL[name]]
+    words += ["sbatch", f"--nodes={split.nodes}"] if split.nodes != _USUAL_NODES else ["sbatch"]
+    if split.gpus_per_node != _USUAL_GPUS:
+        words.append(f"--gpus-per-node={split.gpus_per_node}")
+    settings = [shlex.quote(each) for each in overrides if each.partition("=")[0] not in _SET_BY_SCRIPT]
+    return " ".join([*words, SCRIPT, *settings])
+
+
+def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardware: str, gpus_per_node: int) -> tuple[str, RenderableType]:
+    """The sbatch command, and what else is to be shown. Raises ValueError for what cannot work, and for what the hardware cannot hold."""
+    check_settings(config)
+    split = split_nodes(config, gpus_per_node=gpus_per_node)
+    machine = read_hardware(hardware)
+    shape = plan_inputs.shape_of(config)
+    work = plan_inputs.reinforcement_work(config, mean_tokens=None, colocated=False)
+    plan_inputs.check_length(shape, work)
+    plan = make_plan(shape, config.layout, plan_inputs.training_of(config, machine, {}, plain=False), machine, work)
+    _refuse_what_does_not_fit(plan)
+    ranks, servers = config.world_size, config.rollout.servers
+    lines = [
+        f"nodes 1 to {split.trainers} train: {ranks} ranks, {split.gpus_per_node} a node",
+        f"nodes {split.trainers + 1} to {split.nodes} serve: {servers} SGLang servers of {config.rollout.tp} GPUs, "
+        f"{split.servers_per_node} a node",
+    ]
+    command = sbatch_command(path, overrides, config.run_dir, split)
+    return command, Group(*map(Text, lines), plan_view.describe(plan, []))
+
+
+def _refuse_what_does_not_fit(plan: Plan) -> None:
+    if plan.fits:
+        return
+    fullest = plan.fullest
+    enough = "; ".join(change for change, other in remedies(plan) if other.fits)
+    raise ValueError(
+        f"parallel: {plan_view.layout_text(plan.layout)} needs {fullest.total / GB:.1f} GB on a rank, {plan.hardware.name} holds "
+        f"{plan.hardware.usable_bytes / GB:.1f} GB; largest part: {fullest.largest} with {fullest.parts()[fullest.largest] / GB:.1f} GB; "
+        f"{f'would fit: {enough}' if enough else 'expected more GPUs, or GPUs with more memory'}"
+    )

@@ -1,0 +1,162 @@
+"""`minpro convert quantize`: prompts from a file, a quantized Hugging Face folder, and what it costs in log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from checkpoints_convert.quantize import QuantizeReport
+
+
+class Format(StrEnum):
+    """The number formats; checkpoints_convert's own enum takes seconds to import."""
+
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
+class Device(StrEnum):
+    """Where the model runs while it is calibrated."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="a Hugging Face folder with weights and tokenizer")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="the quantized folder to write")],
+    number_format: Annotated[Format, typer.Option("--format", help="fp8 runs on a CPU; nvfp4 needs CUDA")],
+    prompts: Annotated[Path, typer.Option(help="calibration prompts, .jsonl or .parquet")],
+    field: Annotated[str, typer.Option(help="dotted path to the prompt in a row: a text, or a list of chat messages")],
+    held_out: Annotated[
+        int | None,
+        typer.Option(min=0, help="measure on the last N prompts and calibrate on the others; 0: on the same  [default: a quarter]"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="longer prompts are cut")] = 2048,
+    device: Annotated[Device, typer.Option(help="where the model runs")] = Device.CPU,
+    shard_size: Annotated[str, typer.Option(help="largest weights file")] = "4GB",
+    force: Annotated[bool, typer.Option("--force", help="replace DST where it is a checkpoint")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
+) -> None:
+    """Quantize a Hugging Face folder with nvidia-modelopt, check every tensor, report the logit error.
+
+    \b
+    Example:
+      minpro convert quantize policy policy_fp8 --format fp8 --prompts dapo.parquet --field prompt
+      minpro convert quantize policy policy_fp4 --format nvfp4 --device cuda --prompts chats.jsonl --field messages --held-out 32
+    """
+    import torch
+
+    from checkpoints_convert import quantize as library
+    from checkpoints_convert.companions import companion_files
+    from checkpoints_convert.quantized_weights import Format as LibraryFormat
+    from megatron_minpro.commands.convert import parse_size
+
+    library.check_possible(LibraryFormat(number_format), torch.device(device))
+    token_ids = _tokenized(source, prompts, field, max_tokens)
+    calibration, measured = _split(token_ids, held_out, prompts)
+    with _Progress() as progress:
+        report = library.quantize_checkpoint(
+            source,
+            destination,
+            number_format=LibraryFormat(number_format),
+            calibration=calibration,
+            measured=measured,
+            device=torch.device(device),
+            max_shard_bytes=parse_size(shard_size),
+            companions=companion_files(source),
+            replace=force,
+            progress=progress.show,
+        )
+    if as_json:
+        typer.echo(json.dumps({"source": str(source), "destination": str(destination), **asdict(report)}, indent=2))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(_table(report, destination))
+
+
+def _tokenized(source: Path, prompts: Path, field: str, max_tokens: int) -> list[list[int]]:
+    from checkpoints_convert.policy_folder import load_tokenizer
+    from megatron_minpro.data.sources import read_field, read_rows
+
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory; expected a Hugging Face model folder")
+    if prompts.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--prompts {prompts}: expected a .jsonl or .parquet file")
+    tokenizer = load_tokenizer(source)
+    result = []
+    for where, row in read_rows(str(prompts), {}):
+        value = read_field(row, field, where=where)
+        if isinstance(value, str):
+            token_ids = tokenizer(value).input_ids
+        elif isinstance(value, list):
+            token_ids = tokenizer.apply_chat_template(value, tokenize=True, add_generation_prompt=True, return_dict=False)
+        else:
+            raise ValueError(f"{where}: {field} is a {type(value).__name__}; expected a text or a list of chat messages")
+        if not token_ids:
+            raise ValueError(f"{where}: {field} has no tokens; expected a prompt")
+        result.append(list(token_ids[:max_tokens]))
+    return result
+
+
+def _split(token_ids: list[list[int]], held_out: int | None, prompts: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """(calibration, measured); one list twice where nothing is held out."""
+    count = len(token_ids) // 4 if held_out is None else held_out
+    if count >= len(token_ids):
+        raise ValueError(f"--held-out {count}, but {prompts} has {len(token_ids)} prompts; expected at least one to calibrate on")
+    if count == 0:
+        return token_ids, token_ids
+    return token_ids[:-count], token_ids[-count:]
+
+
+class _Progress:
+    """One bar per phase on stderr, which takes seconds to minutes each."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bars = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._tasks: dict[str, Any] = {}
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done)
+
+
+def _table(report: QuantizeReport, destination: Path) -> Table:
+    from rich.table import Table
+
+    logits, weights = report.logits, report.weights
+    where = "the calibration prompts themselves" if report.measured_on_calibration else "prompts not calibrated on"
+    table = Table(title=f"{destination}: {report.number_format}", title_justify="left", show_header=False)
+    rows = (
+        ("calibrated on", f"{report.calibration_prompts} prompts, {report.calibration_tokens} tokens ({report.device})"),
+        ("measured on", f"{report.measured_prompts} prompts, {logits.num_positions} positions: {where}"),
+        ("-log p of the next token", f"{logits.reference_nll:.5f} before, {logits.compared_nll:.5f} after"),
+        ("its change", f"{logits.next_token_mean:.5f} mean, {logits.next_token_max:.5f} at most"),
+        ("change over the vocabulary", f"{logits.vocabulary_mean:.5f} mean, {logits.vocabulary_max:.5f} at most"),
+        ("KL per token", f"{logits.kl:.3g}"),
+        ("same most probable token", f"{100 * logits.top1_agreement:.2f} %"),
+        ("weights", f"{weights.quantized_tensors} quantized, {weights.kept_tensors} kept, relative error {weights.relative_error:.4f}"),
+        ("bytes of the weights", f"{weights.source_bytes:,} before, {weights.quantized_bytes:,} after"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table

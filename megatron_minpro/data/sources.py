@@ -1,0 +1,316 @@
+"""Loading prompts: JSON lines, parquet, a Hugging Face dataset, or a generator such as arithmetic_chains."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_minpro.data.prompts import Prompt, PromptList, PromptReport, PromptSource, encode_prompts
+from megatron_minpro.registry import nearest
+from megatron_minpro.rewards.answers import as_integer, last_boxed
+from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
+
+# The wrapper of DAPO-Math-17K as published runs use it (arXiv:2503.14476); the answer is then read from the "Answer:" line.
+DAPO_WRAPPER = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+BOXED_WRAPPER = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+WRAPPERS = {"dapo": DAPO_WRAPPER, "boxed": BOXED_WRAPPER}
+
+# Where the answer stands inside the answer field.
+ANSWER_FORMATS: dict[str, Callable[[str], str | None]] = {
+    "plain": lambda text: text,
+    "after_hashes": lambda text: text.rpartition("####")[2].replace(",", "") if "####" in text else None,  # GSM8K; thousands commas
+    "boxed": last_boxed,  # the label is the box of a worked solution
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """How a well-known data set is laid out."""
+
+    question_field: str
+    answer_field: str
+    answer_format: str
+    wrapper: str
+
+
+PRESETS = {
+    "dapo": Preset(question_field="prompt.0.content", answer_field="reward_model.ground_truth", answer_format="plain", wrapper="dapo"),
+    "gsm8k": Preset(question_field="question", answer_field="answer", answer_format="after_hashes", wrapper="boxed"),
+    "amc23": Preset(question_field="problem", answer_field="answer", answer_format="plain", wrapper="boxed"),
+    "aime24": Preset(question_field="problem", answer_field="answer", answer_format="plain", wrapper="boxed"),
+    "aime25": Preset(question_field="problem", answer_field="answer", answer_format="plain", wrapper="boxed"),
+    "math500": Preset(question_field="problem", answer_field="answer", answer_format="plain", wrapper="boxed"),
+    "olympiadbench": Preset(question_field="question", answer_field="final_answer.0", answer_format="plain", wrapper="boxed"),
+    "minerva_math": Preset(question_field="problem", answer_field="solution", answer_format="boxed", wrapper="boxed"),
+}
+
+# Called as generator(tokenizer, **options).
+GENERATORS: dict[str, Callable[..., PromptSource]] = {"arithmetic_chains": ArithmeticChains}
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LOAD_DATASET_OPTIONS = ("split", "name", "revision")
+
+
+def load_prompts(
+    *,
+    tokenizer: Any,
+    source: str,
+    max_prompt_tokens: int,
+    options: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    question_field: str | None = None,
+    answer_field: str | None = None,
+    answer_format: str | None = None,
+    wrapper: str | None = None,
+) -> tuple[PromptSource, PromptReport]:
+    """Read a prompt source, clean it, apply the chat template.
+
+    tokenizer: a transformers tokenizer with a chat template.
+    source: the name of a generator, a path ending in .jsonl or .parquet, or a Hugging Face dataset ("owner/name").
+    max_prompt_tokens: longer prompts (template included) are dropped and counted; from a generator they are an error.
+    options: the generator's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
+    preset: a key of PRESETS, the layout of a well-known data set; the four arguments below override its values.
+    question_field, answer_field: dotted paths into a row, numbers index lists ("prompt.0.content").
+    answer_format: a key of ANSWER_FORMATS; "plain" when neither it nor a preset is given.
+    wrapper: a key of WRAPPERS, or a text that contains {question} once; None without a preset sends the bare question.
+
+    Rows with the same question (white space around it ignored) and the same answer become one prompt; rows with the same question and
+    different answers are all dropped, for nobody can tell which label is right. Order of the source is kept.
+    Raises ValueError naming source, row and field for anything missing or malformed, and when no prompt is left.
+    """
+    if max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
+    options = {} if options is None else dict(options)
+    if source in GENERATORS:
+        layout = {
+            "preset": preset,
+            "question_field": question_field,
+            "answer_field": answer_field,
+            "answer_format": answer_format,
+            "wrapper": wrapper,
+        }
+        for key, value in layout.items():
+            if value is not None:
+                raise ValueError(f"prompts.{key} = {value!r} has no meaning for the generator {source!r}; remove it")
+        return _generate(tokenizer, source, options, max_prompt_tokens)
+
+    question_field, answer_field, answer_format, wrapper = _layout(source, preset, question_field, answer_field, answer_format, wrapper)
+    rows = read_rows(source, options)
+    return _build(
+        rows,
+        tokenizer=tokenizer,
+        source=source,
+        question_field=question_field,
+        answer_field=answer_field,
+        answer_format=answer_format,
+        wrapper=wrapper,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+
+
+def read_field(row: Mapping[str, Any], path: str, *, where: str) -> Any:
+    """The value at a dotted path. Raises ValueError with `where`, the path and the fields that are there instead."""
+    value: Any = row
+    for step, key in enumerate(path.split(".")):
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+            continue
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+            continue
+        parent = ".".join(path.split(".")[:step])
+        holder = f"under {parent!r}" if parent else "in the row"
+        if isinstance(value, Mapping):
+            found = f"fields present {holder}: {', '.join(map(str, value))}"
+        elif isinstance(value, list):
+            found = f"{parent!r} is a list of {len(value)}"
+        else:
+            found = f"{parent!r} is a {type(value).__name__}, not an object"
+        raise ValueError(f"{where}: field {path!r} is missing ({key!r} not found); {found}")
+    return value
+
+
+def _generate(tokenizer: Any, source: str, options: dict[str, Any], max_prompt_tokens: int) -> tuple[PromptSource, PromptReport]:
+    generator = GENERATORS[source]
+    accepted = {name: parameter for name, parameter in inspect.signature(generator).parameters.items() if name != "tokenizer"}
+    for key in options:
+        if key not in accepted:
+            raise ValueError(f"prompts.options: {source} has no option {key!r}; {nearest(key, accepted)}")
+    missing = [name for name, parameter in accepted.items() if parameter.default is parameter.empty and name not in options]
+    if missing:
+        raise ValueError(f"prompts.options: {source} needs {', '.join(missing)}")
+    prompts = generator(tokenizer, **options)
+    length = len(prompts[0].token_ids)  # a generator's prompts share one shape
+    if length > max_prompt_tokens:
+        raise ValueError(f"prompts.max_prompt_tokens = {max_prompt_tokens}, but a prompt of {source} has {length} tokens")
+    report = PromptReport(
+        source=prompts.name,
+        rows=len(prompts),
+        empty=0,
+        duplicate_rows=0,
+        conflicting=0,
+        too_long=0,
+        max_prompt_tokens=max_prompt_tokens,
+        kept=len(prompts),
+    )
+    return prompts, report
+
+
+def _layout(
+    source: str, preset: str | None, question_field: str | None, answer_field: str | None, answer_format: str | None, wrapper: str | None
+) -> tuple[str, str, str, str]:
+    """Question field, answer field, answer format and wrapper text, all filled in and checked."""
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"prompts.preset = {preset!r} is unknown; {nearest(preset, PRESETS)}")
+        known = PRESETS[preset]
+        question_field = known.question_field if question_field is None else question_field
+        answer_field = known.answer_field if answer_field is None else answer_field
+        answer_format = known.answer_format if answer_format is None else answer_format
+        wrapper = known.wrapper if wrapper is None else wrapper
+    for key, value in (("question_field", question_field), ("answer_field", answer_field)):
+        if not value:
+            raise ValueError(f"prompts.{key} is needed to read {source} (or a preset: {', '.join(PRESETS)})")
+    answer_format = "plain" if answer_format is None else answer_format
+    if answer_format not in ANSWER_FORMATS:
+        raise ValueError(f"prompts.answer_format = {answer_format!r} is unknown; {nearest(answer_format, ANSWER_FORMATS)}")
+    text = "{question}" if wrapper is None else WRAPPERS.get(wrapper, wrapper)
+    if text.count("{question}") != 1:
+        raise ValueError(
+            f"prompts.wrapper = {wrapper!r} is neither a known wrapper ({', '.join(WRAPPERS)}) nor a text that contains {{question}} once"
+        )
+    assert question_field and answer_field
+    return question_field, answer_field, answer_format, text
+
+
+def read_rows(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(where, row) pairs; `where` names the row in error messages."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".parquet"):
+        if options:
+            raise ValueError(f"prompts.options {sorted(options)} have no meaning for a file ({source}); remove them")
+        if not path.is_file():
+            raise ValueError(f"prompts.source = {source!r}: no such file")
+        return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    if not _HUB_NAME.fullmatch(source):
+        raise ValueError(
+            f"prompts.source = {source!r} is not a .jsonl or .parquet file, not a Hugging Face dataset (owner/name) "
+            f"and not a generator ({nearest(source, GENERATORS)})"
+        )
+    return _read_hub(source, options)
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is a {type(row).__name__}, expected a JSON object")
+            rows.append((f"{path}: line {number}", row))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    import pyarrow  # here: not needed by generators and JSON lines, and slow to import
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+    return [(f"{path}: row {number}", row) for number, row in enumerate(table.to_pylist())]
+
+
+def _read_hub(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    for key in options:
+        if key not in _LOAD_DATASET_OPTIONS:
+            raise ValueError(f"prompts.options: {key!r} is unknown for a Hugging Face dataset; {nearest(key, _LOAD_DATASET_OPTIONS)}")
+    if "split" not in options:
+        raise ValueError(f"prompts.options.split is needed to read the Hugging Face dataset {source!r} (e.g. split: train)")
+    import datasets  # here: takes seconds to import
+
+    try:
+        dataset = datasets.load_dataset(source, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"prompts.source = {source!r} with options {options}: {reason}") from error
+    return [(f"{source}: row {number}", row) for number, row in enumerate(dataset)]
+
+
+def field_text(value: Any, path: str, *, where: str) -> str:
+    """A question or an answer as text; null becomes "". Integral floats lose their ".0" (AMC23 stores 27.0 for 27)."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where}: field {path!r} is a {type(value).__name__}, expected text or a number")
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
+def _build(
+    rows: list[tuple[str, Mapping[str, Any]]],
+    *,
+    tokenizer: Any,
+    source: str,
+    question_field: str,
+    answer_field: str,
+    answer_format: str,
+    wrapper: str,
+    max_prompt_tokens: int,
+) -> tuple[PromptList, PromptReport]:
+    name = Path(source).stem if Path(source).suffix in (".jsonl", ".parquet") else source
+    empty = 0
+    answers: dict[str, dict[int | str, str]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
+    for where, row in rows:
+        question = field_text(read_field(row, question_field, where=where), question_field, where=where)
+        stored = field_text(read_field(row, answer_field, where=where), answer_field, where=where)
+        answer = ANSWER_FORMATS[answer_format](stored) if stored else ""
+        if answer is None:
+            raise ValueError(f"{where}: field {answer_field!r} holds no answer in the format {answer_format!r}: {stored[-60:]!r}")
+        answer = answer.strip()
+        if not question or not answer:
+            empty += 1
+            continue
+        number = as_integer(answer)
+        answers.setdefault(question, {}).setdefault(answer if number is None else number, answer)
+
+    agreed = [(question, next(iter(labels.values()))) for question, labels in answers.items() if len(labels) == 1]
+    texts = [wrapper.replace("{question}", question) for question, _ in agreed]
+    token_ids = encode_prompts(tokenizer, texts) if texts else []
+    prompts = tuple(
+        Prompt(
+            prompt_id=f"{name}-{hashlib.sha256(question.encode()).hexdigest()[:16]}", text=text, token_ids=ids, answer=answer, source=name
+        )
+        for (question, answer), text, ids in zip(agreed, texts, token_ids, strict=True)
+        if len(ids) <= max_prompt_tokens
+    )
+    report = PromptReport(
+        source=source,
+        rows=len(rows),
+        empty=empty,
+        duplicate_rows=len(rows) - empty - len(answers),
+        conflicting=len(answers) - len(agreed),
+        too_long=len(agreed) - len(prompts),
+        max_prompt_tokens=max_prompt_tokens,
+        kept=len(prompts),
+    )
+    if not prompts:
+        raise ValueError(f"no prompt is left of {report.summary()}")
+    return PromptList(name=name, prompts=prompts), report

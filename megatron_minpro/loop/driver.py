@@ -1,0 +1,135 @@
+"""What rank 0 does for all: samples, publishes weights, measures, writes down."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints_convert.atomic_files import write_atomically
+from checkpoints_convert.hf_config import DTYPES
+from megatron_minpro.batch.sample import RolloutBatch
+from megatron_minpro.config import RunConfig
+from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.loop import held_out
+from megatron_minpro.loop.sampler import Sampled, Sampler
+from megatron_minpro.rewards.reward import Reward
+from megatron_minpro.tracking.metrics_file import MetricsWriter, Progress, RolloutLog, RolloutRecord, write_progress
+from rollout.client import GenerationClient
+from rollout.sglang.control import ServerRefused
+from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RunDriver:
+    """The `trainer.Driver` of a real run."""
+
+    config: RunConfig
+    run_dir: Path
+    sampler: Sampler
+    client: GenerationClient
+    weight_sync: WeightSync
+    api_key: str | None
+    admin_key: str | None
+    tokenizer: Any
+    reward: Reward
+    held_out_prompts: list[Prompt]
+    metrics: MetricsWriter
+    rollouts: RolloutLog | None
+    trained_batches: int = 0
+    published_to: tuple[str, ...] = ()
+    restarts_reported: int = 0
+
+    def sample(self, step: int, *, policy_version: int) -> Sampled:
+        """The batch of one global step; kept for people to read. Raises what the client raises."""
+        self.heartbeat("sample")
+        sampled = self.sampler.sample(step, policy_version=policy_version)
+        restarts = self.weight_sync.num_restarts - self.restarts_reported
+        self.restarts_reported += restarts
+        sampled = replace(sampled, servers={**sampled.servers, "servers/restarts": float(restarts)})
+        if self.rollouts is not None:
+            self.rollouts.write(step, _records(sampled))
+        self.heartbeat("update")
+        return sampled
+
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
+        """Weights into every server that answers. None, or why no server took them; the tensors are used up in any case."""
+        try:
+            self.published_to = self.weight_sync.publish(policy_version, tensors)
+        except WeightSyncFailed as failure:
+            deque(tensors, maxlen=0)  # the other ranks take part in the export to its end
+            return str(failure)
+        return None
+
+    def check_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Raises ChecksumMismatch unless every server that took the weights and still answers holds exactly these."""
+        expected = expected_checksums(tensors, dtype=DTYPES[self.config.rollout.dtype])
+        num_checked = 0
+        for endpoint in self.published_to:
+            try:
+                check_equal(expected, endpoint, api_key=self.api_key, admin_key=self.admin_key)
+            except ServerRefused as refused:
+                if refused.status is not None:
+                    raise
+                log.warning("weights are not checked: %s", refused)
+            else:
+                num_checked += 1
+        log.info("weights of %d server(s) equal the actor's: %d parameters", num_checked, len(expected))
+
+    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+        """One line of metrics."""
+        self.metrics.write(step, metrics)
+        self.trained_batches = int(metrics["trained_batches"])
+        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name))
+
+    def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
+        """Measure held-out pass@k, keep it as evaluation_<label>.json."""
+        self.heartbeat(f"evaluation {label}")
+        result = held_out.measure(
+            self.held_out_prompts,
+            self.config.evaluation,
+            client=self.client,
+            tokenizer=self.tokenizer,
+            reward=self.reward,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            seed=self.config.seed,
+            policy_version=policy_version,
+        )
+        write_atomically(
+            self.run_dir / f"evaluation_{label}.json", json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"
+        )
+        log.info("held out, %s (policy version %d): %s", label, policy_version, result)
+        return result
+
+    def heartbeat(self, phase: str) -> None:
+        """Tell the console what goes on."""
+        write_progress(self.run_dir, Progress(phase=phase, global_step=self.trained_batches))
+
+
+def _records(sampled: Sampled) -> list[RolloutRecord]:
+    num_trained = len(sampled.batch.samples)
+    return [
+        RolloutRecord(
+            prompt_id=response.prompt.prompt_id,
+            prompt=response.prompt.text,
+            response=response.text,
+            answer=response.prompt.answer,
+            extracted=response.result.extracted,
+            error=response.result.error,
+            reward=response.result.reward,
+            advantage=sample.advantage,
+            policy_version=sample.policy_versions[1],
+            finish_reason=sample.finish_reason,
+            num_response_tokens=len(sample.response_token_ids),
+            dropped=None if number < num_trained else "dynamic sampling: its group's responses are all equal",
+        )
+        for number, (response, sample) in enumerate(zip(sampled.responses, (*sampled.batch.samples, *sampled.dropped), strict=True))
+    ]

@@ -1,0 +1,1 @@
+"""What a finished run shows: plots, summary.json, one paragraph."""

@@ -1,0 +1,1 @@
+"""How a response is judged: math-verify in worker processes, exact answers, a user's function."""

@@ -1,0 +1,279 @@
+"""Verifiable rewards: a response and its prompt's label in, a number out.
+
+A reward sees only the response, never the question: questions may contain "Answer:" or a box themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.objectives.options import check_number
+from megatron_minpro.registry import nearest
+from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.rewards.grader_pool import GraderPool
+from megatron_minpro.tasks.arithmetic_chains.chains import END_TOKEN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardResult:
+    """The judgement of one response."""
+
+    reward: float  # what the advantages are made of
+    correct: bool  # what pass@k counts
+    extracted: str | None  # the answer found in the response; None when there is none
+    error: str | None  # why grading failed ("timeout", "crash", an exception); the response then counts as wrong
+
+
+class Reward(Protocol):
+    """A scorer of responses. Close it when the run ends: it may own processes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def error_counts(self) -> Mapping[str, int]:
+        """Grading failures so far, by kind."""
+        ...
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        finish_reasons: Sequence[str],
+        num_response_tokens: Sequence[int] | None = None,
+    ) -> list[RewardResult]:
+        """One result per response, in order. finish_reasons: stop | length | abort. num_response_tokens: for length shaping alone."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FinalStepReward:
+    """Arithmetic chains: 1 if the response stopped by itself and its last words are `= r ;` with the right r, else 0."""
+
+    name = "final_step"
+    _LAST_STEP = re.compile(r"= ([0-9]+) ;")
+
+    def __init__(self) -> None:
+        self.error_counts: Counter[str] = Counter()  # grading here cannot fail
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        finish_reasons: Sequence[str],
+        num_response_tokens: Sequence[int] | None = None,
+    ) -> list[RewardResult]:
+        results = []
+        for prompt, response, finish_reason in zip(prompts, responses, finish_reasons, strict=True):
+            words = response.removesuffix(END_TOKEN).split()
+            last_step = self._LAST_STEP.fullmatch(" ".join(words[-3:]))
+            extracted = None if last_step is None else last_step[1]
+            correct = finish_reason == "stop" and extracted is not None and int(extracted) == int(prompt.answer)
+            results.append(RewardResult(reward=float(correct), correct=correct, extracted=extracted, error=None))
+        return results
+
+    def close(self) -> None:
+        pass
+
+
+class MathVerifyReward:
+    """1 if the response's final answer equals the label, else 0.
+
+    What digits and text can decide is decided by them ("025" equals "25", 23 digits stay exact; see answers.compare_plainly), everything
+    else by math-verify in worker processes. An answer that breaks or outlasts the grader is wrong and counted in error_counts.
+    """
+
+    name = "math_verify"
+
+    def __init__(self, *, style: AnswerStyle, timeout_s: float = 5.0, workers: int = 1, memory_mb: int = 4096) -> None:
+        """style: where the prompts ask for the answer: dapo = the last "Answer:" line, boxed = the last \\boxed{...}. Never both: a grader
+        that accepts the other form rewards what the prompt did not ask for. timeout_s: per answer. Raises ValueError for bad options."""
+        if style not in ("dapo", "boxed"):
+            raise ValueError(f"reward.style = {style!r}, expected 'dapo' or 'boxed'")
+        self._style = style
+        self._pool = GraderPool(workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
+        self.error_counts: Counter[str] = Counter()
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        finish_reasons: Sequence[str],
+        num_response_tokens: Sequence[int] | None = None,
+    ) -> list[RewardResult]:
+        results: list[RewardResult] = []
+        undecided: list[tuple[int, str, str]] = []  # index, label, answer
+        for index, (prompt, response, finish_reason) in enumerate(zip(prompts, responses, finish_reasons, strict=True)):
+            extracted = extract_answer(response, style=self._style, truncated=finish_reason != "stop")
+            if extracted is None:
+                results.append(_judged(False, None))
+                continue
+            verdict = compare_plainly(prompt.answer, extracted)
+            if verdict is not None:
+                results.append(_judged(verdict, extracted))
+                continue
+            results.append(_judged(False, extracted))  # until the workers have spoken
+            undecided.append((index, prompt.answer, extracted))
+
+        judgements = self._pool.compare([(for_math_verify(label), for_math_verify(answer)) for _, label, answer in undecided])
+        for (index, _, answer), judgement in zip(undecided, judgements, strict=True):
+            if judgement.error is not None:
+                self.error_counts[judgement.error.partition(":")[0]] += 1
+            results[index] = _judged(judgement.equal is True, answer, judgement.error)
+        return results
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class FunctionReward:
+    """A reward of the user's own: `function(prompt, response, finish_reason, **options)` returning a number or a RewardResult.
+
+    A bare number counts as correct when it is positive.
+    """
+
+    def __init__(self, path: str, function: Callable[..., float | RewardResult], options: Mapping[str, Any]) -> None:
+        self.name = path
+        self.error_counts: Counter[str] = Counter()
+        self._function, self._options = function, dict(options)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        finish_reasons: Sequence[str],
+        num_response_tokens: Sequence[int] | None = None,
+    ) -> list[RewardResult]:
+        """Raises ValueError when the function returns neither a finite number nor a RewardResult; its exceptions pass through."""
+        results = []
+        for prompt, response, finish_reason in zip(prompts, responses, finish_reasons, strict=True):
+            value = self._function(prompt, response, finish_reason, **self._options)
+            if not isinstance(value, RewardResult):
+                if not isinstance(value, int | float) or not math.isfinite(value):
+                    raise ValueError(
+                        f"reward {self.name}: returned {value!r} for {prompt.prompt_id}, expected a finite number or a RewardResult"
+                    )
+                value = RewardResult(reward=float(value), correct=value > 0, extracted=None, error=None)
+            if value.error is not None:
+                self.error_counts[value.error.partition(":")[0]] += 1
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        pass
+
+
+class OverlongShaping:
+    """Another reward plus DAPO's soft punishment of length (arXiv:2503.14476, eq. 13); `correct` is left alone.
+
+    Responses of up to max_tokens - buffer_tokens are not punished, then the punishment grows linearly to -factor at max_tokens.
+    """
+
+    def __init__(self, reward: Reward, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> None:
+        """max_tokens, buffer_tokens: L_max and L_cache of the paper; max_tokens is the limit that cuts responses. factor: 1 in the paper.
+
+        Raises ValueError unless 0 < buffer_tokens <= max_tokens and factor > 0.
+        """
+        for name, value in (("max_tokens", max_tokens), ("buffer_tokens", buffer_tokens), ("factor", factor)):
+            check_number(f"reward.overlong: {name}", value)
+        if not 0 < buffer_tokens <= max_tokens:
+            raise ValueError(f"reward.overlong: buffer_tokens = {buffer_tokens}, expected 1 to max_tokens = {max_tokens}")
+        if not factor > 0:
+            raise ValueError(f"reward.overlong: factor = {factor}, expected a positive number")
+        self._reward, self._max_tokens, self._buffer_tokens, self._factor = reward, max_tokens, buffer_tokens, factor
+
+    @property
+    def name(self) -> str:
+        return f"{self._reward.name}+overlong"
+
+    @property
+    def error_counts(self) -> Mapping[str, int]:
+        return self._reward.error_counts
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        finish_reasons: Sequence[str],
+        num_response_tokens: Sequence[int] | None = None,
+    ) -> list[RewardResult]:
+        """Raises ValueError without num_response_tokens."""
+        if num_response_tokens is None:
+            raise ValueError("reward.overlong: score needs num_response_tokens")
+        results = self._reward.score(prompts, responses, finish_reasons, num_response_tokens)
+        return [
+            replace(result, reward=result.reward + self.penalty(num_tokens))
+            for result, num_tokens in zip(results, num_response_tokens, strict=True)
+        ]
+
+    def penalty(self, num_tokens: int) -> float:
+        """0 to -factor."""
+        excess = num_tokens - (self._max_tokens - self._buffer_tokens)
+        return -self._factor * min(max(excess / self._buffer_tokens, 0.0), 1.0)
+
+    def close(self) -> None:
+        self._reward.close()
+
+
+REWARDS: dict[str, Callable[..., Reward]] = {"final_step": FinalStepReward, "math_verify": MathVerifyReward}
+
+
+def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, **options: Any) -> Reward:
+    """A reward by name.
+
+    name: a key of REWARDS, or "package.module:function" for a function of the user's own (see FunctionReward).
+    overlong: {max_tokens, buffer_tokens, factor} adds DAPO's length punishment (see OverlongShaping).
+    options: passed to the reward. Raises ValueError for an unknown name or option, with the nearest known one, and for a missing option.
+    """
+    reward: Reward
+    if ":" in name:
+        function = _import_function(name)
+        _check_options(name, function, options, given=3)
+        reward = FunctionReward(name, function, options)
+    elif name in REWARDS:
+        _check_options(name, REWARDS[name], options, given=0)
+        reward = REWARDS[name](**options)
+    else:
+        raise ValueError(f"reward.name = {name!r} is unknown; {nearest(name, REWARDS)}, or package.module:function")
+    if overlong is None:
+        return reward
+    _check_options("overlong", OverlongShaping, overlong, given=1)
+    return OverlongShaping(reward, **overlong)
+
+
+def _judged(correct: bool, extracted: str | None, error: str | None = None) -> RewardResult:
+    return RewardResult(reward=float(correct), correct=correct, extracted=extracted, error=error)
+
+
+def _import_function(path: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward.name = {path!r}: {error}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward.name = {path!r}: module {module_name} has no function {attribute!r}")
+    return function
+
+
+def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any], *, given: int) -> None:
+    """Every option must be a parameter of function (the first `given` are ours), and none without a default may be missing."""
+    parameters = list(inspect.signature(function).parameters.values())[given:]
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    if len(named) == len(parameters):  # no **options that would take anything
+        for key in options:
+            if key not in named:
+                raise ValueError(f"reward {name} has no option {key!r}; {nearest(key, named)}")
+    missing = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in options]
+    if missing:
+        raise ValueError(f"reward {name} needs the option {', '.join(missing)}")

@@ -1,0 +1,256 @@
+"""`minpro train` on one machine: the run folder, the base model, servers and trainer ranks as child processes, the console, the end.
+
+Everything that computes happens in children; this process starts them, watches them and leaves none behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from checkpoints_convert.atomic_files import write_atomically
+from checkpoints_convert.hf_config import read_architecture
+from megatron_minpro.cluster.preflight import check_machine, check_model, check_prompts, check_settings
+from megatron_minpro.config import RunConfig, dump_config
+from megatron_minpro.report.run_report import stopped, write_report
+from megatron_minpro.run import base_model
+from megatron_minpro.run.attempt_clock import AttemptClock
+from megatron_minpro.run.run_folder import (
+    CONFIG_FILE,
+    ENDPOINTS_FILE,
+    ERROR_FILE,
+    INITIAL_MODEL_FOLDER,
+    LOCK_FILE,
+    RESULT_FILE,
+    STOP_FILE,
+    forget_unfinished_attempt,
+)
+from megatron_minpro.run.run_state import latest_checkpoint, read_state, refuse_unusable
+from megatron_minpro.run.serving import server_settings, supervise
+from megatron_minpro.tracking.console import Console
+from megatron_minpro.tracking.metrics_file import PROGRESS_FILE, Progress, write_progress
+from parallel.capabilities import detect
+from rollout.processes import ManagedProcess, spawn
+from rollout.sglang.server import ServerPool, is_loopback
+
+_REFRESH_S = 0.3
+_FULL_DISK_BYTES = 1 << 20
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C: the run stopped with a checkpoint (or, asked twice, at once)."""
+
+
+def run(config: RunConfig, *, resume: str) -> Path:
+    """Train to the end and return the run folder. resume: auto | never | must.
+
+    Raises ValueError for input that cannot work, before anything starts; RuntimeError when a rank or a server fails, with its last
+    words; Interrupted after Ctrl-C. Whatever happens, no child survives.
+    """
+    check_model(config)
+    check_settings(config)
+    check_machine(config, detect())
+    check_prompts(config)
+    run_dir = config.run_dir
+    with _ownership(run_dir), _CtrlC() as ctrl_c:
+        resumed = prepare_run_folder(config, resume=resume)
+        clock = AttemptClock(run_dir)
+        with (
+            clock.written(),
+            clock.phase("total"),
+            Console(run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=resumed) as console,
+        ):
+            with clock.phase("base_model"):
+                ensure_base_model(config, console, ctrl_c)
+            with clock.phase("train_and_servers"):
+                _train(config, console, ctrl_c)
+        result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        if not result["complete"]:
+            raise Interrupted(stopped(result))
+        console.log(write_report(config, run_dir, {**result["seconds"], **clock.seconds()}))
+    return run_dir
+
+
+@contextmanager
+def _ownership(run_dir: Path) -> Iterator[None]:
+    """Only one `minpro train` at a time writes into a run folder. Raises ValueError when another one does."""
+    new = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run_dir}: is being trained by another process; expected a new name=...") from None
+        try:
+            yield
+        except ValueError:
+            if new and {path.name for path in run_dir.iterdir()} == {LOCK_FILE}:
+                shutil.rmtree(run_dir)  # wrong input leaves no trace
+            raise
+
+
+def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
+    """Make the run folder, or accept one that a former attempt left. The last global step already done, None for a fresh run.
+
+    Raises ValueError when `resume` and the folder disagree, or when it belongs to another configuration (the differences are named).
+    """
+    run_dir = config.run_dir
+    written = run_dir / CONFIG_FILE
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    if resume == "never" and (written.exists() or checkpoint is not None):
+        raise ValueError(f"{run_dir}: holds a run already; expected a new name=... with --resume never")
+    if checkpoint is not None:
+        refuse_unusable(checkpoint, config)
+    if resume == "must" and checkpoint is None:
+        raise ValueError(f"{run_dir}: has no checkpoint to resume from; expected one with --resume must")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        forget_unfinished_attempt(run_dir)
+    for name in (STOP_FILE, ENDPOINTS_FILE, ERROR_FILE, RESULT_FILE, PROGRESS_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    write_atomically(written, dump_config(config))
+    if checkpoint is None:
+        return None
+    return read_state(checkpoint).counters.next_step - 1
+
+
+def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
+    """Make model.path when it does not exist."""
+    if Path(config.model.path).exists():
+        return
+    assert config.model.warm_up is not None
+    run_dir = config.run_dir
+    destination = Path(config.model.path) if config.model.warm_up.num_steps == 0 else run_dir / INITIAL_MODEL_FOLDER
+    if destination != Path(config.model.path):
+        shutil.rmtree(destination, ignore_errors=True)
+    base_model.write_initial_model(config.model, config.prompts, destination)
+    config.layout.check_model(read_architecture(destination))
+    if config.model.warm_up.num_steps:
+        write_progress(run_dir, Progress(phase="base model", global_step=0, detail="starting"))
+        ranks = start_ranks(config, "warm_up")
+        try:
+            _watch(ranks, console, lambda: None, ctrl_c, run_dir, stop_gently=False)
+        finally:
+            ranks.terminate()
+
+
+def start_ranks(config: RunConfig, task: str) -> ManagedProcess:
+    """torchrun with one process per rank on this machine."""
+    run_dir = config.run_dir
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.world_size}"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if not config.rollout.endpoints and is_loopback(config.rollout.host):
+        # Everything is on this machine: nothing listens on an address that others can reach.
+        command += ["--local-addr=127.0.0.1"]
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command += ["-m", "megatron_minpro.run.worker", str(run_dir), task]
+    # torchrun itself would die of the signal that asks its workers to stop.
+    return spawn(
+        command, log_path=run_dir / "logs" / f"{task}.log", env=environment, name=f"trainer ({task})", ignore_signals=(signal.SIGUSR1,)
+    )
+
+
+def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
+    run_dir = config.run_dir
+    write_progress(run_dir, Progress(phase="starting servers and ranks", global_step=0))
+    pool = None
+    ranks = None
+    supervisor = None
+    try:
+        if config.rollout.servers:
+            pool = ServerPool.launch(
+                server_settings(config, first_gpu=config.world_size),  # the ranks take the first devices, one each
+                num_servers=config.rollout.servers,
+                log_dir=run_dir / "logs",
+                base_port=config.rollout.base_port,
+            )
+        ranks = start_ranks(config, "train")
+        if pool is not None:
+            pool.wait_until_ready(
+                config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)
+            )
+        endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
+        write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
+        if pool is not None:
+            supervisor = supervise(config, pool, announce=console.log)
+        _watch(ranks, console, lambda: None if supervisor is None else supervisor.check(), ctrl_c, run_dir, stop_gently=True)
+    finally:
+        if supervisor is not None:
+            supervisor.close()
+        if ranks is not None:
+            ranks.terminate()
+        if pool is not None:
+            pool.stop()
+
+
+def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: _CtrlC, run_dir: Path) -> None:
+    """Raises Interrupted after Ctrl-C, RuntimeError when the ranks have ended: servers that nobody will use need not become ready."""
+    console.refresh()
+    _refuse_to_begin(ctrl_c)
+    if not ranks.is_running:
+        raise _rank_failure(ranks, run_dir)
+
+
+def _refuse_to_begin(ctrl_c: _CtrlC) -> None:
+    if ctrl_c.times:  # nothing is trained yet, so at once
+        raise Interrupted("interrupted before training began")
+
+
+def _rank_failure(ranks: ManagedProcess, run_dir: Path) -> RuntimeError:
+    """What the first failing rank wrote down, or else the last words in the log."""
+    error = run_dir / ERROR_FILE
+    reason = error.read_text(encoding="utf-8").strip() if error.exists() else ranks.describe_end()
+    full = f"; the disk that holds {run_dir} is full" if shutil.disk_usage(run_dir).free < _FULL_DISK_BYTES else ""
+    return RuntimeError(f"a trainer rank failed: {reason}{full}")
+
+
+def _watch(
+    ranks: ManagedProcess, console: Console, check_servers: Callable[[], None], ctrl_c: _CtrlC, run_dir: Path, *, stop_gently: bool
+) -> None:
+    """Until the ranks end. Raises RuntimeError with the first error of a rank, ServerDied, or Interrupted."""
+    asked = False
+    while ranks.is_running:
+        console.refresh()
+        check_servers()
+        if not stop_gently:
+            _refuse_to_begin(ctrl_c)
+        if ctrl_c.times > 1:
+            raise Interrupted("interrupted at once; the last checkpoint is kept")
+        if ctrl_c.times and not asked:
+            (run_dir / STOP_FILE).touch()
+            console.log("stopping after this global step, with a checkpoint (Ctrl-C again: at once)")
+            asked = True
+        time.sleep(_REFRESH_S)
+    console.refresh()
+    if ranks.exit_code != 0:
+        raise _rank_failure(ranks, run_dir)
+
+
+class _CtrlC:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> _CtrlC:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self.times += 1

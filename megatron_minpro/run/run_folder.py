@@ -1,0 +1,33 @@
+"""Names inside a run folder that several processes agree on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, read_metrics
+
+CONFIG_FILE = "config.yaml"  # the resolved configuration
+ENDPOINTS_FILE = "endpoints.json"  # addresses of the rollout servers, once they answer
+STOP_FILE = "stop"  # its presence asks the run to stop after the current global step
+RESULT_FILE = "result.json"  # counters of the attempt that ended
+ERROR_FILE = "error.txt"  # what the first rank to fail said
+LOST_FILE = "rollouts_lost.json"  # responses sampled by attempts that ended before they were in a checkpoint
+LOCK_FILE = "lock"  # held by the process that owns the run
+EXPORT_FOLDER = "policy"  # the trained policy, Hugging Face format
+INITIAL_MODEL_FOLDER = "initial_model"  # random weights that the base model starts from
+
+
+def forget_unfinished_attempt(run_dir: Path) -> None:
+    """Remove what an attempt wrote that ended before its first checkpoint: a new one must not take it for its own.
+
+    What it had sampled is lost, and that is all that is remembered of it.
+    """
+    counted = [int(line.get("rollouts_sampled") or 0) for line in read_metrics(run_dir / METRICS_FILE)]  # with those lost before
+    if counted:
+        write_atomically(run_dir / LOST_FILE, f"{max(counted)}\n")
+    for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
+        path.unlink(missing_ok=True)
+    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER):
+        shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""A run's whole state on disk: one directory per checkpoint, complete or absent. checkpoint_writer.py writes it.
+
+checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
+                        run.json            counters, prompt cursor, policy version; the size of every other file
+                        waiting.safetensors the batches that are sampled but not trained yet
+checkpoints/latest                          name of the newest complete directory
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from checkpoints_convert.hf_config import Architecture, read_architecture
+from megatron_minpro.batch import streams as batch_streams
+from megatron_minpro.batch.sample import RolloutBatch
+from megatron_minpro.config import RunConfig, flatten_differences
+from parallel.actor import MegatronActor
+
+ACTOR_FOLDER = "actor"
+STATE_FILE = "run.json"
+WAITING_FILE = "waiting.safetensors"
+LATEST_FILE = "latest"
+# What may differ between attempts at one run: where and when, not what. Another layout changes the order of sums at most.
+FREE_TO_CHANGE = (
+    "actor.max_tokens_per_micro_batch",
+    "actor.recompute",
+    "checkpoint.",
+    "debug.check_weights",
+    "output_dir",
+    "parallel.",
+    "profile.",
+    "rollout.admin_key_path",
+    "rollout.api_key_path",
+    "rollout.base_port",
+    "rollout.endpoints",
+    "rollout.host",
+    "rollout.max_retries",
+    "rollout.max_server_restarts",
+    "rollout.request_timeout_s",
+    "rollout.restart_window_s",
+    "rollout.servers",
+    "rollout.start_timeout_s",
+    "rollout.unresponsive_after_s",
+    "rollout.weight_sync",
+    "tracking.",
+    "world_size",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunCounters:
+    """Where a run stands. Seconds and what counts lost responses are kept by rank 0; the rest is the same on all ranks."""
+
+    next_step: int = 0  # the global step that comes next
+    trained_batches: int = 0
+    rollouts_sampled: int = 0
+    rollouts_trained: int = 0
+    rollouts_lost: int = 0
+    rollouts_dropped: int = 0  # by dynamic sampling
+    tokens_trained: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
+
+    def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
+        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
+
+        metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
+        """
+        kept = self.rollouts_sampled - self.rollouts_lost
+        sampled = max((int(line.get("rollouts_sampled") or 0) for line in metrics), default=0)
+        self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
+        self.rollouts_sampled = kept + self.rollouts_lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """What `load` gives back beside the actor, which it loads in place."""
+
+    counters: RunCounters
+    cursor: dict[str, Any]
+    waiting: tuple[RolloutBatch, ...]
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint under `directory`, or None. Raises ValueError when `latest` names one that is not there."""
+    pointer = directory / LATEST_FILE
+    if not pointer.exists():
+        return None
+    name = pointer.read_text().strip()
+    if not (directory / name / STATE_FILE).is_file():
+        raise ValueError(f"{pointer}: names {name!r}, which holds no {STATE_FILE}; expected the name of a checkpoint beside it")
+    found = directory / name
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFile:
+    """run.json, read."""
+
+    config: RunConfig
+    counters: RunCounters
+    policy_version: int
+    cursor: dict[str, Any]
+    waiting: list[dict[str, Any]]
+    model: dict[str, Any]  # describe_model of what was trained
+    files: dict[str, int]  # bytes of every other file of the checkpoint, by its path inside it
+
+
+def read_state(checkpoint: Path) -> StateFile:
+    """What a checkpoint says of itself, without its tensors. Raises ValueError naming the file."""
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(path.read_text())
+        config = RunConfig.model_validate_json(json.dumps(state.pop("config")))
+        return StateFile(config=config, counters=RunCounters(**state.pop("counters")), **state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({' '.join(str(error).split())})") from error
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """What StateFile.files says of a complete checkpoint."""
+    return {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path != checkpoint / STATE_FILE
+    }
+
+
+def refuse_unusable(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ValueError for a checkpoint that lacks a part, naming the file, or that `config` cannot continue: before anything starts."""
+    found = file_sizes(checkpoint)
+    for name, size in read_state(checkpoint).files.items():
+        if found.get(name) != size:
+            what = "is missing" if name not in found else f"has {found[name]:,} bytes"
+            raise ValueError(
+                f"{checkpoint / name}: {what}, expected {size:,} bytes; the former checkpoint's name in latest goes back to it"
+            )
+    refuse_other_run(checkpoint, config)
+    folder = Path(config.model.path)
+    if folder.exists():
+        here, there = describe_model(read_architecture(folder)), read_state(checkpoint).model
+        differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in here | there if here.get(key) != there.get(key)]
+        if differing:
+            raise ValueError(
+                f"{checkpoint}: of another model than {folder} ({'; '.join(differing)}); expected a new name=... or that model"
+            )
+
+
+def describe_model(architecture: Architecture) -> dict[str, Any]:
+    """The shape of a model in JSON's types."""
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in asdict(architecture).items()}
+
+
+def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ValueError, naming the settings, when the checkpoint belongs to a run that computes something else than `config`."""
+    differences = {
+        key: values
+        for key, values in flatten_differences(read_state(checkpoint).config, config).items()
+        if not key.startswith(FREE_TO_CHANGE)
+    }
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differences.items())[:5])
+        raise ValueError(f"{checkpoint}: of a run with another configuration ({shown}); expected a new name=... or the same settings")
+
+
+def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedRun:
+    """Collective. Loads the actor in place.
+
+    Raises ValueError naming a file that is missing or not what `save` wrote, and for a run with another configuration.
+    """
+    refuse_unusable(checkpoint, config)
+    state = read_state(checkpoint)
+    try:
+        actor.load(checkpoint / ACTOR_FOLDER, policy_version=state.policy_version)
+    except Exception as error:  # Megatron has no error type of its own for a damaged checkpoint
+        raise ValueError(
+            f"{checkpoint / ACTOR_FOLDER}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    path = checkpoint / WAITING_FILE
+    try:
+        waiting = _read_batches(path, state.waiting)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
+    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting)
+
+
+def join_batches(batches: Sequence[RolloutBatch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What run.json and waiting.safetensors hold of the batches."""
+    records: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches):
+        record, streams = batch_streams.pack(batch)
+        records.append(record)
+        tensors |= {f"{number}.{name}": stream for name, stream in streams.items()}
+    return records, tensors
+
+
+def _read_batches(path: Path, records: Sequence[dict[str, Any]]) -> tuple[RolloutBatch, ...]:
+    with safe_open(path, framework="pt") as file:
+        return tuple(
+            batch_streams.unpack(record, {name: file.get_tensor(f"{number}.{name}") for name in record["streams"]})
+            for number, record in enumerate(records)
+        )

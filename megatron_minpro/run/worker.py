@@ -1,0 +1,379 @@
+"""One trainer rank: `torchrun ... -m megatron_minpro.run.worker RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script.
+
+RUN_DIR/config.yaml is the resolved configuration. Rank 0 waits for RUN_DIR/endpoints.json, a list of server addresses.
+A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global step with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoints_convert.atomic_files import write_atomically
+from checkpoints_convert.hf_config import DTYPES, read_architecture
+from checkpoints_convert.policy_folder import export_policy, load_tokenizer
+from checkpoints_convert.safetensors_io import SafetensorsReader
+from megatron_minpro.batch.staleness import StalenessBuffer
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.data.prompts import PromptCursor
+from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.loop import trainer
+from megatron_minpro.loop.driver import RunDriver
+from megatron_minpro.loop.held_out import held_out_prompts
+from megatron_minpro.loop.sampler import Sampler
+from megatron_minpro.objectives import make_objective
+from megatron_minpro.objectives.advantages import make_advantages
+from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.run import base_model, run_state
+from megatron_minpro.run.checkpoint_writer import CheckpointWriter
+from megatron_minpro.run.profiling import StepProfiler
+from megatron_minpro.run.run_folder import (
+    CONFIG_FILE,
+    ENDPOINTS_FILE,
+    ERROR_FILE,
+    EXPORT_FOLDER,
+    INITIAL_MODEL_FOLDER,
+    LOST_FILE,
+    RESULT_FILE,
+    STOP_FILE,
+    forget_unfinished_attempt,
+)
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsWriter, Progress, RolloutLog, read_metrics, write_progress
+from parallel import process_groups
+from parallel.actor import ActorSettings, MegatronActor
+from parallel.capabilities import detect
+from parallel.optimizer import OptimizerSettings
+from parallel.process_groups import ProcessGroups
+from parallel.weights import take_part
+from rollout.client import GenerationClient
+from rollout.processes import die_with_parent
+from rollout.sglang.server import read_key
+from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
+
+log = logging.getLogger(__name__)
+
+_MAX_IN_FLIGHT = 4096
+
+
+def build_actor(
+    config: RunConfig, folder: Path, groups: ProcessGroups, *, optimizer: OptimizerSettings, temperature: float
+) -> MegatronActor:
+    """An actor with the weights of a Hugging Face folder. temperature: at which log-probs are computed."""
+    settings = ActorSettings(
+        dtype=DTYPES[config.model.dtype],
+        recompute=config.actor.recompute,
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
+        logprob_chunk_tokens=config.actor.logprob_chunk_tokens,
+        temperature=temperature,
+        optimizer=optimizer,
+        megatron_options=config.megatron,
+    )
+    actor = MegatronActor(read_architecture(folder), config.layout, groups, detect(), settings)
+    with SafetensorsReader(folder) as reader:
+        actor.load_hugging_face(reader.read)
+    return actor
+
+
+def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
+    """The whole run of one rank: build, resume, measure, train, measure, export."""
+    first = groups.coordinates.rank == 0
+    folder = Path(config.model.path)
+    optimizer = config.actor.optimizer
+    actor = build_actor(
+        config,
+        folder,
+        groups,
+        optimizer=OptimizerSettings(
+            weight_decay=optimizer.weight_decay, betas=optimizer.betas, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip
+        ),
+        temperature=config.rollout.temperature,  # the policy is the distribution that is sampled from
+    )
+    checkpoints = run_dir / "checkpoints"
+    checkpoint = run_state.latest_checkpoint(checkpoints)
+    if checkpoint is None and first:
+        forget_unfinished_attempt(run_dir)
+    buffer = StalenessBuffer(config.staleness)
+    counters, cursor_state = run_state.RunCounters(), None
+    if checkpoint is not None:
+        saved = run_state.load(checkpoint, actor=actor, config=config)
+        counters, cursor_state = saved.counters, saved.cursor
+        buffer.restore(saved.waiting)
+        log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
+    driver = build_driver(config, run_dir, counters, cursor_state) if first else None
+    writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
+
+    profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
+    run = trainer.TrainingRun(
+        config=config,
+        actor=actor,
+        objective=make_objective(config.objective.name, **config.objective.options),
+        buffer=buffer,
+        counters=counters,
+        driver=driver,
+        control_group=groups.control,
+        stop_requested=_stop_requested(run_dir),
+        checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
+        at_step=profiler.at_step,
+    )
+    trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
+    measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
+    if not measured and checkpoint is not None:
+        raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured any more")
+    if not measured:
+        trainer.evaluate(run, "before")
+    try:
+        complete = trainer.train(run)
+    finally:
+        writer.join()  # what was captured is complete, whatever ends this
+    profiler.close()
+    if complete:
+        trainer.evaluate(run, "after")
+        tensors = actor.export_weights()
+        if driver is not None:
+            driver.heartbeat("export")
+            export_policy(run_dir / EXPORT_FOLDER, tensors, dtype=DTYPES[config.model.dtype], like=folder, replace=True)
+        else:
+            take_part(tensors)
+    if driver is not None:
+        driver.metrics.close()
+        driver.reward.close()
+        driver.weight_sync.close()
+        result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
+        write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoints:
+    """The `trainer.Checkpoints` of a real run."""
+
+    writer: CheckpointWriter
+    config: RunConfig
+    actor: MegatronActor
+    counters: run_state.RunCounters
+    buffer: StalenessBuffer
+    driver: RunDriver | None
+
+    def save(self) -> None:
+        """Capture what the other fields hold now."""
+        if self.driver is not None:
+            self.driver.heartbeat("checkpoint")
+        self.writer.save(
+            actor=self.actor,
+            config=self.config,
+            counters=self.counters,
+            cursor=self.driver.sampler.cursor.state() if self.driver is not None else None,
+            waiting=self.buffer.waiting(),
+        )
+
+    def wait(self) -> None:
+        """See CheckpointWriter."""
+        self.writer.wait()
+
+    def failure(self) -> str | None:
+        """See CheckpointWriter."""
+        return self.writer.failure()
+
+
+def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
+    """Rank 0's part. Waits for the servers."""
+    tokenizer = load_tokenizer(Path(config.model.path))
+    source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
+    log.info("training prompts: %s", report.summary())
+    cursor = PromptCursor(source, seed=config.seed)
+    if cursor_state is not None:
+        cursor.load_state(cursor_state)
+    reward = make_reward(config.reward.name, **config.reward.options)
+    held_out = held_out_prompts(config.evaluation, tokenizer)
+    count_lost(run_dir, counters)
+    metrics = MetricsWriter(run_dir, tensorboard=config.tracking.tensorboard)
+    metrics.truncate_after(counters.next_step - 1)
+    rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
+    if rollouts is not None:
+        rollouts.truncate_after(counters.next_step - 1)
+    endpoints = wait_for_endpoints(run_dir, timeout_s=config.rollout.start_timeout_s)
+    rollout = config.rollout
+    api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
+    admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")
+    client = GenerationClient(
+        endpoints,
+        api_key=api_key,
+        request_timeout_s=rollout.request_timeout_s,
+        max_retries=rollout.max_retries,
+        max_in_flight=_MAX_IN_FLIGHT,
+        # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
+        samples_per_call=None if detect().device_type == "cpu" else rollout.group_size,
+        wait_s=rollout.start_timeout_s,
+    )
+    sampler = Sampler(
+        cursor=cursor,
+        client=client,
+        tokenizer=tokenizer,
+        reward=reward,
+        advantages=make_advantages(config.advantages.estimator, **config.advantages.options),
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        seed=config.seed,
+        dynamic_sampling=rollout.dynamic_sampling,
+    )
+    return RunDriver(
+        config=config,
+        run_dir=run_dir,
+        sampler=sampler,
+        client=client,
+        weight_sync=build_weight_sync(config, run_dir, endpoints, api_key=api_key, admin_key=admin_key),
+        api_key=api_key,
+        admin_key=admin_key,
+        tokenizer=tokenizer,
+        reward=reward,
+        held_out_prompts=held_out,
+        metrics=metrics,
+        rollouts=rollouts,
+        trained_batches=counters.trained_batches,
+    )
+
+
+def count_lost(run_dir: Path, counters: run_state.RunCounters) -> None:
+    """Count what an earlier attempt sampled after its last checkpoint, and keep the count before the metrics that tell it are cut."""
+    path = run_dir / LOST_FILE
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else counters.rollouts_lost
+    counters.count_lost(read_metrics(run_dir / METRICS_FILE), recorded=recorded)
+    write_atomically(path, f"{counters.rollouts_lost}\n")
+
+
+def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, api_key: str | None, admin_key: str | None) -> WeightSync:
+    """The way that rollout.weight_sync names."""
+    timeout_s = config.rollout.request_timeout_s
+    if config.rollout.weight_sync == "collective":
+        return CollectiveWeightSync(
+            endpoints,
+            tp=config.rollout.tp,
+            backend=detect().backend,
+            master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            api_key=api_key,
+            admin_key=admin_key,
+            timeout_s=timeout_s,
+        )
+    directory = run_dir / "published_weights"
+    directory.mkdir(exist_ok=True)
+    folder, dtype = Path(config.model.path), DTYPES[config.model.dtype]
+    return DiskWeightSync(
+        endpoints,
+        write_checkpoint=lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
+        directory=directory,
+        api_key=api_key,
+        admin_key=admin_key,
+        timeout_s=timeout_s,
+    )
+
+
+def wait_for_endpoints(run_dir: Path, *, timeout_s: float) -> list[str]:
+    """The addresses in RUN_DIR/endpoints.json, once it is there. Raises TimeoutError."""
+    path = run_dir / ENDPOINTS_FILE
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} did not appear within {timeout_s:.0f} s: the rollout servers are not ready")
+        time.sleep(0.2)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
+    """Make the base model: supervised learning from RUN_DIR/initial_model to model.path."""
+    recipe = config.model.warm_up
+    assert recipe is not None
+    folder = run_dir / INITIAL_MODEL_FOLDER
+    first = groups.coordinates.rank == 0
+    optimizer = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
+    actor = build_actor(config, folder, groups, optimizer=optimizer, temperature=1.0)
+
+    def report(step: int, loss: float) -> None:
+        if first and (step % 20 == 0 or step == recipe.num_steps - 1):
+            write_progress(
+                run_dir, Progress(phase="base model", global_step=0, detail=f"step {step + 1} of {recipe.num_steps}, loss {loss:.3f}")
+            )
+            log.info("warm-up step %d: loss %.4f", step, loss)
+
+    base_model.warm_up_actor(actor, recipe, config.prompts, load_tokenizer(folder), report=report)
+    tensors = actor.export_weights()
+    if first:
+        made_by = {base_model.RECIPE_FILE: base_model.recipe(config.model, config.prompts).encode()}
+        destination, dtype = Path(config.model.path), DTYPES[config.model.dtype]
+        export_policy(destination, tensors, dtype=dtype, like=folder, replace=False, extra_files=made_by)
+    else:
+        take_part(tensors)
+
+
+def collective_timeout_s(config: RunConfig) -> float:
+    """The ranks that do not sample wait in a collective for the one that does: longer than all of its retries and the start of a server."""
+    rollout = config.rollout
+    return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1)
+
+
+def _stop_requested(run_dir: Path) -> Callable[[], bool]:
+    asked = False
+
+    def remember(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGUSR1, remember)
+    return lambda: asked or (run_dir / STOP_FILE).exists()
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of every rank."""
+    die_with_parent(parent_pid=os.getppid())
+    run_dir, task = Path(arguments[0]), {"train": train, "warm_up": warm_up}[arguments[1]]
+    config = load_config(run_dir / CONFIG_FILE, [])
+    rank = int(os.environ["RANK"])
+    logging.basicConfig(
+        level=config.tracking.log_level.upper() if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
+        stream=sys.stdout,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
+    capabilities = detect()
+    if capabilities.device_type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if config.debug.deterministic:
+        torch.use_deterministic_algorithms(True)
+    for line in capabilities.lines():
+        log.info(line)
+    try:
+        groups = process_groups.initialize(
+            config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=collective_timeout_s(config)
+        )
+        task(config, run_dir, groups)
+        dist.barrier()
+        process_groups.shut_down()
+    except Exception as error:
+        # The launcher shows this line; the first rank to fail is the one that knows why.
+        traceback.print_exc()
+        path = run_dir / ERROR_FILE
+        if not path.exists():
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = str(error) or f"at {Path(place.filename).name}:{place.lineno}"
+            with contextlib.suppress(OSError):  # a full disk; the launcher sees that for itself
+                write_atomically(path, f"rank {rank}: {type(error).__name__}: {reason}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: a thread that waits for a server would hold this rank, and with it all others
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,197 @@
+"""The live view of a run: a progress bar with time left, the latest numbers, where the time goes. Reads files, touches nothing.
+
+On a terminal it repaints itself; anywhere else it prints one plain line per global step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megatron_minpro.objectives.idle_clip import idle_clip
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, Progress, read_progress
+
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A number worth watching."""
+
+    label: str
+    keys: tuple[str, ...]  # added up
+    format: str
+
+    def text(self, line: Metrics) -> str:
+        """The number as shown; a dash when the line has none."""
+        values = [value for key in self.keys if (value := line.get(key)) is not None]
+        return format(sum(values), self.format) if values else "-"
+
+
+COLUMNS = (
+    Column("reward", ("reward",), ".3f"),
+    Column("prefix min", ("prefix_min_ratio",), ".3f"),
+    Column("clipped", ("hard_clip_fraction", "soft_clip_fraction"), ".2%"),
+    Column("entropy", ("entropy",), ".3f"),
+    Column("tokens/s", ("tokens_per_second",), ",.0f"),
+)
+STEP_PHASES = ("sample", "reward", "score", "update", "sync")
+_NUM_RECENT = 20  # steps that the time left is estimated from
+_STALE_AFTER_S = 60.0
+
+
+class MetricsTail:
+    """Follows a growing metrics.jsonl; a file that became shorter (a resumed run) is read anew."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / METRICS_FILE
+        self._offset = 0
+
+    def new_lines(self) -> list[dict[str, float | None]]:
+        """Complete lines since the last call."""
+        if not self._path.exists():
+            return []
+        if self._path.stat().st_size < self._offset:
+            self._offset = 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+class Console:
+    """Shows run_dir as it grows. Call refresh() every half second or so; log() for lines that stay.
+
+    num_global_steps: batches to train. resumed_from: lines of global steps up to this one belong to an earlier attempt and are not
+    printed again.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, num_global_steps: int, name: str, resumed_from: int | None = None, out: RichConsole | None = None
+    ):
+        self._run_dir = Path(run_dir)
+        self._num_global_steps = num_global_steps
+        self._name = name
+        self._resumed_from = resumed_from
+        self._out = RichConsole(file=sys.stdout, highlight=False) if out is None else out
+        self._tail = MetricsTail(run_dir)
+        self._latest: dict[str, float | None] = {}
+        self._steps_done = 0
+        self._step_seconds: list[float] = []
+        self._last_phase: str | None = None
+        self._idle_clip_reported = False
+        self._started_at = time.monotonic()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Console:
+        if self._out.is_terminal:
+            self._live = Live(self._render(None), console=self._out, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.refresh()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def log(self, text: str) -> None:
+        """Print a line that stays (above the bar)."""
+        self._out.print(Text(text), soft_wrap=True)
+
+    def refresh(self) -> None:
+        """Take in what the run wrote since the last call."""
+        for line in self._tail.new_lines():
+            self._take(line)
+        progress = read_progress(self._run_dir)
+        if self._live is not None:
+            self._live.update(self._render(progress))
+        elif progress is not None and progress.phase != self._last_phase and progress.phase not in STEP_PHASES:
+            self.log(f"{self._name}: {progress.phase}")  # the phases of a step are in the step's line
+        if progress is not None:
+            self._last_phase = progress.phase
+
+    def _take(self, line: dict[str, float | None]) -> None:
+        step = int(line["global_step"] or 0)
+        # Steps that only sample (the first) or only train (the last) lack some numbers: keep showing the latest known ones.
+        self._latest = {**self._latest, **line}
+        self._steps_done = int(line.get("trained_batches") or 0)
+        seconds = line.get("seconds/step")
+        if seconds is not None:
+            self._step_seconds = [*self._step_seconds[-(_NUM_RECENT - 1) :], seconds]
+        if self._resumed_from is not None and step <= self._resumed_from:
+            return
+        if self._live is None:
+            self.log(self._plain_line(line))
+        if not self._idle_clip_reported and (warning := idle_clip(line)) is not None:
+            self.log(f"warning: global step {step}: {warning}")
+            self._idle_clip_reported = True
+
+    def _plain_line(self, line: Metrics) -> str:
+        parts = [f"trained {self._steps_done}/{self._num_global_steps}"]
+        parts += [f"{column.label} {column.text(line)}" for column in COLUMNS]
+        parts.append(f"lag {_lag(line)}")
+        parts += [f"{phase} {seconds:.1f}s" for phase, seconds in _phases(line).items()]
+        parts.append(f"{_clock(self._seconds_left())} left")
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        if not self._step_seconds:
+            return None
+        return (self._num_global_steps - self._steps_done) * sum(self._step_seconds) / len(self._step_seconds)
+
+    def _render(self, progress: Progress | None) -> Group:
+        phase = "starting" if progress is None else f"{progress.phase} {progress.detail}".strip()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._name, style="bold"),
+            ProgressBar(total=self._num_global_steps, completed=self._steps_done, width=36),
+            Text(f"{self._steps_done}/{self._num_global_steps}"),
+            Text(f"{_clock(time.monotonic() - self._started_at)} gone, {_clock(self._seconds_left())} left", style="cyan"),
+            Text(phase, style="magenta"),
+        )
+        rows: list[Table | Text] = [head]
+        silence_s = 0.0 if progress is None else time.time() - progress.updated_at
+        if silence_s > _STALE_AFTER_S:
+            rows.append(Text(f"no sign of life for {_clock(silence_s)}; logs are in {self._run_dir / 'logs'}", "yellow"))
+        if self._latest:
+            numbers = Table.grid(padding=(0, 3))
+            numbers.add_row(*[Text(column.label, style="dim") for column in COLUMNS], Text("lag", style="dim"))
+            numbers.add_row(*[column.text(self._latest) for column in COLUMNS], _lag(self._latest))
+            rows.append(numbers)
+            phases = _phases(self._latest)
+            if phases:
+                rows.append(Text("  ".join(f"{phase} {seconds:.1f}s" for phase, seconds in phases.items()), style="dim"))
+        return Group(*rows)
+
+
+def _lag(line: Metrics) -> str:
+    low, high = line.get("lag_min"), line.get("lag_max")
+    return "-" if low is None or high is None else f"{low:.0f}-{high:.0f}"
+
+
+def _phases(line: Metrics) -> dict[str, float]:
+    """Phase -> seconds, the whole step left out."""
+    found = {key.removeprefix("seconds/"): value for key, value in line.items() if key.startswith("seconds/") and key != "seconds/step"}
+    return {phase: seconds for phase, seconds in found.items() if seconds is not None}
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

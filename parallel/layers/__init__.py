@@ -1,0 +1,1 @@
+"""The layers of a rank where TransformerEngine is absent, and the router."""

@@ -1,0 +1,1 @@
+"""SGLang: the start command, requests, control endpoints."""

@@ -1,0 +1,1 @@
+"""SGLang's own server on a machine without a GPU."""

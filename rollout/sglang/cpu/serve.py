@@ -1,0 +1,337 @@
+"""SGLang's own server on a machine without a GPU: `python -m rollout.sglang.cpu.serve --model-path FOLDER --device cpu ...`.
+
+The unmodified sglang wheel expects CUDA packages here and there. With SGLANG_USE_CPU_ENGINE=1 in the environment, importing this module
+puts plain stand-ins in their place; without it (a CUDA machine) importing it changes nothing. Written for sglang 0.5.23.
+
+    what                          why
+    sgl_kernel                    its CPU kernels are not published as a wheel; torch.ops.sgl_kernel stays empty, so layers take their
+                                  plain-torch path
+    torchvision operators         the default wheel is a CUDA build whose extension does not load beside a CPU build of torch
+    host buffers                  are pinned through cudart; plain memory serves on a CPU
+    batched attention             SGLang loops over the sequences of a batch (cpu_kernels.py)
+    seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
+    sleeping while paused         a paused scheduler polls without end; the trainer needs that core
+    stopping                      SGLang looks at its SIGTERM flag every 5 s
+    fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
+    keys in the log               SGLang prints its server arguments with both keys in clear
+    model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
+
+The patches are applied at import: were a child process started by spawn after all, it would import its main module again, and get them too.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import gc
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+
+def _stand_in_for_sgl_kernel() -> None:
+    import torch
+
+    def assign_req_to_token_pool_cpu(req_pool_indices: Any, req_to_token: Any, start: Any, end: Any, out_cache_loc: Any, *_: Any) -> None:
+        """Write each request's new cache slots into its row, at [start, end)."""
+        at = 0
+        for row, first, last in zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True):
+            req_to_token[row, first:last] = out_cache_loc[at : at + last - first].to(req_to_token.dtype)
+            at += last - first
+
+    class StandIn(types.ModuleType):
+        """Has every name that is imported, and fails when an unknown one is called."""
+
+        __version__ = "0.0.0+standin"
+        __path__: list[str] = []  # noqa: RUF012  a package, to the import system
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def missing(*_: Any, **__: Any) -> None:
+                raise NotImplementedError(f"sgl_kernel.{name} has no CPU build; rollout/sglang_cpu.py stands in for what Qwen3 needs")
+
+            return missing
+
+    module = StandIn("sgl_kernel")
+    module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
+    module.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu  # type: ignore[attr-defined]
+    sys.modules["sgl_kernel"] = module
+    assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed"), "the real sgl_kernel is loaded: start SGLang without this module"
+
+
+_torchvision_operators: Any = None  # kept: its operators vanish with it
+
+
+def _declare_torchvision_operators() -> None:
+    """torchvision registers shapes for operators that its extension would have defined. Define them, without code, if it did not load."""
+    global _torchvision_operators
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        spec = importlib.util.find_spec("torchvision")
+        assert spec is not None and spec.submodule_search_locations
+        source = (Path(spec.submodule_search_locations[0]) / "_meta_registrations.py").read_text()
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in sorted(_operator_names(source)):
+            library.define(f"{name}(...) -> ...")
+        _torchvision_operators = library
+        import torchvision  # noqa: F401
+
+
+def _operator_names(source: str) -> set[str]:
+    """Names in the decorators `register_meta("name")` and `register_fake("torchvision::name")`."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("register_meta", "register_fake", "impl_abstract"):
+                names.add(node.args[0].value.removeprefix("torchvision::"))
+    return names
+
+
+def _use_plain_host_memory() -> None:
+    import torch
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: Any, dtype: Any, device: str = "cpu", **_: Any) -> Any:
+        return torch.empty(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def _use_batched_attention() -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from rollout.sglang.cpu.kernels import decode_attention, extend_attention
+
+    sglang_decode = TorchNativeAttnBackend._run_sdpa_forward_decode
+    sglang_extend = TorchNativeAttnBackend._run_sdpa_forward_extend
+
+    def is_plain(encoder_lens: Any, options: dict[str, Any]) -> bool:
+        window = options.get("sliding_window_size")
+        return encoder_lens is None and not options.get("is_cross_attn") and (window is None or window < 0)
+
+    def decode(
+        self: Any,
+        query: Any,
+        output: Any,
+        k_cache: Any,
+        v_cache: Any,
+        req_to_token: Any,
+        req_pool_indices: Any,
+        seq_lens: Any,
+        encoder_lens: Any = None,
+        **options: Any,
+    ) -> Any:
+        if not is_plain(encoder_lens, options):
+            return sglang_decode(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens, **options)
+        output[:] = decode_attention(
+            query,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            req_to_token=req_to_token,
+            req_pool_indices_N=req_pool_indices,
+            seq_lens_N=seq_lens,
+            scaling=options["scaling"],
+        )
+        return output
+
+    def extend(
+        self: Any,
+        query: Any,
+        output: Any,
+        k_cache: Any,
+        v_cache: Any,
+        req_to_token: Any,
+        req_pool_indices: Any,
+        seq_lens: Any,
+        prefix_lens: Any,
+        extend_lens: Any,
+        encoder_lens: Any = None,
+        **options: Any,
+    ) -> Any:
+        if not is_plain(encoder_lens, options) or not options.get("causal"):
+            return sglang_extend(
+                self,
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                prefix_lens,
+                extend_lens,
+                encoder_lens,
+                **options,
+            )
+        output[:] = extend_attention(
+            query,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            req_to_token=req_to_token,
+            req_pool_indices_N=req_pool_indices,
+            seq_lens_N=seq_lens,
+            prefix_lens_N=prefix_lens,
+            extend_lens_N=extend_lens,
+            scaling=options["scaling"],
+        )
+        return output
+
+    TorchNativeAttnBackend._run_sdpa_forward_decode = decode
+    TorchNativeAttnBackend._run_sdpa_forward_extend = extend
+
+
+def _honour_request_seeds() -> None:
+    """Every request draws by its own seed (a random one if it names none), whatever else is in its batch."""
+    import torch
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    from rollout.sglang.cpu.kernels import seeded_multinomial
+
+    from_schedule_batch = SamplingBatchInfo.from_schedule_batch.__func__
+
+    def with_seeds(cls: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        info = from_schedule_batch(cls, batch, *arguments, **options)
+        for request in batch.reqs:
+            if request.sampling_params.sampling_seed is None:
+                request.sampling_params.sampling_seed = int(torch.randint(2**31, (1,)))
+        info.sampling_seed = torch.tensor([request.sampling_params.sampling_seed for request in batch.reqs], dtype=torch.int64)
+        return info
+
+    SamplingBatchInfo.from_schedule_batch = classmethod(with_seeds)
+
+    def from_probs(probs: Any, sampling_seed: Any = None, positions: Any = None) -> Any:
+        return seeded_multinomial(probs, sampling_seed, positions).view(-1).to(torch.int32)
+
+    def from_logprobs(logprobs: Any, seed: Any, positions: Any) -> Any:
+        return seeded_multinomial(logprobs.exp(), seed, positions)
+
+    sampler.sampling_from_probs_torch = from_probs
+    sampler.multinomial_with_seed = from_logprobs
+
+
+def _sleep_while_paused() -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    record_state = Scheduler._record_scheduler_state_for_paused_engine
+
+    def record_and_sleep(self: Any) -> None:
+        record_state(self)
+        if self.idle_sleeper is not None:
+            self.idle_sleeper.poller.poll(100)  # ms; a message ends it at once
+
+    Scheduler._record_scheduler_state_for_paused_engine = record_and_sleep
+
+
+def _stop_promptly() -> None:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    watchdog = TokenizerManager.sigterm_watchdog
+
+    async def prompt_watchdog(self: Any) -> None:
+        while not self.gracefully_exit:
+            await asyncio.sleep(0.1)
+        await watchdog(self)  # its own loop over the same flag, with 5 s steps, is then over at once
+
+    TokenizerManager.sigterm_watchdog = prompt_watchdog
+
+
+def _fork_children() -> None:
+    """Start scheduler and detokenizer by fork, from a parent that has imported everything and runs no threads yet."""
+    import multiprocessing
+
+    import sglang.srt.managers.detokenizer_manager
+    import sglang.srt.managers.scheduler  # noqa: F401
+    from sglang.srt.entrypoints import engine
+
+    set_envs_and_config = engine._set_envs_and_config
+
+    def set_and_fork(*arguments: Any, **options: Any) -> None:
+        set_envs_and_config(*arguments, **options)
+        multiprocessing.set_start_method("fork", force=True)
+        gc.freeze()  # what is imported lives for ever: children need not look at it, nor copy its pages
+
+    engine._set_envs_and_config = set_and_fork
+
+
+def _keep_keys_out_of_the_log() -> None:
+    from sglang.srt.entrypoints import engine
+
+    for_logging = engine._server_args_for_logging
+
+    def without_keys(server_args: Any) -> dict[str, Any]:
+        return {
+            name: "[redacted]" if name in ("api_key", "admin_api_key") and value is not None else value
+            for name, value in for_logging(server_args).items()
+        }
+
+    engine._server_args_for_logging = without_keys
+
+
+def _import_only_qwen3() -> None:
+    """A model that is registered is found without importing the modules of all others."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    for name in ("qwen3", "qwen3_moe"):
+        entry = importlib.import_module(f"sglang.srt.models.{name}").EntryClass
+        for model in entry if isinstance(entry, list) else [entry]:
+            ModelRegistry.models.setdefault(model.__name__, model)
+
+
+def activate() -> None:
+    """Apply all patches, in the order in which SGLang's modules need them."""
+    if "sgl_kernel" in sys.modules:
+        return
+    _stand_in_for_sgl_kernel()
+    _declare_torchvision_operators()
+    _use_plain_host_memory()
+    _use_batched_attention()
+    _honour_request_seeds()
+    _sleep_while_paused()
+    _stop_promptly()
+    _fork_children()
+    _keep_keys_out_of_the_log()
+    _import_only_qwen3()
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until told to stop; no child process is left behind. Does not return."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    exit_code = 0
+    try:
+        run_server(prepare_server_args(arguments))
+    except SystemExit as end:
+        exit_code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        exit_code = 1
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not a normal exit: extension modules would then print hundreds of lines about leaks, and bury the reason of an end.
+        os._exit(exit_code)
+
+
+if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    activate()
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""Which server arguments the installed SGLang knows: asked from the server environment, where alone SGLang can be imported."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Prints {argument name: {"flag": ..., "takes_value": ..., "default": ...}} as the last line.
+_PROBE = """
+import argparse, json
+import rollout.sglang.cpu.serve
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+known = {}
+for action in parser._actions:
+    flags = [flag for flag in action.option_strings if flag.startswith("--")]
+    if flags and action.dest != "help":
+        default = action.default if isinstance(action.default, (bool, int, float, str, type(None))) else None
+        entry = {"flag": flags[0], "kind": "switch" if action.nargs == 0 else "list" if action.nargs in ("*", "+") else "value",
+                 "negative": next((flag for flag in flags if flag.startswith("--no-")), None), "default": default}
+        for name in {action.dest, *(flag[2:].replace("-", "_") for flag in flags)}:
+            known[name] = entry
+print(json.dumps(known))
+"""
+
+
+@functools.lru_cache(maxsize=8)
+def known_options(server_python: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Every server argument of the SGLang beside `server_python`. Takes several seconds the first time (it imports SGLang).
+
+    Raises ValueError when SGLang cannot be imported there, with the last line of the reason.
+    """
+    from rollout.sglang.server import server_environment
+
+    probe = subprocess.run(
+        [str(server_python), "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        env=server_environment(device=device, num_threads=1),
+        check=False,
+    )
+    if probe.returncode != 0:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"the server environment {server_python} cannot list SGLang's server arguments: {reason}")
+    return json.loads(probe.stdout.strip().splitlines()[-1])
+
+
+def option_arguments(options: Mapping[str, Any], *, server_python: Path, device: str, reserved: Mapping[str, str]) -> list[str]:
+    """Command-line arguments for `options` (names as in SGLang's ServerArgs, with underscores or dashes).
+
+    reserved: names that are set elsewhere -> where.
+    Raises ValueError naming the option when it is unknown to the installed SGLang, reserved, or cannot take the value.
+    """
+    arguments: list[str] = []
+    if not options:
+        return arguments
+    for name in options:
+        if name.replace("-", "_") in reserved:
+            raise ValueError(f"sglang.{name}: set by {reserved[name.replace('-', '_')]}, not here")
+    known = known_options(server_python, device)
+    for name, value in options.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            raise ValueError(f"sglang.{name}: the installed SGLang has no such server argument; nearest: {', '.join(near) or 'none'}")
+        arguments += _arguments_of(name, value, known[key])
+    return arguments
+
+
+def _arguments_of(name: str, value: Any, entry: Mapping[str, Any]) -> list[str]:
+    if entry["kind"] == "switch":
+        if not isinstance(value, bool):
+            raise ValueError(f"sglang.{name} is {value!r}, expected true or false")
+        if value:
+            return [entry["flag"]]
+        if entry["negative"] is not None:
+            return [entry["negative"]]
+        if entry["default"] not in (False, None):
+            raise ValueError(f"sglang.{name}: SGLang offers no way to switch it off")
+        return []
+    if value is None:
+        raise ValueError(f"sglang.{name} is null, expected a value (leave the key out for SGLang's default)")
+    if entry["kind"] == "list":
+        return [entry["flag"], *(str(item) for item in (value if isinstance(value, list | tuple) else [value]))]
+    if isinstance(value, list | tuple | dict):
+        return [entry["flag"], json.dumps(value)]
+    return [entry["flag"], str(value)]

@@ -1,0 +1,1 @@
+"""Weight sync: versioned weights from the actor into the servers."""

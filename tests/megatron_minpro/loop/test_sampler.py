@@ -1,0 +1,342 @@
+"""From prompts to a batch: what is asked of the servers, what is judged, which advantage goes to which response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_minpro.config import DynamicSamplingConfig
+from megatron_minpro.data.prompts import Prompt, PromptCursor, PromptList
+from megatron_minpro.loop.sampler import Sampled, Sampler, choose_groups
+from megatron_minpro.objectives.advantages import make_advantages
+from megatron_minpro.rewards.reward import RewardResult
+from rollout.client import RolloutFailed, WeightsMissing
+from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from tests.megatron_minpro.conftest import content, sample_content
+
+GROUP = 3
+
+
+class Tokenizer:
+    eos_token_id = 99
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [" ".join(map(str, ids)) for ids in sequences]
+
+
+class Client:
+    """Response j of a request is its first prompt token, then j, then the end; sampled under `version`."""
+
+    def __init__(self, version: int | tuple[int, int] = 4) -> None:
+        self.versions = (version, version) if isinstance(version, int) else version
+        self.asked: list[tuple[list[GenerationRequest], SamplingParams, int]] = []
+        self.fails_at: dict[int, Exception] = {}  # by the number of the call
+
+    def take_report(self) -> dict[str, float]:
+        return {"servers/used": float(len(self.asked))}
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int, policy_version: int
+    ) -> list[list[Generation]]:
+        assert policy_version == 4
+        self.asked.append((list(requests), sampling, num_samples))
+        if (failure := self.fails_at.pop(len(self.asked), None)) is not None:
+            raise failure
+        first, last = self.versions
+        return [
+            [
+                Generation(
+                    request_id=request.request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    response_token_ids=(request.prompt_token_ids[0], j, 99),
+                    engine_logprobs=(-0.1, -0.2, -0.3),
+                    version_spans=(VersionSpan(policy_version=first, start=0, end=1), VersionSpan(policy_version=last, start=1, end=3)),
+                    finish_reason="stop" if j else "length",
+                    latency_s=0.0,
+                    num_retries=0,
+                )
+                for j in range(num_samples)
+            ]
+            for request in requests
+        ]
+
+
+class SecondWord:
+    """Rewards the second word: 0, 1, 2 for the responses of a group; the first prompt's responses are all worth 5."""
+
+    name = "second_word"
+
+    def __init__(self) -> None:
+        self.error_counts: dict[str, int] = {}
+        self.texts: list[str] = []
+        self.finish_reasons: list[str] = []
+        self.num_response_tokens: list[int] = []
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
+    ) -> list[RewardResult]:
+        self.texts += responses
+        self.finish_reasons += finish_reasons
+        self.num_response_tokens += num_response_tokens
+        results = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            words = response.split()
+            assert words[0] == prompt.answer, "a response is judged by its own prompt"
+            reward = 5.0 if prompt.prompt_id == "p0" else float(words[1])
+            results.append(RewardResult(reward=reward, correct=reward == 2, extracted=words[1], error=None))
+        return results
+
+    def close(self) -> None: ...
+
+
+def make_sampler(client: Client, reward: SecondWord, **changed: Any) -> Sampler:
+    prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in range(2))
+    options = {
+        "cursor": PromptCursor(PromptList(name="test", prompts=prompts), seed=0),
+        "client": client,
+        "tokenizer": Tokenizer(),
+        "reward": reward,
+        "advantages": make_advantages("mean_only"),
+        "prompts_per_step": 2,
+        "group_size": GROUP,
+        "max_new_tokens": 8,
+        "temperature": 0.7,
+        "seed": 3,
+    }
+    return Sampler(**{**options, **changed})
+
+
+def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> None:
+    client, reward = Client(), SecondWord()
+    sampled = make_sampler(client, reward).sample(6, policy_version=4)
+    batch = sampled.batch
+    assert (batch.sampled_at_step, batch.policy_version, batch.group_size, batch.num_groups) == (6, 4, GROUP, 2)
+    assert [sample.sample_id for sample in batch.samples] == [f"step6-{n}" for n in range(6)]
+    by_prompt = {int(batch.samples[start].token_ids[0]): batch.samples[start : start + GROUP] for start in (0, GROUP)}
+    assert by_prompt.keys() == {10, 11}
+    for first_token, samples in by_prompt.items():
+        assert [sample.token_ids.tolist() for sample in samples] == [[first_token, 7, first_token, j, 99] for j in range(GROUP)]
+    assert [sample.advantage for sample in by_prompt[10]] == [0.0, 0.0, 0.0]  # equal rewards teach nothing
+    assert [sample.reward for sample in by_prompt[11]] == [0.0, 1.0, 2.0]
+    assert [sample.advantage for sample in by_prompt[11]] == [-1.0, 0.0, 1.0]
+    assert [sample.correct for sample in by_prompt[11]] == [False, False, True]
+    for sample in batch.samples:
+        assert (sample.prompt_tokens, sample.behaviour_logprobs) == (2, None)
+        assert sample.engine_logprobs.tolist() == torch.tensor([-0.1, -0.2, -0.3]).tolist()
+        assert sample.policy_versions == (4, 4)
+    assert [sample.finish_reason for sample in batch.samples] == ["length", "stop", "stop"] * 2
+
+
+def test_what_people_read_is_in_the_order_of_the_samples() -> None:
+    sampled = make_sampler(Client(), SecondWord()).sample(0, policy_version=4)
+    for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True):
+        assert response.text.startswith(f"{sample.token_ids[0]} {sample.response_token_ids[1]}")
+        assert (response.result.reward, response.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
+
+
+def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() -> None:
+    client = Client()
+    sampler = make_sampler(client, SecondWord())
+    sampler.sample(0, policy_version=4)
+    sampler.sample(1, policy_version=4)
+    [(requests, sampling, num_samples), (later_requests, later_sampling, _)] = client.asked
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (8, 0.7, 1.0, -1)
+    assert (sampling.stop_token_ids, num_samples) == ((99,), GROUP)
+    assert sampling.seed != later_sampling.seed
+    assert {request.request_id for request in requests}.isdisjoint(request.request_id for request in later_requests)
+    again = Client()
+    make_sampler(again, SecondWord()).sample(0, policy_version=4)
+    assert again.asked[0] == client.asked[0], "the same seed asks the same again"
+
+
+def test_the_token_that_ended_a_response_is_trained_but_not_graded() -> None:
+    reward = SecondWord()
+    sampled = make_sampler(Client(), reward).sample(0, policy_version=4)
+    assert all(sample.response_token_ids[-1] == 99 for sample in sampled.batch.samples)
+    # The first response of a group ran into the limit: whatever its last token is, it did not end it.
+    assert [text.split()[2:] for text in reward.texts] == [["99"], [], []] * 2
+
+
+def test_the_reward_learns_lengths_and_reasons() -> None:
+    reward = SecondWord()
+    make_sampler(Client(), reward).sample(0, policy_version=4)
+    assert reward.num_response_tokens == [3] * 6
+    assert reward.finish_reasons == ["length", "stop", "stop"] * 2
+
+
+@pytest.mark.parametrize("versions", [(3, 3), (4, 5), (3, 4)])
+def test_a_response_of_other_weights_is_refused(versions: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^step0-0: sampled under policy versions \({versions[0]}, {versions[1]}\), expected 4 throughout$"
+    ):
+        make_sampler(Client(versions), SecondWord()).sample(0, policy_version=4)
+
+
+def test_prompts_go_on_where_the_last_batch_ended() -> None:
+    sampler = make_sampler(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
+    seen = [int(sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0]) for step in range(4)]
+    assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]
+
+
+@pytest.mark.parametrize("failure", [WeightsMissing("all servers were restarted"), RolloutFailed("gave up")])
+def test_a_failed_call_asks_for_the_same_responses_again_and_loses_no_prompt(failure: Exception) -> None:
+    rewards = {f"p{i}": row for i, row in enumerate([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])}
+    client, cursor = Client(), InOrder()
+    client.fails_at = {2: failure}
+    sampler = make_sampler(
+        client,
+        Scripted(rewards),
+        cursor=cursor,
+        prompts_per_step=3,
+        dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
+    )
+    with pytest.raises(type(failure)):
+        sampler.sample(7, policy_version=4)
+    assert cursor.position == 0
+    sampled = sampler.sample(7, policy_version=4)
+    undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    assert sampled.responses == undisturbed.responses and cursor.position == end.position
+    assert client.asked[:2] == client.asked[2:4]
+    assert sampled.servers == {"servers/used": 5.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ dynamic sampling
+
+
+class Scripted(SecondWord):
+    """Rewards that a table of prompt ids names, one per response of a group; the answer is right where the reward is above 0.5."""
+
+    def __init__(self, rewards: dict[str, Sequence[float]]) -> None:
+        super().__init__()
+        self.rewards = rewards
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
+    ) -> list[RewardResult]:
+        rewards = [self.rewards[prompt.prompt_id][int(text.split()[1])] for prompt, text in zip(prompts, responses, strict=True)]
+        return [RewardResult(reward=x, correct=x > 0.5, extracted=None, error=None) for x in rewards]
+
+
+class InOrder:
+    """Prompts p0, p1, p2, ... one after the other."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        numbers = range(self.position, self.position + num_prompts)
+        self.position += num_prompts
+        return [Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers]
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+EQUAL, MIXED, SHAPED = (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, -0.5, 0.25)  # SHAPED: all wrong, told apart by their lengths
+
+
+def dynamically(rewards: list[Sequence[float]], *, equal: str = "reward", max_rounds: int = 3) -> tuple[Sampled, Client, InOrder]:
+    client, cursor = Client(), InOrder()
+    sampler = make_sampler(
+        client,
+        Scripted({f"p{i}": row for i, row in enumerate(rewards)}),
+        cursor=cursor,
+        prompts_per_step=3,
+        dynamic_sampling=DynamicSamplingConfig(equal=equal, max_rounds=max_rounds),
+    )
+    return sampler.sample(7, policy_version=4), client, cursor
+
+
+def prompts_of(samples: Sequence[Any]) -> list[int]:
+    return [int(sample.token_ids[0]) - 10 for sample in samples[::GROUP]]
+
+
+def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() -> None:
+    sampled, client, cursor = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    assert [[request.prompt_token_ids[0] - 10 for request in requests] for requests, _, _ in client.asked] == [[0, 1, 2], [3, 4], [5]]
+    assert prompts_of(sampled.batch.samples) == [1, 4, 5] and prompts_of(sampled.dropped) == [0, 2, 3]
+    assert (sampled.rounds, sampled.equal_groups, cursor.position) == (3, 0, 6)
+    assert [sample.reward for sample in sampled.batch.samples] == list(MIXED) * 3
+    assert [sample.advantage for sample in sampled.batch.samples] == pytest.approx([-1 / 3, 2 / 3, -1 / 3] * 3)
+    assert [sample.advantage for sample in sampled.dropped] == [0.0] * 9
+
+
+def test_every_response_is_either_in_the_batch_or_dropped_and_has_a_name_and_a_seed_of_its_own() -> None:
+    sampled, client, _ = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
+    everything = [*sampled.batch.samples, *sampled.dropped]
+    assert sorted(int(sample.sample_id.removeprefix("step7-")) for sample in everything) == list(range(18))
+    names = [request.request_id for requests, _, _ in client.asked for request in requests]
+    assert len(set(names)) == 6, "a response's seed hangs on its request's name"
+    for response, sample in zip(sampled.responses, everything, strict=True):
+        assert response.prompt.token_ids == tuple(sample.token_ids[:2].tolist())
+
+
+def test_when_the_rounds_run_out_the_earliest_equal_groups_fill_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    sampled, client, _ = dynamically([EQUAL, EQUAL, EQUAL, EQUAL, MIXED, EQUAL], max_rounds=2)
+    assert len(client.asked) == 2
+    assert prompts_of(sampled.batch.samples) == [0, 1, 4] and prompts_of(sampled.dropped) == [2, 3, 5]
+    assert (sampled.rounds, sampled.equal_groups) == (2, 2)
+    assert "step 7: 2 equal groups stay in the batch after 2 rounds of sampling" in caplog.text
+    assert [sample.advantage for sample in sampled.batch.samples[: 2 * GROUP]] == [0.0] * 6
+
+
+def test_rewards_that_length_shaping_told_apart_are_equal_by_correctness() -> None:
+    rewards = [SHAPED, MIXED, MIXED, MIXED]
+    assert prompts_of(dynamically(rewards, equal="reward")[0].batch.samples) == [0, 1, 2]
+    assert prompts_of(dynamically(rewards, equal="correct")[0].batch.samples) == [1, 2, 3]
+
+
+def test_a_full_first_round_is_the_batch_of_a_sampler_without_the_option() -> None:
+    rewards = Scripted(dict.fromkeys(("p0", "p1"), MIXED))
+    plain_client, client = Client(), Client()
+    plain = make_sampler(plain_client, rewards).sample(0, policy_version=4)
+    option = DynamicSamplingConfig(equal="reward", max_rounds=2)
+    dynamic = make_sampler(client, rewards, dynamic_sampling=option).sample(0, policy_version=4)
+    assert (content([dynamic.batch]), dynamic.dropped, client.asked) == (content([plain.batch]), (), plain_client.asked)
+
+
+def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones() -> None:
+    numbers = range(40)
+    prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers)
+    rewards = Scripted({f"p{i}": EQUAL if i % 3 else MIXED for i in numbers})
+
+    def sampler() -> Sampler:
+        return make_sampler(
+            Client(),
+            rewards,
+            cursor=PromptCursor(PromptList(name="test", prompts=prompts), seed=5),
+            prompts_per_step=4,
+            dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
+        )
+
+    whole, resumed = sampler(), sampler()
+    batches = [whole.sample(step, policy_version=4) for step in range(2)]
+    assert batches[0].rounds == 3, "the seed is one that needs further rounds"
+    state = whole.cursor.state()
+    batches += [whole.sample(step, policy_version=4) for step in range(2, 4)]
+    resumed.cursor.load_state(state)
+    continued = [resumed.sample(step, policy_version=4).batch for step in range(2, 4)]
+    assert content(continued) == content([sampled.batch for sampled in batches[2:]])
+    again = sampler()
+    repeated = [again.sample(step, policy_version=4) for step in range(4)]
+    assert content([sampled.batch for sampled in repeated]) == content([sampled.batch for sampled in batches])
+    assert [sample_content(sampled.dropped) for sampled in repeated] == [sample_content(sampled.dropped) for sampled in batches]
+
+
+@pytest.mark.parametrize(
+    ("useful", "wanted", "chosen"),
+    [
+        ([True, False, True], 2, [0, 2]),
+        ([True, True, True], 2, [0, 1]),
+        ([False, True, False, False], 3, [0, 1, 2]),
+        ([False, False], 2, [0, 1]),
+    ],
+)
+def test_choice_of_groups_by_hand(useful: list[bool], wanted: int, chosen: list[int]) -> None:
+    assert choose_groups(useful, wanted) == chosen

@@ -1,0 +1,500 @@
+"""The loop with an actor and a driver that only keep a diary: order, staleness, drain, stop, resume; and its small pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_minpro.batch.sample import RolloutBatch, Sample
+from megatron_minpro.batch.staleness import StalenessBuffer
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.loop import trainer
+from megatron_minpro.loop.sampler import Sampled
+from megatron_minpro.objectives import make_objective
+from megatron_minpro.run.run_state import RunCounters
+from parallel.actor import LocalTokens, UpdateReport
+from parallel.packing import TokenSequence
+from parallel.sequence_shard import SequenceShard
+from rollout.client import RolloutFailed, WeightsMissing
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+UPDATES = 2
+SMALL = (
+    "num_global_steps=4",
+    "staleness=2",
+    f"actor.updates_per_step={UPDATES}",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=2",
+    "checkpoint.every=3",
+)
+MakeBatch = Callable[..., RolloutBatch]
+MakeSample = Callable[..., Sample]
+
+
+def small_config(*overrides: str) -> RunConfig:
+    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*SMALL, *overrides])
+
+
+class FakeActor:
+    """Scores every position with -(policy version + 1) / 8, exact in fp32, and counts updates."""
+
+    def __init__(self, diary: list[tuple], policy_version: int = 0) -> None:
+        self.diary = diary
+        self.policy_version = policy_version
+        self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
+        self.learning_rates: list[float] = []
+        self.corrections: list[float] = []
+        self.unit_ratios = torch.tensor([0.0, 1.0])
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        self.diary.append(("score", self.policy_version))
+        return [torch.full((sequence.num_positions,), -(self.policy_version + 1) / 8) for sequence in sequences]
+
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: float) -> UpdateReport:
+        seen = {x for sequence in minibatch for x in sequence.streams["behaviour_logprobs"][sequence.loss_mask].tolist()}
+        self.trained.append((self.policy_version, seen))
+        self.learning_rates.append(learning_rate)
+        for sequence in minibatch:
+            if "correction_weights" in sequence.streams:
+                self.corrections += sequence.streams["correction_weights"][sequence.loss_mask].tolist()
+        self.diary.append(("update", self.policy_version))
+        self.policy_version += 1
+        tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
+        return UpdateReport(
+            loss=float(self.policy_version),
+            grad_norm=0.5,
+            learning_rate=learning_rate,
+            policy_version=self.policy_version,
+            num_tokens=tokens,
+            metrics={"entropy": torch.tensor([float(self.policy_version), 1.0]), "unit_ratio_fraction": self.unit_ratios},
+        )
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.tensor(float(self.policy_version))
+
+
+class FakeDriver:
+    """Samples numbered batches under the version it is told; writes down everything."""
+
+    def __init__(self, diary: list[tuple], make_batch: MakeBatch) -> None:
+        self.diary = diary
+        self.make_batch = make_batch
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.fields: Callable[[int], dict[str, Any]] = lambda policy_version: {}
+        self.num_dropped = 0  # samples of every batch that go to the dropped ones
+        self.asked = self.published = 0
+        self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
+        self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
+
+    def ask(self) -> None:
+        self.asked += 1
+        if self.asked in self.trouble:
+            raise self.trouble[self.asked]
+
+    def sample(self, step: int, *, policy_version: int) -> Sampled:
+        self.diary.append(("sample", step, policy_version))
+        self.ask()
+        batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
+        kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
+        return Sampled(batch=replace(batch, samples=kept), responses=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
+
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
+        self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
+        self.published += 1
+        return self.void.get(self.published)
+
+    def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
+
+    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+        self.diary.append(("record", step, None if trained is None else trained.sampled_at_step))
+        self.lines.append((step, dict(metrics)))
+
+    def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
+        self.diary.append(("evaluate", label, policy_version))
+        self.ask()
+        return {}
+
+
+class FakeCheckpoints:
+    """Notes when a checkpoint begins and when somebody waits for it. `fails_at`: the step after which writing has failed."""
+
+    def __init__(self, lines: list[tuple], next_step: Callable[[], int]) -> None:
+        self.lines = lines
+        self.next_step = next_step
+        self.fails_at: int | None = None
+
+    def save(self) -> None:
+        self.lines.append(("save", self.next_step()))
+
+    def wait(self) -> None:
+        self.lines.append(("wait",))
+
+    def failure(self) -> str | None:
+        return None if self.fails_at is None or self.next_step() <= self.fails_at else "no space"
+
+
+class Diary:
+    """A run whose every call across the process border is kept in `lines`."""
+
+    def __init__(self, config: RunConfig, group: Any, make_batch: MakeBatch, *, policy_version: int = 0, stop_after: int | None = None):
+        self.lines: list[tuple] = []
+        self.actor = FakeActor(self.lines, policy_version)
+        self.driver = FakeDriver(self.lines, make_batch)
+        self.run = trainer.TrainingRun(
+            config=config,
+            actor=self.actor,  # type: ignore[arg-type]
+            objective=make_objective("minpro"),
+            buffer=StalenessBuffer(config.staleness),
+            counters=RunCounters(),
+            driver=self.driver,  # type: ignore[arg-type]
+            control_group=group,
+            stop_requested=lambda: stop_after is not None and self.run.counters.next_step > stop_after,
+            checkpoints=FakeCheckpoints(self.lines, lambda: self.run.counters.next_step),
+        )
+
+
+def test_four_batches_at_staleness_two_by_hand(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    assert trainer.train(diary.run) is True
+    assert diary.lines == [
+        *[("sample", 0, 0), ("score", 0), ("record", 0, None)],
+        *[("sample", 1, 0), ("score", 0), ("record", 1, None)],
+        *[("sample", 2, 0), ("score", 0), ("update", 0), ("update", 1), ("publish", 2, [2.0]), ("record", 2, 0), ("save", 3)],
+        *[("sample", 3, 2), ("score", 2), ("update", 2), ("update", 3), ("publish", 4, [4.0]), ("record", 3, 1)],
+        *[("update", 4), ("update", 5), ("publish", 6, [6.0]), ("record", 4, 2)],
+        *[("update", 6), ("update", 7), ("publish", 8, [8.0]), ("record", 5, 3), ("save", 6), ("wait",)],
+    ]
+    counters = diary.run.counters
+    assert (counters.next_step, counters.trained_batches, counters.rollouts_sampled, counters.rollouts_trained) == (6, 4, 32, 32)
+    assert counters.tokens_trained == 4 * 8 * 2
+    assert len(diary.run.buffer) == 0
+
+
+def test_behaviour_logprobs_are_those_of_the_weights_that_sampled(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    # Versions at sampling: 0, 0, 0, 2; each batch gives two updates.
+    assert [seen for _, seen in diary.actor.trained] == [{-1 / 8}] * 6 + [{-3 / 8}] * 2
+
+
+def test_the_engines_own_logprobs_are_trained_when_the_configuration_says_so(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config("behaviour_logprobs=engine"), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    batch = make_batch(0, groups=4)
+    expected = {float(x) for sample in batch.samples for x in sample.engine_logprobs}
+    assert set().union(*(seen for _, seen in diary.actor.trained)) == expected
+
+
+def test_corrections_compare_the_server_with_the_trainer_at_sampling_time_and_leave_pi_old_alone(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    def run(*overrides: str) -> Diary:
+        diary = Diary(small_config(*overrides), one_rank_group, make_batch)
+        # The server says half the probability that the trainer says, and 16 times of it.
+        diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8 - math.log(2), -(version + 1) / 8 + math.log(16))}
+        trainer.train(diary.run)
+        return diary
+
+    plain, corrected = run(), run("corrections.truncated_is.max_weight=1.5")
+    assert plain.actor.corrections == []
+    assert corrected.actor.corrections == pytest.approx([1.5, 1 / 16] * 32), "also for batches that waited while the weights moved"
+    assert corrected.actor.trained == plain.actor.trained
+    line = dict(corrected.driver.lines)[1]
+    assert (line["correction_weight"], line["correction_truncated_fraction"]) == (pytest.approx((1.5 + 1 / 16) / 2), 0.5)
+    assert not [name for _, line in plain.driver.lines for name in line if name.startswith("correction")]
+
+
+def test_dropped_responses_are_counted_and_seen_in_the_sampling_metrics(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("rollout.dynamic_sampling={equal: reward, max_rounds: 2}"), one_rank_group, make_batch)
+    diary.driver.num_dropped = 4  # of 8 samples, rewards 0, 1, 0, 1, ...
+    diary.driver.fields = lambda version: {"reward": 1.0}
+    trainer.train(diary.run)
+    counters = diary.run.counters
+    assert (counters.rollouts_sampled, counters.rollouts_trained, counters.rollouts_dropped) == (32, 16, 16)
+    first, later, last = (dict(diary.driver.lines)[step] for step in (0, 2, 5))
+    assert (first["responses_dropped"], first["sampling_rounds"], first["equal_groups"]) == (4, 2, 1)
+    assert (first["zero_variance_groups"], first["response_tokens"]) == (1.0, 16)
+    waiting = 2 * 4  # the batches of steps 1 and 2
+    assert later["rollouts_sampled"] == later["rollouts_trained"] + waiting + later["rollouts_dropped"] == 24
+    assert last["rollouts_sampled"] == last["rollouts_trained"] + last["rollouts_dropped"] == 32
+
+
+def test_ratios_of_one_at_a_lag_are_warned_of_once(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    assert "every ratio is 1" not in caplog.text
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.actor.unit_ratios = torch.tensor([3.0, 3.0])
+    trainer.train(diary.run)
+    [warning] = [record for record in caplog.records if "every ratio is 1" in record.message]
+    assert (warning.levelname, warning.message[:21]) == ("WARNING", "batch of step 0: ever")
+
+
+def test_metrics_of_a_step_by_hand(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    lines = dict(diary.driver.lines)
+    assert "loss" not in lines[1] and "reward" not in lines[4]
+    assert (lines[3]["lag_min"], lines[3]["lag_max"], lines[3]["trained_from_step"]) == (2, 3, 1)
+    assert (lines[5]["lag_min"], lines[5]["lag_max"]) == (4, 5)
+    assert (lines[3]["loss"], lines[3]["entropy"], lines[3]["grad_norm"]) == (3.5, 3.5, 0.5)
+    assert (lines[3]["batches_waiting"], lines[3]["policy_version"], lines[3]["trained_tokens"]) == (2, 4, 16)
+    # Engine log-probs are -0.1 (t + 1) - n for sample n; the actor says -1/8 at version 0.
+    gaps = [abs(-0.1 * (t + 1) - n + 1 / 8) for n in range(8) for t in range(2)]
+    assert lines[0]["engine_logprob_gap_mean"] == pytest.approx(sum(gaps) / len(gaps))
+    assert lines[0]["engine_logprob_gap_max"] == pytest.approx(max(gaps))
+    assert lines[0]["seconds/step"] == pytest.approx(lines[0]["seconds/sample"] + lines[0]["seconds/score"])
+
+
+def test_a_lag_other_than_promised_stops_the_run(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    sample = diary.driver.sample
+
+    def fresh_weights_every_step(step: int, *, policy_version: int) -> Sampled:
+        diary.actor.policy_version += 1  # an update that nobody counted
+        return sample(step, policy_version=policy_version)
+
+    diary.driver.sample = fresh_weights_every_step  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"^batch of step 0: policy lag 3 to 4 updates, staleness 2 promises 0 to 1$"):
+        trainer.train(diary.run)
+
+
+def test_a_stop_saves_after_the_current_step_and_the_next_attempt_ends_as_if_never_stopped(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    whole = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(whole.run)
+
+    stopped = Diary(small_config(), one_rank_group, make_batch, stop_after=3)
+    assert trainer.train(stopped.run) is False
+    assert stopped.lines[-3:] == [("record", 3, 1), ("save", 4), ("wait",)]
+
+    resumed = Diary(small_config(), one_rank_group, make_batch, policy_version=stopped.actor.policy_version)
+    resumed.run.counters = stopped.run.counters
+    resumed.run.buffer.restore(stopped.run.buffer.waiting())
+    assert trainer.train(resumed.run) is True
+
+    def steps(diary: Diary) -> list[tuple]:
+        return [line for line in diary.lines if line[0] not in ("save", "wait")]
+
+    assert steps(stopped) + steps(resumed) == steps(whole)
+    assert stopped.actor.trained + resumed.actor.trained == whole.actor.trained
+    counted = ("next_step", "trained_batches", "rollouts_sampled", "rollouts_trained", "tokens_trained")
+    assert all(getattr(resumed.run.counters, name) == getattr(whole.run.counters, name) for name in counted)
+
+
+def test_weights_that_no_server_holds_are_published_again_and_the_same_batch_is_asked_for_again(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    undisturbed = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
+    trainer.train(undisturbed.run)
+    diary = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
+    diary.driver.trouble = {call: WeightsMissing("no server holds it") for call in (2, 5, 6)}
+    diary.driver.void = {3: "one was killed meanwhile"}
+    assert trainer.train(diary.run) is True
+    publish_4, sample_3 = ("publish", 4, [4.0]), ("sample", 3, 2)
+    assert diary.lines[4:6] == [("publish", 0, [0.0]), ("sample", 1, 0)]
+    at = diary.lines.index(sample_3)
+    assert diary.lines[at : at + 5] == [sample_3, ("publish", 2, [2.0]), sample_3, ("publish", 2, [2.0]), sample_3]
+    assert diary.lines.count(publish_4) == 1
+    assert [line for number, line in enumerate(diary.lines) if number not in (3, 4, at, at + 1, at + 2, at + 3)] == undisturbed.lines
+    assert diary.actor.trained == undisturbed.actor.trained
+
+
+def test_a_publish_that_no_server_took_is_made_up_for_when_the_next_batch_is_asked_for(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config("debug.check_weights=true"), one_rank_group, make_batch)
+    diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8,) * 2}
+    diary.driver.trouble = {4: WeightsMissing("no server holds it")}
+    diary.driver.void = {1: "the only server is dead"}
+    assert trainer.train(diary.run) is True
+    at = diary.lines.index(("publish", 2, [2.0]))
+    sample, check = ("sample", 3, 2), ("check", [2.0])
+    assert [line for line in diary.lines[at + 1 :] if line[0] in ("sample", "publish", "check")][:4] == [
+        sample,
+        ("publish", 2, [2.0]),
+        check,
+        sample,
+    ]
+
+
+@pytest.mark.parametrize("trouble", ["no answer", "weights cannot be published"])
+def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint_of_the_last_step(
+    trouble: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    if trouble == "no answer":
+        diary.driver.trouble = {2: RolloutFailed("no answer")}
+    else:
+        diary.driver.trouble = {call: WeightsMissing("no server holds it") for call in range(2, 10)}
+        diary.driver.void = dict.fromkeys(range(1, 10), trouble)
+    with pytest.raises(trainer.ServersFailed, match=f"^{trouble}$"):
+        trainer.train(diary.run)
+    assert diary.lines[-2:] == [("save", 1), ("wait",)]
+    assert (diary.run.counters.next_step, diary.run.counters.rollouts_sampled, len(diary.run.buffer)) == (1, 8, 1)
+    assert diary.driver.published == (0 if trouble == "no answer" else 3)
+
+
+def test_servers_that_fail_during_an_evaluation_cost_no_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
+    diary.driver.trouble = {3: RolloutFailed("no answer")}
+    with pytest.raises(trainer.ServersFailed, match=r"^no answer$"):
+        trainer.train(diary.run)
+    assert diary.lines[-3:] == [("evaluate", "step_000002", 0), ("save", 2), ("wait",)]
+
+
+def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch, stop_after=5)
+    assert trainer.train(diary.run) is True
+    assert diary.lines[-2:] == [("save", 6), ("wait",)]
+
+
+def test_a_checkpoint_that_failed_in_the_background_ends_the_run_at_the_next_step_boundary(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.run.checkpoints.fails_at = 3  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"^no space$"):
+        trainer.train(diary.run)
+    assert diary.lines[-1] == ("record", 3, 1)
+
+
+def test_held_out_prompts_are_measured_every_so_many_steps_but_not_at_the_end(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
+    trainer.train(diary.run)
+    measured = [line for line in diary.lines if line[0] == "evaluate"]
+    assert measured == [("evaluate", "step_000002", 0), ("evaluate", "step_000004", 4)]
+    never = Diary(small_config(), one_rank_group, make_batch)
+    trainer.train(never.run)
+    assert [line for line in never.lines if line[0] == "evaluate"] == []
+
+
+def test_weights_are_checked_after_every_publication_when_asked(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("debug.check_weights=true"), one_rank_group, make_batch)
+    diary.driver.fields = lambda policy_version: {"engine_logprobs": (-(policy_version + 1) / 8,) * 2}  # as the actor scores them
+    trainer.train(diary.run)
+    published = [(line[0], line[-1]) for line in diary.lines if line[0] in ("publish", "check")]
+    assert published == [(what, [version]) for version in (2.0, 4.0, 6.0, 8.0) for what in ("publish", "check")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gaps", "passes"),
+    [
+        ("float32", [0.00009] * 1000, True),
+        ("float32", [0.00011] * 1000, False),
+        ("float32", [3e-7] * 995 + [2e-3] * 5, True),  # five tokens whose experts' gates tie
+        ("float32", [3e-7] * 985 + [2e-3] * 15, False),
+        ("float32", [0.0] * 999 + [float("nan")], False),
+        ("bfloat16", [0.0, 0.09], True),
+        ("bfloat16", [0.0, 0.11], False),
+    ],
+)
+def test_a_gap_between_server_and_trainer_beyond_rounding_stops_a_checked_run(dtype: str, gaps: list[float], passes: bool) -> None:
+    checked = small_config("debug.check_weights=true", f"rollout.dtype={dtype}")
+    trainer.check_gap(small_config(f"rollout.dtype={dtype}"), torch.tensor(gaps))
+    if passes:
+        trainer.check_gap(checked, torch.tensor(gaps))
+        return
+    with pytest.raises(RuntimeError, match=r"^debug\.check_weights: server and trainer log-probs differ by "):
+        trainer.check_gap(checked, torch.tensor(gaps))
+
+
+def test_a_rank_without_a_driver_streams_its_weights_and_keeps_nothing(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.run.driver = None
+    diary.actor.export_weights = lambda: iter(())  # type: ignore[method-assign]
+    trainer.publish(diary.run)
+    diary.actor.export_weights = lambda: iter([("weight", torch.zeros(1))])  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="only rank 0"):
+        trainer.publish(diary.run)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_stays() -> None:
+    config = small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=3")  # 6 optimizer steps
+    rates = [trainer.learning_rate(config, version) for version in range(8)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
+    assert trainer.learning_rate(small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=0"), 0) == 0.6
+
+
+def test_updates_get_the_rate_of_their_own_policy_version(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    config = small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=3")
+    diary = Diary(config, one_rank_group, make_batch)
+    trainer.train(diary.run)
+    assert diary.actor.learning_rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
+
+
+def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
+    described = [  # reward, correct, finish reason, response tokens
+        (1.0, True, "stop", 2),
+        (1.0, True, "stop", 4),
+        (0.0, False, "length", 8),
+        (1.0, True, "stop", 2),
+        (0.0, False, "length", 8),
+        (0.0, False, "stop", 6),
+    ]
+    samples = tuple(
+        make_sample(n, reward=reward, correct=correct, finish_reason=reason, response=tokens)
+        for n, (reward, correct, reason, tokens) in enumerate(described)
+    )
+    assert trainer.sampling_metrics(samples, group_size=2) == pytest.approx(
+        {
+            "reward": 0.5,
+            "correct": 0.5,
+            "zero_variance_groups": 2 / 3,
+            "response_tokens": 30,
+            "response_length": 5.0,
+            "truncated": 1 / 3,
+        }
+    )
+
+
+def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -> None:
+    shard = SequenceShard.whole((3,))
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    local = LocalTokens(
+        logprobs_T=logprobs,
+        entropy_T=torch.tensor([9.0, 0.25, 0.5]),
+        loss_mask_T=torch.tensor([False, True, True]),
+        streams={"behaviour_logprobs": torch.tensor([0.0, -2.0, -3.0]), "advantages": torch.tensor([0.0, 2.0, 2.0])},
+        shard=shard,
+        global_tokens=4,
+        global_sequences=2,
+    )
+    out = trainer.make_loss_function(make_objective("reinforce"))(local)
+    assert out.metrics["entropy"].tolist() == [0.75, 2.0]
+    # On policy every weight is 1: loss = -sum(A log pi) / 4.
+    assert float(out.loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
+    out.loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, -0.5])
+    corrected = replace(local, streams={**local.streams, "correction_weights": torch.tensor([0.0, 0.5, 0.0])})
+    assert float(trainer.make_loss_function(make_objective("reinforce"))(corrected).loss.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
+
+
+def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None:
+    asked: list[Any] = []
+
+    class Actor:
+        def sum_statistics(self, sequences: Any, statistics_fn: Any) -> torch.Tensor:
+            asked.append(sequences)
+            return torch.ones(3)
+
+    sequences = [TokenSequence(token_ids=torch.arange(2), loss_mask=torch.ones(1, dtype=torch.bool), streams={})]
+    assert trainer.minibatch_statistics(Actor(), sequences, make_objective("minpro")) is None  # type: ignore[arg-type]
+    assert asked == []
+    assert trainer.minibatch_statistics(Actor(), sequences, make_objective("m2po")) is not None  # type: ignore[arg-type]
+    assert asked == [sequences]

@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.rewards.answers import as_integer, last_answer_line, last_boxed
+from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
+from megatron_minpro.rewards.reward import MathVerifyReward, OverlongShaping, RewardResult, make_reward
+
+# sympy would compute this power exactly: hours, and more memory than there is. Kept in C code, so no Python signal handler runs.
+HANGS = "9^{9^{9^{9}}}"
+
+
+def prompt(answer: str, text: str = "What is asked?") -> Prompt:
+    return Prompt(prompt_id="p", text=text, token_ids=(1,), answer=answer, source="test")
+
+
+@pytest.fixture(scope="module")
+def dapo() -> Iterator[MathVerifyReward]:
+    reward = MathVerifyReward(style="dapo", timeout_s=20)
+    yield reward
+    reward.close()
+
+
+@pytest.fixture(scope="module")
+def boxed() -> Iterator[MathVerifyReward]:
+    reward = MathVerifyReward(style="boxed", timeout_s=20)
+    yield reward
+    reward.close()
+
+
+def is_correct(reward: Any, answer: str, response: str, finish_reason: str = "stop") -> bool:
+    (result,) = reward.score([prompt(answer)], [response], [finish_reason])
+    assert result.error is None
+    assert result.reward == float(result.correct)
+    return result.correct
+
+
+# ---------------------------------------------------------------------------------------------------------------- extraction
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("So it is 5.\nAnswer: 34", "34"),
+        ("Answer: 1\nno, wait\nAnswer: 2\nthat is it", "2"),
+        ("**Answer:** 7", "7"),
+        ("**Answer: 7**", "7"),
+        ("answer : $\\frac{1}{2}$\r\n", "$\\frac{1}{2}$"),
+        ("Answer:\n34", "34"),
+        ("Answer: 34\nAnswer:", "34"),
+        ("Answer: the Answer: 5", "5"),
+        ("the answer is 34", None),
+        ("Answer:", None),
+        ("", None),
+    ],
+)
+def test_the_last_answer_line_counts(response: str, expected: str | None) -> None:
+    assert last_answer_line(response, truncated=False) == expected
+
+
+def test_an_answer_cut_by_the_length_limit_is_none() -> None:
+    assert last_answer_line("Answer: 12", truncated=True) is None  # might have become 123
+    assert last_answer_line("Answer: 12\nBecause", truncated=True) == "12"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("\\boxed{5}", "5"),
+        ("\\boxed{1} then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{ \\sqrt{x^{2}} }", "\\sqrt{x^{2}}"),
+        ("\\boxed{\\left\\{1,2\\right.}", "\\left\\{1,2\\right."),  # the escaped brace is text
+        ("\\boxed{3} and \\boxed{4", "3"),  # the last one never closes
+        ("\\boxed {7}", "7"),
+        ("\\boxed{", None),
+        ("\\boxed{\\", None),
+        ("boxed{5}", None),
+        ("no box", None),
+    ],
+)
+def test_the_last_balanced_box_counts(response: str, expected: str | None) -> None:
+    assert last_boxed(response) == expected
+
+
+@given(st.recursive(st.text("ab1 ", max_size=3), lambda inner: st.tuples(inner, inner).map(lambda pair: f"{pair[0]}{{{pair[1]}}}")))
+def test_any_balanced_content_comes_out_of_its_box(content: str) -> None:
+    assert last_boxed(f"\\boxed{{0}} so \\boxed{{{content}}} and done {{}}") == content.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("025", 25),
+        ("27.0", 27),
+        ("27.", 27),
+        ("-3", -3),
+        ("\u22123", -3),
+        ("+3", 3),
+        ("$12$", 12),
+        ("\\boxed{12}", 12),
+        ("1,234,567", 1234567),
+        ("1{,}234", 1234),
+        ("10\\,080", 10080),
+        ("12345678901234567890123", 12345678901234567890123),
+        ("27.5", None),
+        ("1,23", None),
+        ("2^3", None),
+        ("12 apples", None),
+        ("", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_integers_are_read_exactly(text: str, expected: int | None) -> None:
+    assert as_integer(text) == expected
+
+
+@given(st.integers())
+def test_every_printed_integer_is_read_back(number: int) -> None:
+    assert as_integer(str(number)) == as_integer(f" ${number:,}.0$ ") == number
+
+
+# ---------------------------------------------------------------------------------------------------------------- math-verify
+
+
+@pytest.mark.parametrize(
+    ("label", "answer"),
+    [
+        ("025", "25"),
+        ("25", "025"),
+        ("27.0", "27"),
+        ("12345678901234567890123", "12,345,678,901,234,567,890,123"),
+        ("\\frac{1}{2}", "0.5"),
+        ("\\frac{1}{2}", "1/2"),
+        ("8", "2^3"),
+        ("90^\\circ", "90"),
+        ("(1, 2)", "\\left(1,2\\right)"),
+        ("[0,1)", "[0, 1)"),
+        ("$69$,$84$", "84, 69"),
+        ("x=5", "5"),
+        ("\\text{Evelyn}", "\\text{Evelyn}"),
+        ("1000000000000000000000001", "10^{24}+1"),
+    ],
+)
+def test_equal_answers_are_correct(dapo: MathVerifyReward, boxed: MathVerifyReward, label: str, answer: str) -> None:
+    assert is_correct(dapo, label, f"We find it.\nAnswer: {answer}")
+    assert is_correct(boxed, label, f"We find \\boxed{{{answer}}}.")
+
+
+@pytest.mark.parametrize(
+    ("label", "answer"),
+    [
+        ("25", "52"),
+        ("12345678901234567890123", "12345678901234567890124"),  # equal as floats
+        ("12345678901234567890123", "1.2345678901234567890124e22"),
+        ("1000000000000000000000001", "10^{24}"),
+        ("10000000000000000", "10^{16}+0.1"),  # math-verify alone rounds this to equal
+        ("\\frac{1}{2}", "0.51"),
+        ("(1, 2)", "(2, 1)"),
+        ("[0,1)", "[0,1]"),
+        ("$69$,$84$", "69"),
+        ("12", "12, 13"),
+        ("\\text{Evelyn}", "\\text{Briana}"),
+        ("7", "$Answer"),
+    ],
+)
+def test_unequal_answers_are_wrong(dapo: MathVerifyReward, boxed: MathVerifyReward, label: str, answer: str) -> None:
+    assert not is_correct(dapo, label, f"We find it.\nAnswer: {answer}")
+    assert not is_correct(boxed, label, f"We find \\boxed{{{answer}}}.")
+
+
+def test_an_answer_line_in_the_question_is_not_the_response(dapo: MathVerifyReward) -> None:
+    question = "Fill in the blank. Answer: 7\n" + 'Remember to put your answer on its own line after "Answer:".'
+    results = dapo.score([prompt("7", question)] * 2, ["I do not know.", "Answer: 7"], ["stop", "stop"])
+    assert [result.correct for result in results] == [False, True]
+    assert results[0].extracted is None
+
+
+def test_the_two_styles_do_not_accept_each_other(dapo: MathVerifyReward, boxed: MathVerifyReward) -> None:
+    assert not is_correct(dapo, "7", "\\boxed{7}")
+    assert not is_correct(boxed, "7", "Answer: 7")
+    assert is_correct(dapo, "7", "Answer: \\boxed{7}")
+
+
+def test_a_truncated_answer_line_is_wrong(dapo: MathVerifyReward) -> None:
+    assert not is_correct(dapo, "12", "Answer: 12", "length")
+    assert is_correct(dapo, "12", "Answer: 12", "stop")
+
+
+def test_results_come_back_in_order_with_several_workers() -> None:
+    reward = make_reward("math_verify", style="boxed", timeout_s=20, workers=2)
+    labels = [f"\\frac{{{number}}}{{7}}" for number in range(1, 41)]
+    responses = [f"\\boxed{{{number if number % 3 else number + 1}/7}}" for number in range(1, 41)]
+    results = reward.score([prompt(label) for label in labels], responses, ["stop"] * 40)
+    reward.close()
+    assert [result.correct for result in results] == [number % 3 != 0 for number in range(1, 41)]
+
+
+def test_a_hang_costs_its_time_limit_is_counted_and_the_next_answer_is_graded() -> None:
+    reward = make_reward("math_verify", style="boxed", timeout_s=2)
+    reward.score([prompt("\\pi")], ["\\boxed{\\pi}"], ["stop"])  # the worker is up
+    start = time.monotonic()
+    responses = [f"\\boxed{{{HANGS}}}", "\\boxed{2/4}"]
+    hung, fine = reward.score([prompt("7"), prompt("\\frac12")], responses, ["stop", "stop"])
+    seconds = time.monotonic() - start
+    reward.close()
+    assert hung == RewardResult(reward=0.0, correct=False, extracted=HANGS, error="timeout")
+    assert fine.correct
+    assert reward.error_counts == {"timeout": 1}
+    assert 2.0 <= seconds < 30.0  # the limit, and starting another worker on a busy machine
+
+
+def test_a_worker_killed_while_grading_is_a_counted_crash_and_is_replaced() -> None:
+    with GraderPool(workers=1, timeout_s=60, memory_mb=4096) as pool:
+        assert pool.compare([("\\pi", "\\pi")]) == [Verdict(equal=True, error=None)]
+        (pid,) = pool.worker_pids()
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        verdicts = pool.compare([("7", HANGS), ("\\frac12", "0.5")])
+        assert verdicts == [Verdict(equal=None, error="crash"), Verdict(equal=True, error=None)]
+        assert pool.worker_pids() != [pid]
+
+
+def test_a_worker_killed_while_idle_is_replaced_without_blaming_an_answer() -> None:
+    with GraderPool(workers=1, timeout_s=60, memory_mb=4096) as pool:
+        pool.compare([("\\pi", "\\pi")])
+        (pid,) = pool.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z":  # dead, not yet reaped
+            time.sleep(0.01)
+        assert pool.compare([("\\frac12", "0.5")]) == [Verdict(equal=True, error=None)]
+
+
+def test_a_label_that_is_no_mathematics_is_an_error_not_a_verdict(boxed: MathVerifyReward) -> None:
+    (result,) = boxed.score([prompt("$")], ["\\boxed{x}"], ["stop"])
+    assert not result.correct
+    assert result.error is not None and result.error.startswith("ValueError")
+
+
+def test_closing_leaves_no_worker_behind() -> None:
+    pool = GraderPool(workers=2, timeout_s=20, memory_mb=4096)
+    pool.compare([("\\pi", "\\pi")] * 8)
+    pids = pool.worker_pids()
+    pool.close()
+    assert pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_busy_worker_does_not_outlive_a_parent_that_was_killed() -> None:
+    program = (
+        "from megatron_minpro.rewards.grader_pool import GraderPool\n"
+        "pool = GraderPool(workers=1, timeout_s=1.5, memory_mb=4096)\n"
+        "pool.compare([('\\\\pi', '\\\\pi')])\n"
+        "print(*pool.worker_pids(), flush=True)\n"
+        f"pool.compare([('7', '{HANGS}')])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)  # the worker is busy by now
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 15  # its own alarm rings 4 s after the request
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the worker is still running"
+        time.sleep(0.05)
+
+
+def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(assets: Path, chain_tokenizer: Any) -> None:
+    reward = make_reward("math_verify", style="boxed", timeout_s=20, workers=2)
+    for name in ("aime24", "amc23", "math500", "minerva_math", "olympiadbench"):
+        source, _ = load_prompts(
+            tokenizer=chain_tokenizer, source=str(assets / f"data/eval/{name}/test.jsonl"), preset=name, max_prompt_tokens=10_000
+        )
+        prompts = [source[index] for index in range(0, len(source), 8)]
+        answers = [item.answer for item in prompts]
+        same = reward.score(prompts, [f"\\boxed{{{answer}}}" for answer in answers], ["stop"] * len(prompts))
+        shifted = reward.score(prompts, [f"\\boxed{{{answer}}}" for answer in answers[1:] + answers[:1]], ["stop"] * len(prompts))
+        assert all(result.correct for result in same), name
+        equal_texts = sum(here == there for here, there in zip(answers, answers[1:] + answers[:1], strict=True))
+        assert sum(result.correct for result in shifted) <= equal_texts + 1, name
+    assert reward.error_counts == {}
+    reward.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- final step
+
+
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "expected"),
+    [
+        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "stop", 1.0),
+        ("3 + 4 = 7 ; 7 * 2 = 4 ; <|end|>", "stop", 1.0),
+        ("= 4 ;", "stop", 1.0),  # a lucky guess
+        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "length", 0.0),
+        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "abort", 0.0),
+        ("3 + 4 = 7 ; 7 * 2 = 4", "stop", 0.0),
+        ("7 * 2 = 4 ; 3 + 4 = 7 ;", "stop", 0.0),  # the right number, but not last
+        ("7 * 2 = 4 ; ;", "stop", 0.0),
+        ("7 * 2 = 1 4 ;", "stop", 0.0),
+        ("7 * 2 = : ;", "stop", 0.0),
+        ("", "stop", 0.0),
+    ],
+)
+def test_final_step_wants_the_right_last_result_and_a_clean_stop(response: str, finish_reason: str, expected: float) -> None:
+    (result,) = make_reward("final_step").score([prompt("4")], [response], [finish_reason])
+    assert (result.reward, result.correct, result.error) == (expected, expected == 1.0, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- length, own function
+
+
+def test_overlong_shaping_is_eq_13_of_dapo() -> None:
+    reward = make_reward("final_step", overlong={"max_tokens": 100, "buffer_tokens": 20, "factor": 0.5})
+    lengths = [10, 80, 85, 90, 100, 120]
+    results = reward.score([prompt("4")] * 6, ["= 4 ;"] * 6, ["stop"] * 6, num_response_tokens=lengths)
+    assert [result.reward for result in results] == pytest.approx([1.0, 1.0, 0.875, 0.75, 0.5, 0.5])
+    assert all(result.correct for result in results)
+    with pytest.raises(ValueError, match="num_response_tokens"):
+        reward.score([prompt("4")], ["= 4 ;"], ["stop"])
+
+
+def test_overlong_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="buffer_tokens = 0"):
+        OverlongShaping(make_reward("final_step"), max_tokens=10, buffer_tokens=0)
+    with pytest.raises(ValueError, match="did you mean 'buffer_tokens'"):
+        make_reward("final_step", overlong={"max_tokens": 10, "bufer_tokens": 2})
+
+
+def test_a_function_of_the_users_own_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_reward_module.py").write_text(
+        "def shorter(prompt, response, finish_reason, *, scale):\n"
+        "    return scale / len(response) if response else 0\n"
+        "def broken(prompt, response, finish_reason):\n"
+        "    return 'good'\n"
+        "NOT_A_FUNCTION = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    results = make_reward("my_reward_module:shorter", scale=2).score([prompt("4")] * 2, ["abcd", ""], ["stop", "stop"])
+    assert [(result.reward, result.correct) for result in results] == [(0.5, True), (0.0, False)]
+    with pytest.raises(ValueError, match="needs the option scale"):
+        make_reward("my_reward_module:shorter")
+    with pytest.raises(ValueError, match="did you mean 'scale'"):
+        make_reward("my_reward_module:shorter", scales=2)
+    with pytest.raises(ValueError, match="has no function 'NOT_A_FUNCTION'"):
+        make_reward("my_reward_module:NOT_A_FUNCTION")
+    with pytest.raises(ValueError, match="No module named 'no_such_module'"):
+        make_reward("no_such_module:f")
+    with pytest.raises(ValueError, match="returned 'good'"):
+        make_reward("my_reward_module:broken").score([prompt("4")], ["x"], ["stop"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("math_verifi", {}, "did you mean 'math_verify'"),
+        ("math_verify", {}, "needs the option style"),
+        ("math_verify", {"stile": "dapo"}, "did you mean 'style'"),
+        ("math_verify", {"style": "both"}, "reward.style = 'both'"),
+        ("math_verify", {"style": "dapo", "timeout_s": 0}, "timeout_s must be positive"),
+        ("math_verify", {"style": "dapo", "workers": 0}, "workers must be at least 1"),
+        ("math_verify", {"style": "dapo", "memory_mb": 1}, "memory_mb must be at least 512"),
+        ("final_step", {"style": "dapo"}, "final_step has no option 'style'"),
+    ],
+)
+def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_reward(name, **options)
+
+
+def test_lists_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        make_reward("final_step").score([prompt("4")], ["= 4 ;"] * 2, ["stop"] * 2)

@@ -1,0 +1,338 @@
+"""Saving and loading a run: nothing changes on the way, nothing is half-written, old checkpoints go."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpoints_convert.hf_config import Architecture
+from megatron_minpro.batch.sample import RolloutBatch
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.run import run_state
+from megatron_minpro.run.checkpoint_writer import CheckpointWriter
+from megatron_minpro.run.run_state import RunCounters, latest_checkpoint
+from tests.megatron_minpro.conftest import content
+
+MakeBatch = Callable[..., RolloutBatch]
+REPOSITORY = Path(__file__).resolve().parents[3]
+SETTINGS = ("staleness=2", "objective={name: minpro, clip_high: 4.0}", "model.path=absent")
+CONFIG = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", SETTINGS)
+
+
+assert CONFIG.model.warm_up is not None
+MODEL: dict[str, Any] = CONFIG.model.warm_up.architecture | {"vocab_size": 32}
+
+
+class FakeActor:
+    """Keeps one file, as the border to Megatron's checkpoints. Writing waits for `may_write`."""
+
+    def __init__(self, policy_version: int = 0, *, failure: Exception | None = None) -> None:
+        self.policy_version = policy_version
+        self.architecture = Architecture.from_config(MODEL, source="test")
+        self.failure = failure
+        self.may_write = Event()
+        self.may_write.set()
+
+    def capture(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
+        assert list(directory.iterdir()) == []
+        version = self.policy_version
+
+        def write(group: dist.ProcessGroup) -> None:
+            assert self.may_write.wait(timeout=20)
+            (directory / "weights").write_text(str(version))
+            if self.failure is not None:
+                raise self.failure
+
+        return write
+
+    def load(self, directory: Path, *, policy_version: int) -> None:
+        if self.failure is not None:
+            raise self.failure
+        assert (directory / "weights").read_text() == str(policy_version)
+        self.policy_version = policy_version
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*SETTINGS, *overrides])
+
+
+def load(checkpoint: Path, *, actor: FakeActor | None = None, config: RunConfig = CONFIG) -> run_state.SavedRun:
+    return run_state.load(checkpoint, actor=actor or FakeActor(), config=config)  # type: ignore[arg-type]
+
+
+def writer(directory: Path, group: dist.ProcessGroup, *, keep: int = 2) -> CheckpointWriter:
+    directory.mkdir(exist_ok=True)
+    return CheckpointWriter(directory, keep=keep, control_group=group, saving_group=group)
+
+
+def begin(writer: CheckpointWriter, step: int, *, actor: FakeActor | None = None, waiting: tuple = ()) -> None:
+    writer.save(
+        actor=actor or FakeActor(16 * step),  # type: ignore[arg-type]
+        config=CONFIG,
+        counters=RunCounters(next_step=step, trained_batches=step - 1, seconds={"sample": 0.1}),
+        cursor={"epoch": 1, "position": 7},
+        waiting=waiting,
+    )
+
+
+def save(directory: Path, step: int, *, actor: FakeActor | None = None, waiting: tuple = (), keep: int = 2) -> Path:
+    """Begin and wait."""
+    assert dist.group.WORLD is not None
+    one = writer(directory, dist.group.WORLD, keep=keep)
+    begin(one, step, actor=actor, waiting=waiting)
+    one.wait()
+    return directory / f"step_{step:06d}"
+
+
+def awkward_batch(make_batch: MakeBatch, step: int) -> RolloutBatch:
+    """Numbers at the ends of float32, the largest token id, samples of different lengths."""
+    batch = make_batch(step, version=16 * step)
+    numbers = torch.tensor([-0.1, -math.pi, -1e-45, -745.2, -1 / 3])
+    samples = [
+        replace(
+            sample,
+            token_ids=torch.tensor((151_935, 0, 2, *range(n + 1)), dtype=torch.int32),
+            engine_logprobs=numbers[: n + 1],
+            behaviour_logprobs=numbers[: n + 1] / 7,
+            advantage=0.1 * n - 1 / 3,
+            reward=0.7,
+        )
+        for n, sample in enumerate(batch.samples)
+    ]
+    return replace(batch, samples=tuple(samples))
+
+
+def test_a_saved_run_comes_back_bit_for_bit(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path) -> None:
+    waiting = (awkward_batch(make_batch, 3), awkward_batch(make_batch, 4))
+    path = save(tmp_path / "checkpoints", 5, waiting=waiting)
+    assert path == tmp_path / "checkpoints/step_000005"
+    assert latest_checkpoint(tmp_path / "checkpoints") == path
+    actor = FakeActor()
+    found = load(path, actor=actor)
+    assert actor.policy_version == 80
+    assert found.counters == RunCounters(next_step=5, trained_batches=4, seconds={"sample": 0.1})
+    assert found.cursor == {"epoch": 1, "position": 7}
+    assert content(found.waiting) == content(waiting)
+    assert all(type(value) is tuple for batch in found.waiting for sample in batch.samples for value in [sample.policy_versions])
+
+
+def test_correction_weights_come_back_bit_for_bit_or_not_at_all(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    plain = awkward_batch(make_batch, 3)
+    samples = [replace(sample, correction_weights=sample.engine_logprobs) for sample in awkward_batch(make_batch, 4).samples]
+    waiting = (plain, replace(awkward_batch(make_batch, 4), samples=tuple(samples)))
+    assert content(load(save(tmp_path / "checkpoints", 5, waiting=waiting)).waiting) == content(waiting)
+
+
+def test_a_run_without_waiting_batches_comes_back_empty(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
+    assert load(save(tmp_path / "checkpoints", 1)).waiting == ()
+
+
+def test_a_waiting_batch_without_behaviour_logprobs_is_refused_and_leaves_no_checkpoint(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    batch = make_batch(0)
+    unscored = replace(batch, samples=(*batch.samples[:-1], replace(batch.samples[-1], behaviour_logprobs=None)))
+    with pytest.raises(ValueError, match=r"^sample-3: behaviour_logprobs are missing from a batch that waits$"):
+        save(tmp_path / "checkpoints", 1, waiting=(unscored,))
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    assert not (tmp_path / "checkpoints/step_000001").exists()
+
+
+def test_a_failure_while_saving_keeps_the_earlier_checkpoint(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    earlier = save(directory, 1)
+    with pytest.raises(RuntimeError, match=r"^checkpoint step_000002 was not written, the former ones are kept: OSError: disk full$"):
+        save(directory, 2, actor=FakeActor(32, failure=OSError("disk full")))
+    assert latest_checkpoint(directory) == earlier
+    assert not (directory / "step_000002").exists()
+    # What the failure left in its way does not stop the next attempt.
+    assert latest_checkpoint(directory) != save(directory, 2)
+    assert not list(directory.glob(".*"))
+    actor = FakeActor()
+    load(directory / "step_000002", actor=actor)
+    assert actor.policy_version == 32
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, ["step_000004"]), (3, ["step_000002", "step_000003", "step_000004"])])
+def test_only_the_newest_checkpoints_are_kept(one_rank_group: dist.ProcessGroup, tmp_path: Path, keep: int, left: list[str]) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path / "checkpoints", step, keep=keep)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", *left]
+
+
+def test_what_latest_does_not_name_is_written_again_and_the_rest_is_kept(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
+    """An attempt killed before it moved `latest` leaves a complete checkpoint of a later step behind."""
+    directory = tmp_path / "checkpoints"
+    for step in (1, 2, 4):
+        save(directory, step, keep=1)
+    shutil.copytree(directory / "step_000004", directory / "step_000006")
+    save(directory, 5, keep=1)
+    assert latest_checkpoint(directory) == directory / "step_000005", "not deleted in favour of the later one"
+    actor = FakeActor()
+    load(save(directory, 6, keep=1), actor=actor)
+    assert actor.policy_version == 96
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_000006"]
+
+
+def test_a_step_whose_checkpoint_is_the_newest_is_not_written_again(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    before = (path / "run.json").stat().st_ino
+    save(tmp_path / "checkpoints", 1, actor=FakeActor(failure=AssertionError("not asked")))
+    assert (path / "run.json").stat().st_ino == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    directory = tmp_path / "checkpoints"
+    one, actor = writer(directory, one_rank_group), FakeActor(32)
+    actor.may_write.clear()
+    counters, cursor = RunCounters(next_step=2, seconds={"sample": 1.0}), {"position": [1]}
+    one.save(actor=actor, config=CONFIG, counters=counters, cursor=cursor, waiting=[])  # type: ignore[arg-type]
+    # The step after it.
+    actor.policy_version, counters.next_step, counters.seconds["sample"] = 48, 3, 2.0
+    cursor["position"].append(2)
+    assert latest_checkpoint(directory) is None and one.failure() is None
+    actor.may_write.set()
+    begin(one, 3)  # waits for the former
+    assert (directory / "step_000002/run.json").exists()
+    found = load(directory / "step_000002")
+    assert (found.counters, found.cursor) == (RunCounters(next_step=2, seconds={"sample": 1.0}), {"position": [1]})
+    one.wait()
+    assert latest_checkpoint(directory) == directory / "step_000003"
+
+
+def test_a_background_failure_is_told_once_it_is_known_and_raised_by_the_next_save(
+    one_rank_group: dist.ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = writer(tmp_path / "checkpoints", one_rank_group)
+    begin(one, 1, actor=FakeActor(16, failure=OSError(28, "No space left on device", "actor/__0_0.distcp")))
+    one.join()
+    said = (
+        "checkpoint step_000001 was not written, the former ones are kept: "
+        "OSError: [Errno 28] No space left on device: 'actor/__0_0.distcp'"
+    )
+    assert one.failure() == said
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [said]
+    with pytest.raises(RuntimeError, match="No space left"):
+        begin(one, 2)
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "is missing, expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, expected"),
+    ],
+)
+@pytest.mark.parametrize("name", ["actor/weights", "waiting.safetensors"])
+def test_a_missing_or_truncated_file_is_named_before_anything_is_loaded(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path, name: str, damage: Callable[[Path], Any], said: str
+) -> None:
+    path = save(tmp_path / "checkpoints", 1, waiting=(make_batch(0),))
+    damage(path / name)
+    with pytest.raises(ValueError) as refusal:
+        run_state.refuse_unusable(path, CONFIG)
+    assert str(refusal.value).startswith(f"{path / name}: ") and said in str(refusal.value)
+
+
+def test_no_checkpoint_is_none_and_a_pointer_at_nothing_is_refused(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    (tmp_path / "latest").write_text("step_000007")
+    with pytest.raises(
+        ValueError, match=r"latest: names 'step_000007', which holds no run\.json; expected the name of a checkpoint beside it$"
+    ):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda state: state.pop("counters"), lambda state: state["counters"].update(unknown=1), None])
+def test_a_foreign_run_json_is_refused_by_name(one_rank_group: dist.ProcessGroup, tmp_path: Path, change: Any) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    state = json.loads((path / "run.json").read_text())
+    if change is not None:
+        change(state)
+    (path / "run.json").write_text(json.dumps(state) if change is not None else "{half")
+    with pytest.raises(ValueError, match=r"run\.json: not a checkpoint of this program"):
+        load(path)
+
+
+def test_a_damaged_actor_checkpoint_is_refused_by_name(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    with pytest.raises(ValueError, match=r"step_000001/actor: cannot be loaded \(KeyError: 'no such tensor'\)$"):
+        load(path, actor=FakeActor(failure=KeyError("no such tensor")))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_differ(
+    one_rank_group: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    for override, shown in (
+        ("staleness=4", "staleness: 2 there, 4 here"),
+        ("objective.clip_high=2.0", "objective.clip_high: 4.0 there, 2.0 here"),
+    ):
+        actor = FakeActor()
+        with pytest.raises(ValueError) as refusal:
+            load(path, actor=actor, config=config(override, "checkpoint.every=3"))
+        assert str(refusal.value) == f"{path}: of a run with another configuration ({shown}); expected a new name=... or the same settings"
+        assert actor.policy_version == 0, "nothing is loaded"
+
+
+def test_a_checkpoint_of_another_model_under_the_same_path_is_refused_with_the_sizes_that_differ(
+    one_rank_group: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    moved = config(f"model.path={folder}")
+    one = writer(tmp_path / "checkpoints", one_rank_group)
+    one.save(actor=FakeActor(), config=moved, counters=RunCounters(next_step=1), cursor={}, waiting=[])  # type: ignore[arg-type]
+    one.wait()
+    path = tmp_path / "checkpoints/step_000001"
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    load(path, config=moved)
+    (folder / "config.json").write_text(json.dumps(MODEL | {"hidden_size": 128, "vocab_size": 64}))
+    with pytest.raises(ValueError) as refusal:
+        load(path, config=moved)
+    assert f"{path}: of another model than {folder} (" in str(refusal.value)
+    assert "vocab_size 32 there, 64 here" in str(refusal.value) and "hidden_size 64 there, 128 here" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["checkpoint.every=3", "world_size=4", "parallel.ep=1", "tracking.log_level=debug", "rollout.base_port=4000", "rollout.servers=2"],
+)
+def test_where_and_when_may_differ_between_attempts(one_rank_group: dist.ProcessGroup, tmp_path: Path, override: str) -> None:
+    load(save(tmp_path / "checkpoints", 1), actor=FakeActor(), config=config(override))
+
+
+def test_what_an_attempt_sampled_after_its_checkpoint_is_counted_as_lost() -> None:
+    def resumed() -> RunCounters:
+        """As every attempt reads them from the one checkpoint."""
+        return RunCounters(rollouts_sampled=64, rollouts_trained=32)
+
+    until_checkpoint = [{"global_step": 0, "rollouts_sampled": 32.0}, {"global_step": 1, "rollouts_sampled": 64.0}]
+    counters = resumed()
+    counters.count_lost(
+        [*until_checkpoint, {"global_step": 2, "rollouts_sampled": 96.0}, {"global_step": 3, "rollouts_sampled": None}], recorded=0
+    )
+    assert (counters.rollouts_sampled, counters.rollouts_lost, counters.rollouts_trained) == (96, 32, 32)
+
+    counters = resumed()  # that attempt ended before it wrote a line: its metrics were cut, its count was recorded
+    counters.count_lost(until_checkpoint, recorded=32)
+    assert (counters.rollouts_sampled, counters.rollouts_lost) == (96, 32)
+
+    counters = resumed()  # this one sampled two batches (64 + 32 lost + 64) and was killed as well
+    counters.count_lost([*until_checkpoint, {"global_step": 3, "rollouts_sampled": 160.0}], recorded=32)
+    assert (counters.rollouts_sampled, counters.rollouts_lost) == (160, 96)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+
+from megatron_minpro.tracking.console import Console, MetricsTail
+from megatron_minpro.tracking.metrics_file import MetricsWriter, Progress, write_progress
+
+STEP = {
+    "reward": 0.3125,
+    "prefix_min_ratio": 0.875,
+    "hard_clip_fraction": 0.01,
+    "soft_clip_fraction": 0.02,
+    "entropy": 0.5,
+    "lag_min": 32,
+    "lag_max": 47,
+    "tokens_per_second": 1234.5,
+    "seconds/sample": 2.0,
+    "seconds/update": 1.0,
+    "seconds/step": 3.0,
+}
+
+
+def plain() -> tuple[RichConsole, io.StringIO]:
+    out = io.StringIO()
+    return RichConsole(file=out, force_terminal=False, width=60), out
+
+
+def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path) -> None:
+    rich, out = plain()
+    with MetricsWriter(tmp_path, tensorboard=False) as writer, Console(tmp_path, num_global_steps=40, name="run", out=rich) as console:
+        console.refresh()
+        writer.write(0, {"reward": 0.25, "trained_batches": 0, "seconds/step": 1.0})
+        writer.write(1, {**STEP, "trained_batches": 1})
+        console.refresh()
+        console.refresh()
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "trained 0/40  reward 0.250  prefix min -  clipped -  entropy -  tokens/s -  lag -  0:40 left",
+        "trained 1/40  reward 0.312  prefix min 0.875  clipped 3.00%  entropy 0.500  tokens/s 1,234  lag 32-47  "
+        "sample 2.0s  update 1.0s  1:18 left",
+    ]
+
+
+def test_without_a_terminal_a_phase_outside_the_steps_is_told_once(tmp_path: Path) -> None:
+    rich, out = plain()
+    with Console(tmp_path, num_global_steps=2, name="run", out=rich) as console:
+        for phase in ("base model", "base model", "starting servers", "sample", "update"):
+            write_progress(tmp_path, Progress(phase=phase, global_step=0))
+            console.refresh()
+    assert out.getvalue().splitlines() == ["run: base model", "run: starting servers"]
+
+
+def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
+    rich, out = plain()
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(3):
+            writer.write(step, {**STEP, "trained_batches": step + 1})
+    with Console(tmp_path, num_global_steps=3, name="run", resumed_from=1, out=rich):
+        pass
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["trained 3/3"]
+
+
+def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_attempts_steps(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(3):
+            writer.write(step, {**STEP, "unit_ratio_fraction": 1.0})
+    for resumed_from, told in ((None, ["warning: global step 0"]), (0, ["warning: global step 1"]), (2, [])):
+        rich, out = plain()
+        with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, out=rich):
+            pass
+        assert [line[:22] for line in out.getvalue().splitlines() if "every ratio is 1" in line] == told
+
+
+def test_on_a_terminal_the_numbers_the_bar_and_the_time_left_are_shown(tmp_path: Path) -> None:
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=True, width=140)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(0, {**STEP, "trained_batches": 10})
+    write_progress(tmp_path, Progress(phase="update", global_step=10))
+    with Console(tmp_path, num_global_steps=40, name="tiny", out=rich) as console:
+        console.log("a line that stays")
+    shown = out.getvalue()
+    for text in ("tiny", "10/40", "1:30 left", "update", "0.312", "32-47", "0.875", "3.00%", "1,234", "sample 2.0s", "a line that stays"):
+        assert text in shown
+
+
+def test_the_tail_waits_for_complete_lines_and_notices_a_rewritten_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(tmp_path)
+    assert tail.new_lines() == []
+    path.write_text('{"global_step": 0}\n{"global_step": 1')
+    assert tail.new_lines() == [{"global_step": 0}]
+    path.write_text('{"global_step": 0}\n{"global_step": 1}\n')
+    assert tail.new_lines() == [{"global_step": 1}]
+    path.write_text('{"global_step": 0}\n')
+    assert tail.new_lines() == [{"global_step": 0}]
