@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from megatron_minpro.cluster import plan_inputs, plan_view
-from megatron_minpro.cluster.preflight import check_settings
+from megatron_minpro.cluster import planning
+from megatron_minpro.cluster.checks import check_settings
 from megatron_minpro.config import RunConfig
+from parallel.planner import view
 from parallel.planner.hardware import read_hardware
 from parallel.planner.memory import GB
 from parallel.planner.plan import Plan, make_plan, remedies
@@ -76,10 +77,10 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
     check_settings(config)
     split = split_nodes(config, gpus_per_node=gpus_per_node)
     machine = read_hardware(hardware)
-    shape = plan_inputs.shape_of(config)
-    work = plan_inputs.reinforcement_work(config, mean_tokens=None, colocated=False)
-    plan_inputs.check_length(shape, work)
-    plan = make_plan(shape, config.layout, plan_inputs.training_of(config, machine, {}, plain=False), machine, work)
+    shape = planning.shape_of(config)
+    work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
+    planning.check_length(shape, work)
+    plan = make_plan(shape, config.layout, planning.training_of(config, machine, {}, plain=False), machine, work)
     _refuse_what_does_not_fit(plan)
     ranks, servers = config.world_size, config.rollout.servers
     lines = [
@@ -88,7 +89,7 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
         f"{split.servers_per_node} a node",
     ]
     command = sbatch_command(path, overrides, config.run_dir, split)
-    return command, Group(*map(Text, lines), plan_view.describe(plan, []))
+    return command, Group(*map(Text, lines), view.describe(plan, []))
 
 
 def _refuse_what_does_not_fit(plan: Plan) -> None:
@@ -97,7 +98,7 @@ def _refuse_what_does_not_fit(plan: Plan) -> None:
     fullest = plan.fullest
     enough = "; ".join(change for change, other in remedies(plan) if other.fits)
     raise ValueError(
-        f"parallel: {plan_view.layout_text(plan.layout)} needs {fullest.total / GB:.1f} GB on a rank, {plan.hardware.name} holds "
+        f"parallel: {view.layout_text(plan.layout)} needs {fullest.total / GB:.1f} GB on a rank, {plan.hardware.name} holds "
         f"{plan.hardware.usable_bytes / GB:.1f} GB; largest part: {fullest.largest} with {fullest.parts()[fullest.largest] / GB:.1f} GB; "
         f"{f'would fit: {enough}' if enough else 'expected more GPUs, or GPUs with more memory'}"
     )

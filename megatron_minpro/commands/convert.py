@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_minpro.commands.byte_size import parse_size
 from megatron_minpro.commands.quantize import quantize
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ app.command("quantize")(quantize)
 def _group(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Dtype(StrEnum):
@@ -197,14 +194,6 @@ def inspect(
         typer.echo(f"{key.replace('_', ' ')}: {f'{value:,}' if type(value) is int else value}")
     for tensor in listed if tensors else ():
         typer.echo(f"{tensor['name']}  {list(tensor['shape'])}  {tensor['dtype']}")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size as transformers writes it: 4GB (10^9), 500MB, 2GiB (2^30), or a number. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?I?B?)", text.strip().upper())
-    if match is None or match[2] not in _UNITS or int(match[1]) == 0:
-        raise ValueError(f"--shard-size {text!r}: expected a number of bytes, such as 4GB, 500MB or 2GiB")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 @contextmanager

@@ -31,11 +31,11 @@ def doctor(
       minpro doctor configs/tiny_moe_cpu.yaml --json
       srun minpro doctor runs/qwen3_30b_a3b/config.yaml --peers n0,n1,n2,n3 --trainers 2 --gpus 8
     """
-    from megatron_minpro.cluster import doctor as examination
+    from megatron_minpro.cluster import facts
     from megatron_minpro.config import load_config
 
     if config is not None and peers:
-        from megatron_minpro.cluster.cluster_check import Membership, check_cluster
+        from megatron_minpro.cluster.nodes import Membership, check_cluster
 
         membership = Membership(
             node=node or os.environ.get("SLURMD_NODENAME", os.uname().nodename),
@@ -49,15 +49,17 @@ def doctor(
         return
     if peers:
         raise ValueError("--peers: the nodes look at a run together, expected its CONFIG as well")
-    findings = examination.examine()
+    findings = facts.examine()
     if config is not None:
-        findings += examination.examine_config(load_config(config, overrides or []))
+        from megatron_minpro.cluster.checks import examine_config
+
+        findings += examine_config(load_config(config, overrides or []))
     if as_json:
-        typer.echo(json.dumps(examination.as_json(findings), indent=2))
+        typer.echo(json.dumps(facts.as_json(findings), indent=2))
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(examination.as_table(findings))
-    if not examination.can_train(findings):
+        Console(highlight=False).print(facts.as_table(findings))
+    if not facts.can_train(findings):
         missing = ", ".join(finding.subject for finding in findings if finding.verdict == "missing")
         raise RuntimeError(f"missing: {missing}")

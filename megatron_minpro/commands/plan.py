@@ -83,17 +83,18 @@ def plan(
     if config is None:
         raise ValueError("CONFIG is missing; expected a run's YAML file, or --calibrate")
 
-    from megatron_minpro.cluster import plan_inputs, plan_view
+    from megatron_minpro.cluster import planning
+    from parallel.planner import view
 
-    plan_inputs.check_used(search, {"--plot": plot, "--top": top}, "needs --search")
-    plan_inputs.check_used(
+    planning.check_used(search, {"--plot": plot, "--top": top}, "needs --search")
+    planning.check_used(
         global_batch is not None, {"--sequence-length": sequence_length, "--micro-batch": micro_batch}, "needs --global-batch"
     )
     sampled = {"--mean-tokens": mean_tokens, "--colocated": colocated or None}
-    plan_inputs.check_used(global_batch is None, sampled, "is about sampling, of which --global-batch has none")
+    planning.check_used(global_batch is None, sampled, "is about sampling, of which --global-batch has none")
     if search:
-        pinned = {text: text for text in overrides or [] if text.partition("=")[0] in plan_inputs.SEARCHED}
-        plan_inputs.check_used(False, pinned, "says what --search is to find; leave it out")
+        pinned = {text: text for text in overrides or [] if text.partition("=")[0] in planning.SEARCHED}
+        planning.check_used(False, pinned, "says what --search is to find; leave it out")
     from megatron_minpro.config import load_config
     from parallel.planner.hardware import read_hardware
     from parallel.planner.models import read_shape
@@ -104,11 +105,11 @@ def plan(
     machine = read_hardware(hardware)
     assignments = [*(overrides or []), *sizes]
     if search:  # the file's own layout need not divide another number of GPUs
-        assignments += [f"{key}={value}" for key, value in plan_inputs.SEARCHED.items()]
+        assignments += [f"{key}={value}" for key, value in planning.SEARCHED.items()]
     if global_batch is not None:  # --global-batch says what a step is, so the mini-batches of the file must not limit the replicas
         assignments.append("actor.updates_per_step=1")
     run = load_config(config, assignments)
-    shape = plan_inputs.shape_of(run) if model_config is None else read_shape(model_config)
+    shape = planning.shape_of(run) if model_config is None else read_shape(model_config)
     chosen = {
         "precision": precision,
         "dispatcher": dispatcher,
@@ -121,13 +122,13 @@ def plan(
         "imbalance": imbalance,
         "release": release,
     }
-    training = plan_inputs.training_of(run, machine, chosen, plain=global_batch is not None)
+    training = planning.training_of(run, machine, chosen, plain=global_batch is not None)
     if global_batch is None:
-        work = plan_inputs.reinforcement_work(run, mean_tokens=mean_tokens, colocated=colocated)
+        work = planning.reinforcement_work(run, mean_tokens=mean_tokens, colocated=colocated)
     else:
         sequences = 1 if micro_batch is None else micro_batch
-        work = plan_inputs.plain_work(global_batch, _PLAIN_SEQUENCE if sequence_length is None else sequence_length, sequences)
-    plan_inputs.check_length(shape, work)
+        work = planning.plain_work(global_batch, _PLAIN_SEQUENCE if sequence_length is None else sequence_length, sequences)
+    planning.check_length(shape, work)
     if search:
         _search(
             console, shape, run.world_size, training, machine, work, plot=plot, top=_SEARCH_ROWS if top is None else top, as_json=as_json
@@ -142,7 +143,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_as_json(result), indent=2))
     else:
-        console.print(plan_view.describe(result, [] if result.fits else remedies(result)))
+        console.print(view.describe(result, [] if result.fits else remedies(result)))
 
 
 def _search(
@@ -159,7 +160,7 @@ def _search(
 ) -> None:
     from rich.console import Console
 
-    from megatron_minpro.cluster import plan_view
+    from parallel.planner import view
     from parallel.planner.memory import GB
     from parallel.planner.plan import as_json as plan_as_json
     from parallel.planner.plan import remedies
@@ -175,14 +176,14 @@ def _search(
         memory = nearest_fit.fullest
         help_text = "; ".join(change for change, other in remedies(nearest_fit) if other.fits)
         raise ValueError(
-            f"no layout of {world_size} {machine.name} GPUs fits: the nearest, {plan_view.layout_text(nearest_fit.layout)}, needs "
+            f"no layout of {world_size} {machine.name} GPUs fits: the nearest, {view.layout_text(nearest_fit.layout)}, needs "
             f"{memory.total / GB:.1f} GB of {machine.usable_bytes / GB:.1f} GB, {nearest_fit.missing_bytes / GB:.1f} GB too much; "
             f"largest part: {memory.largest} with {memory.parts()[memory.largest] / GB:.1f} GB; "
             f"{f'would fit: {help_text}' if help_text else 'expected more GPUs, or GPUs with more memory'}"
         )
     front = pareto_front(found.fitting)
     if plot is not None:
-        plan_view.plot_front(found, front, plot)
+        view.plot_front(found, front, plot)
     if as_json:
         rows = {
             "fitting": [plan_as_json(each) for each in found.fitting[:top]],
@@ -192,7 +193,7 @@ def _search(
         }
         typer.echo(json.dumps(rows, indent=2))
         return
-    console.print(plan_view.describe_search(found, front, top=top))
+    console.print(view.describe_search(found, front, top=top))
     if plot is not None:
         console.print(f"front: {plot}")
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_minpro.commands.byte_size import parse_size
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,7 +61,6 @@ def quantize(
     from checkpoints_convert import quantize as library
     from checkpoints_convert.companions import companion_files
     from checkpoints_convert.quantized_weights import Format as LibraryFormat
-    from megatron_minpro.commands.convert import parse_size
 
     library.check_possible(LibraryFormat(number_format), torch.device(device))
     token_ids = _tokenized(source, prompts, field, max_tokens)

@@ -94,7 +94,7 @@ def scale(
     if not ep_sizes:
         raise ValueError("--ep: missing; expected sizes of expert parallelism, as in 1,2,4,8")
 
-    from megatron_minpro.cluster import plan_inputs
+    from megatron_minpro.cluster import planning
     from megatron_minpro.config import load_config
     from megatron_minpro.scaling.measure import Nodes
     from megatron_minpro.scaling.study import SCALINGS, Settings, make_cases, open_study
@@ -107,10 +107,10 @@ def scale(
         hardware = hardware_of_device(capabilities.device_name) if measure else "h100"
     machine = read_hardware(hardware)
     folder = Path(run.output_dir) / f"scale_{run.name}" if out is None else out
-    training = plan_inputs.training_of(run, machine, {"imbalance": imbalance}, plain=False)
-    work = plan_inputs.reinforcement_work(run, mean_tokens=mean_tokens, colocated=False)
-    shape = plan_inputs.shape_of(run)
-    plan_inputs.check_length(shape, work)
+    training = planning.training_of(run, machine, {"imbalance": imbalance}, plain=False)
+    work = planning.reinforcement_work(run, mean_tokens=mean_tokens, colocated=False)
+    shape = planning.shape_of(run)
+    planning.check_length(shape, work)
     # Of one optimizer step alone, its sequences all of one length: what is measured.
     length = int(work.mean_tokens)
     work = replace(work, max_tokens=length, rollouts=None)

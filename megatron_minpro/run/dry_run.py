@@ -9,7 +9,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from megatron_minpro.cluster.preflight import check_settings
+from megatron_minpro.cluster.checks import check_settings
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.run.run_folder import EXPORT_FOLDER
 from parallel.capabilities import detect

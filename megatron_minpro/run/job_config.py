@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.cluster.preflight import check_model, check_settings
+from megatron_minpro.cluster.checks import check_model, check_settings
 from megatron_minpro.config import dump_config, load_config
 from megatron_minpro.run.run_folder import CONFIG_FILE
 from megatron_minpro.run.run_state import latest_checkpoint, refuse_unusable

@@ -20,7 +20,7 @@ from types import FrameType
 
 from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
-from megatron_minpro.cluster.preflight import check_machine, check_model, check_prompts, check_settings
+from megatron_minpro.cluster.checks import check_machine, check_model, check_prompts, check_settings
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.report.run_report import stopped, write_report
 from megatron_minpro.run import base_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.cluster import plan_inputs
+from megatron_minpro.cluster import planning
 from megatron_minpro.config import RunConfig
 from megatron_minpro.evaluation.tables import markdown_table
 from parallel.capabilities import detect
@@ -98,9 +98,9 @@ def write_phases(config: RunConfig, run_dir: Path, metrics: Sequence[Mapping[str
 def predict_phases(config: RunConfig, hardware: str, *, mean_tokens: int | None) -> dict[str, float]:
     """The planner's seconds of a global step by phase. Sampling on a CPU is left out: the planner knows servers on GPUs alone."""
     machine = read_hardware(hardware)
-    work = plan_inputs.reinforcement_work(config, mean_tokens=mean_tokens, colocated=False)
-    training = plan_inputs.training_of(config, machine, {}, plain=False)
-    step = make_plan(plan_inputs.shape_of(config), config.layout, training, machine, work).global_step
+    work = planning.reinforcement_work(config, mean_tokens=mean_tokens, colocated=False)
+    training = planning.training_of(config, machine, {}, plain=False)
+    step = make_plan(planning.shape_of(config), config.layout, training, machine, work).global_step
     assert step is not None
     found = {"score": step.logprobs_s, "update": step.updates_s, "sync": step.sync_s}
     return found if machine.measured else {"sample": step.sampling_s, **found}

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rollout.sglang.environment import server_environment
+
 # Prints {argument name: {"flag": ..., "takes_value": ..., "default": ...}} as the last line.
 _PROBE = """
 import argparse, json
@@ -36,8 +38,6 @@ def known_options(server_python: Path, device: str) -> dict[str, dict[str, Any]]
 
     Raises ValueError when SGLang cannot be imported there, with the last line of the reason.
     """
-    from rollout.sglang.server import server_environment
-
     probe = subprocess.run(
         [str(server_python), "-c", _PROBE],
         capture_output=True,

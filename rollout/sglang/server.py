@@ -26,6 +26,7 @@ from typing import Any, Literal
 from rollout.background import in_background
 from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang import control as sglang_control
+from rollout.sglang.environment import PROJECT_ROOT, default_server_python, server_environment
 from rollout.sglang.options import option_arguments
 from rollout.weights.broadcast_group import LOOPBACK_INTERFACE
 
@@ -34,8 +35,6 @@ Device = Literal["cpu", "cuda"]
 _ABORT_POLL_S = 0.2
 _FREE_PORTS = range(20_000, 32_000)
 _HUNG_DEADLINE_S = 2.0  # a server that is restarted has nothing left to do
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 # Set by this file from typed fields: refused among the extra options, so that one thing is said in one place.
 _RESERVED = {
@@ -60,10 +59,6 @@ _RESERVED = {
     "config": "these options themselves",
 }
 
-# A launcher's variables must not reach a server: SGLang builds process groups of its own from the same names.
-_LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_WORLD", "ROLE_")
-
 # What a restarted server reports as its weight version. No trainer asks for it: also a server that held the model folder's own weights
 # gets them published again, and so is seen to have been restarted.
 RESTARTED_VERSION = -1
@@ -71,21 +66,6 @@ RESTARTED_VERSION = -1
 
 class ServerDied(RuntimeError):
     """A server ended, or did not become ready in time. The message holds its last log lines."""
-
-
-def default_server_python() -> Path:
-    """The Python of the server environment: MINPRO_SERVER_PYTHON, or .venv-sglang/bin/python beside the packages.
-
-    Raises ValueError when there is none.
-    """
-    named = os.environ.get("MINPRO_SERVER_PYTHON")
-    python = Path(named) if named is not None else PROJECT_ROOT / ".venv-sglang" / "bin" / "python"
-    if shutil.which(python) is None:
-        source = "MINPRO_SERVER_PYTHON" if named is not None else "the default"
-        raise ValueError(
-            f"server environment: {python} ({source}) is not an executable; make it with `make setup` or set MINPRO_SERVER_PYTHON"
-        )
-    return python
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,35 +161,6 @@ def read_key(path: Path, *, name: str) -> str:
     if not key or "\n" in key:
         raise ValueError(f"{name}: {path} holds {'nothing' if not key else 'several lines'}, expected one line with a key")
     return key
-
-
-def server_environment(*, device: str, num_threads: int) -> dict[str, str]:
-    """Environment of a server process: this process's, without a launcher's variables, offline, with the packages importable."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
-    environment.pop("PYTHONHOME", None)
-    environment.pop("VIRTUAL_ENV", None)
-    environment.update(
-        PYTHONPATH=str(PROJECT_ROOT),
-        PYTHONUNBUFFERED="1",
-        HF_HUB_OFFLINE="1",  # the model is a local folder: nothing is looked up
-        TRANSFORMERS_OFFLINE="1",
-        # /health then answers at once; being able to generate is checked by the pool, with a generation.
-        SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION="0",
-        # SGLang's processes change their titles; setproctitle must not write over the environment, by which they are found (reaper.py).
-        SPT_NOENV="1",
-    )
-    if device == "cpu":
-        environment.update(
-            SGLANG_USE_CPU_ENGINE="1",
-            CUDA_VISIBLE_DEVICES="",
-            OMP_NUM_THREADS=str(num_threads),
-            MKL_NUM_THREADS=str(num_threads),
-        )
-    else:
-        environment.pop("SGLANG_USE_CPU_ENGINE", None)
-    return environment
 
 
 def server_command(

@@ -135,7 +135,7 @@ def test_a_job_that_cannot_work_ends_at_once_and_says_why(
 
 def test_a_dead_node_is_named_by_the_others(jobs: Jobs, cluster: SlurmCluster) -> None:
     """One of three nodes never runs the check: the first names it, and the second is told."""
-    from megatron_minpro.cluster.cluster_check import read_reports
+    from megatron_minpro.cluster.nodes import read_reports
 
     config = jobs.folder / "undisturbed/config.yaml"
     command = f".venv/bin/minpro doctor {config} --peers n0,n1,n2 --trainers 2 --gpus 0 --port 23456 --timeout-s 12"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_minpro import cli
-from megatron_minpro.commands.convert import parse_size
+from megatron_minpro.commands.byte_size import parse_size
 from tests.checkpoints_convert.small_models import MOE, random_weights, write_model
 
 

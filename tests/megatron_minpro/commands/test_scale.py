@@ -60,7 +60,7 @@ def test_a_measured_study_records_what_ran_and_what_could_not_and_is_taken_up_ag
 
 
 def test_predictions_are_the_planners(tmp_path: Path) -> None:
-    from megatron_minpro.cluster import plan_inputs
+    from megatron_minpro.cluster import planning
     from megatron_minpro.config import load_config
     from parallel.planner.hardware import read_hardware
 
@@ -74,9 +74,9 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "p", "predicted")
     config = load_config(path, settings)
     machine = read_hardware("h200")
-    training = plan_inputs.training_of(config, machine, {}, plain=False)
-    work = plan_inputs.reinforcement_work(config, mean_tokens=None, colocated=False)
-    plan = make_plan(plan_inputs.shape_of(config), config.layout, training, machine, work)
+    training = planning.training_of(config, machine, {}, plain=False)
+    work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
+    plan = make_plan(planning.shape_of(config), config.layout, training, machine, work)
     assert rows[8].step_s == pytest.approx(plan.time.step_s)
     assert rows[8].predicted_total_gb == pytest.approx(1e-9 * plan.fullest.total)
     assert (rows[1].status, rows[8].status) == ("does_not_fit", "ok")  # all experts on one GPU do not

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_minpro.cluster.plan_inputs import plain_work
+from megatron_minpro.cluster.planning import plain_work
 from megatron_minpro.scaling.routing import counts_of_sequence, dispatch_tokens, gather, routing_costs
 from megatron_minpro.scaling.study import make_cases
 from parallel.layout import ParallelLayout

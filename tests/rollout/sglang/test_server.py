@@ -19,15 +19,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rollout.sglang.environment import default_server_python, server_environment
 from rollout.sglang.server import (
     ServerDied,
     ServerPool,
     ServerSettings,
     check_port_free,
-    default_server_python,
     free_ports,
     server_command,
-    server_environment,
 )
 
 ROOT = Path(__file__).resolve().parents[3]

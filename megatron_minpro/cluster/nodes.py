@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.cluster.node_report import NodeReport, describe_node, problems
+from megatron_minpro.cluster.checks import missing_paths, problems
+from megatron_minpro.cluster.facts import NodeReport, describe_node
 from megatron_minpro.config import RunConfig
 from parallel.capabilities import detect
 
@@ -67,7 +68,9 @@ def check_cluster(config: RunConfig, membership: Membership, *, announce: Callab
     first = membership.index == 0
     address = "0.0.0.0" if first else membership.nodes[0]
     store = _join(address, membership)
-    report = describe_node(config, node=membership.node, serves=membership.roles[membership.node] == "server")
+    report = describe_node(
+        config, node=membership.node, serves=membership.roles[membership.node] == "server", missing=missing_paths(config)
+    )
     store.set(f"report/{membership.node}", report.to_json())
     if first:
         reports, arrival_s = _collect(store, membership)

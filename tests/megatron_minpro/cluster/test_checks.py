@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_minpro.cluster import preflight
+from megatron_minpro.cluster import checks
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.run import base_model
 from parallel.capabilities import detect
@@ -21,12 +21,12 @@ def tiny(folder: Path, *overrides: str) -> RunConfig:
 
 
 def test_a_model_that_is_still_to_be_made_is_checked_already(tmp_path: Path) -> None:
-    architecture = preflight.check_settings(tiny(tmp_path))
+    architecture = checks.check_settings(tiny(tmp_path))
     assert architecture is not None
     assert (architecture.num_experts, architecture.hidden_size) == (8, 64)
-    preflight.check_model(tiny(tmp_path))
+    checks.check_model(tiny(tmp_path))
     with pytest.raises(ValueError, match=r"^parallel: ep=3 does not divide 8 experts$"):
-        preflight.check_settings(tiny(tmp_path, "world_size=3", "parallel.ep=3"))
+        checks.check_settings(tiny(tmp_path, "world_size=3", "parallel.ep=3"))
 
 
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
@@ -34,21 +34,21 @@ def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^model\.path: .*/model does not exist and model\.warm_up is null; expected a Hugging Face model"
     ):
-        preflight.check_model(config)
-    assert preflight.check_settings(config) is None
+        checks.check_model(config)
+    assert checks.check_settings(config) is None
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"model/config\.json: no such file; expected a Hugging Face model folder"):
-        preflight.check_settings(tiny(tmp_path))
+        checks.check_settings(tiny(tmp_path))
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"config\.json: model_type is 'llama'; expected 'qwen3' or 'qwen3_moe'$"):
-        preflight.check_settings(tiny(tmp_path))
+        checks.check_settings(tiny(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -69,32 +69,32 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_the_model_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     config = tiny(tmp_path)
     base_model.write_initial_model(config.model, config.prompts, tmp_path / "model")
-    assert preflight.check_settings(config) is not None
+    assert checks.check_settings(config) is not None
     with pytest.raises(ValueError, match=message):
-        preflight.check_settings(tiny(tmp_path, *overrides))
+        checks.check_settings(tiny(tmp_path, *overrides))
 
 
 def test_responses_that_just_fit_the_models_positions_are_accepted(tmp_path: Path) -> None:
-    assert preflight.check_settings(tiny(tmp_path, "rollout.max_new_tokens=192")) is not None
+    assert checks.check_settings(tiny(tmp_path, "rollout.max_new_tokens=192")) is not None
     with pytest.raises(ValueError, match="exceed the model's 256 positions"):
-        preflight.check_settings(tiny(tmp_path, "rollout.max_new_tokens=193"))
+        checks.check_settings(tiny(tmp_path, "rollout.max_new_tokens=193"))
 
 
 def test_too_few_gpus_for_servers_and_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "default_server_python", lambda: Path("python"))
+    monkeypatch.setattr(checks, "default_server_python", lambda: Path("python"))
     config = tiny(tmp_path, "rollout.servers=2", "rollout.tp=2")
     machine = replace(detect(), cuda_devices=6)
-    preflight.check_machine(config, machine)  # 2 ranks + 2 servers of 2
+    checks.check_machine(config, machine)  # 2 ranks + 2 servers of 2
     with pytest.raises(ValueError, match=r"^world_size: 2 ranks and 2 servers of 2 GPUs need 6, this machine has 5; expected fewer"):
-        preflight.check_machine(config, replace(machine, cuda_devices=5))
+        checks.check_machine(config, replace(machine, cuda_devices=5))
     with pytest.raises(ValueError, match=r"^rollout\.tp: 2, expected 1 on a CPU$"):
-        preflight.check_machine(config, replace(machine, cuda_devices=0))
-    preflight.check_machine(tiny(tmp_path), replace(machine, cuda_devices=0))
+        checks.check_machine(config, replace(machine, cuda_devices=0))
+    checks.check_machine(tiny(tmp_path), replace(machine, cuda_devices=0))
 
 
 def test_both_prompt_sources_are_read(tmp_path: Path) -> None:
-    preflight.check_prompts(tiny(tmp_path))
+    checks.check_prompts(tiny(tmp_path))
     with pytest.raises(ValueError, match=r"absent\.jsonl"):
-        preflight.check_prompts(tiny(tmp_path, f"prompts.source={tmp_path}/absent.jsonl", "prompts.options={modulus: 10}"))
+        checks.check_prompts(tiny(tmp_path, f"prompts.source={tmp_path}/absent.jsonl", "prompts.options={modulus: 10}"))
     with pytest.raises(ValueError, match=r"^evaluation\.num_prompts: 20, but .* has 10 prompts$"):
-        preflight.check_prompts(tiny(tmp_path, "evaluation.num_prompts=20", "evaluation.prompts.options.size=10"))
+        checks.check_prompts(tiny(tmp_path, "evaluation.num_prompts=20", "evaluation.prompts.options.size=10"))

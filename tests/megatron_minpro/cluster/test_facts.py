@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_minpro.cluster.node_report import NodeReport, describe_node, missing_paths, problems
+from megatron_minpro.cluster.checks import missing_paths, problems
+from megatron_minpro.cluster.facts import NodeReport, describe_node
 from megatron_minpro.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -65,7 +66,7 @@ def test_this_machine_describes_itself(tmp_path: Path) -> None:
 
     config = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [f"output_dir={tmp_path}", f"model.path={tmp_path / 'model'}"])
     config.run_dir.mkdir()
-    report = describe_node(config, node="here", serves=False)
+    report = describe_node(config, node="here", serves=False, missing=missing_paths(config))
     assert (report.node, report.missing) == ("here", ())
     assert report.gpus == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert report.versions["torch"] == torch.__version__ and "sglang" not in report.versions

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_minpro.cluster.cluster_check import Membership
+from megatron_minpro.cluster.nodes import Membership
 from rollout.sglang.server import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -1,14 +1,16 @@
-"""What is installed, what will be used, what is missing: the facts behind `minpro doctor`."""
+"""What this machine is: what is installed, what will be used, what is missing; and what each node of a job reports of itself."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,15 +54,6 @@ def examine() -> list[Finding]:
     return [*_machine(), *_packages(), *_capabilities(), *_server_environment(), *_tools()]
 
 
-def examine_config(config: RunConfig) -> list[Finding]:
-    """What a run needs of this machine: its files, and a run folder that can be written to (once there is one)."""
-    from megatron_minpro.cluster.node_report import missing_paths
-
-    lines = missing_paths(config)
-    findings = [Finding(subject=line.partition(":")[0], verdict="missing", detail=line.partition(": ")[2]) for line in lines]
-    return findings or [Finding(subject="run", verdict="ok", detail=f"{config.name}: its files are here")]
-
-
 def _machine() -> list[Finding]:
     python = f"{platform.python_version()} ({sys.executable})"
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -96,7 +89,7 @@ def _capabilities() -> list[Finding]:
 
 
 def _server_environment() -> list[Finding]:
-    from rollout.sglang.server import default_server_python
+    from rollout.sglang.environment import default_server_python
 
     try:
         python = default_server_python()
@@ -148,3 +141,58 @@ def as_table(findings: Sequence[Finding]) -> Table:
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
     """For programs."""
     return {"can_train": can_train(findings), "findings": [asdict(finding) for finding in findings]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """One node's facts. clock_s: seconds since the epoch when it was made. missing: what the run needs and this node lacks."""
+
+    node: str
+    gpus: int
+    gpu_memory_gib: float
+    free_gib: float  # where the run folder lies
+    clock_s: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeReport:
+        values = json.loads(text)
+        return cls(**{**values, "missing": tuple(values["missing"])})
+
+
+def describe_node(config: RunConfig, *, node: str, serves: bool, missing: Sequence[str]) -> NodeReport:
+    """This machine as the run of `config` sees it.
+
+    Args:
+        config: the run.
+        node: this machine's name in the job.
+        serves: it will run rollout servers and must have their environment.
+        missing: what the run needs and this machine lacks, as checks.missing_paths says it.
+    """
+    import torch
+
+    from rollout.sglang.environment import default_server_python
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    memory = [torch.cuda.get_device_properties(index).total_memory for index in range(gpus)]
+    versions = {"python": platform.python_version()}
+    versions |= {name: distribution_version(name) or "absent" for name, _ in REQUIRED}
+    absent = list(missing)
+    if serves:
+        try:
+            versions["sglang"] = server_packages(default_server_python()).get("sglang", "absent")
+        except ValueError as error:
+            absent.append(str(error))
+    return NodeReport(
+        node=node,
+        gpus=gpus,
+        gpu_memory_gib=min(memory, default=0) / 2**30,
+        free_gib=shutil.disk_usage(config.run_dir).free / 2**30 if config.run_dir.exists() else 0.0,
+        clock_s=time.time(),
+        versions=versions,
+        missing=tuple(absent),
+    )

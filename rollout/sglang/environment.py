@@ -1,0 +1,57 @@
+"""The server environment: its Python, and the variables a process that is started in it gets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+# A launcher's variables must not reach a server: SGLang builds process groups of its own from the same names.
+_LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_WORLD", "ROLE_")
+
+
+def default_server_python() -> Path:
+    """The Python of the server environment: MINPRO_SERVER_PYTHON, or .venv-sglang/bin/python beside the packages.
+
+    Raises ValueError when there is none.
+    """
+    named = os.environ.get("MINPRO_SERVER_PYTHON")
+    python = Path(named) if named is not None else PROJECT_ROOT / ".venv-sglang" / "bin" / "python"
+    if shutil.which(python) is None:
+        source = "MINPRO_SERVER_PYTHON" if named is not None else "the default"
+        raise ValueError(
+            f"server environment: {python} ({source}) is not an executable; make it with `make setup` or set MINPRO_SERVER_PYTHON"
+        )
+    return python
+
+
+def server_environment(*, device: str, num_threads: int) -> dict[str, str]:
+    """Environment of a server process: this process's, without a launcher's variables, offline, with the packages importable."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    environment.pop("PYTHONHOME", None)
+    environment.pop("VIRTUAL_ENV", None)
+    environment.update(
+        PYTHONPATH=str(PROJECT_ROOT),
+        PYTHONUNBUFFERED="1",
+        HF_HUB_OFFLINE="1",  # the model is a local folder: nothing is looked up
+        TRANSFORMERS_OFFLINE="1",
+        # /health then answers at once; being able to generate is checked by the pool, with a generation.
+        SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION="0",
+        # SGLang's processes change their titles; setproctitle must not write over the environment, by which they are found (reaper.py).
+        SPT_NOENV="1",
+    )
+    if device == "cpu":
+        environment.update(
+            SGLANG_USE_CPU_ENGINE="1",
+            CUDA_VISIBLE_DEVICES="",
+            OMP_NUM_THREADS=str(num_threads),
+            MKL_NUM_THREADS=str(num_threads),
+        )
+    else:
+        environment.pop("SGLANG_USE_CPU_ENGINE", None)
+    return environment
