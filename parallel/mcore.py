@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from parallel.cpu import megatron_cpu  # isort: skip  (must come before any megatron.core import)
+import warnings
+
+from parallel import cpu
+
+# Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
+cpu.install()
 
 from megatron.core import __version__ as version
 from megatron.core import dist_checkpointing, parallel_state
@@ -37,10 +43,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-if megatron_cpu.INSTALLED:
-    from parallel.cpu import gloo_collectives
+from parallel import megatron_gaps
 
-    gloo_collectives.install()
+megatron_gaps.close()
 
 __all__ = [
     "ColumnParallelLinear",

@@ -1,6 +1,6 @@
 """What `torch.cuda` means to megatron.core on a machine without CUDA: one device, one stream, the CPU's random state.
 
-Only megatron.core sees this module (see `megatron_cpu.py`); `torch.cuda` itself is left alone. Names that are not
+Only megatron.core sees this module (see `import_hook.py`); `torch.cuda` itself is left alone. Names that are not
 defined here fall through to the real `torch.cuda`, so an unforeseen use fails loudly there.
 """
 

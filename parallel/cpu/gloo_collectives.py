@@ -1,10 +1,9 @@
-"""Four gaps that only appear on a CPU, with gloo and torch's own AdamW, filled once Megatron-Core is imported.
+"""What Megatron-Core lacks on a CPU with gloo, added once Megatron-Core is imported.
 
 1. gloo has no all-gather or reduce-scatter of unequal parts, which the all-to-all dispatcher needs when both expert
    and expert-tensor parallelism are in use: every rank pads to the largest part.
-2. torch's AdamW keeps a `step` in its state that Megatron's fully reshardable checkpoint does not carry.
-3. gloo copies all gradients and all weights through buffers of its own even where the distributed optimizer has one replica.
-4. Apex's kernels that add weight gradients to Megatron's buffer are CUDA: `weight_gradient.py` stands in.
+2. gloo copies all gradients and all weights through buffers of its own even where the distributed optimizer has one replica.
+3. Apex's kernels that add weight gradients to Megatron's buffer are CUDA. `weight_gradient.py` replaces them.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers, mappings
 
-from parallel.layers import weight_gradient
+from parallel import weight_gradient
 
 _gather = mappings._gather_along_first_dim
 _reduce_scatter = mappings._reduce_scatter_along_first_dim
-_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -58,15 +55,6 @@ def reduce_scatter_along_first_dim(
     return reduced[: sizes[group.rank()]].contiguous()
 
 
-def _set_states_keeping_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> Any:
-    if "step" not in tensors:
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
-        if "step" in state:
-            tensors = {**tensors, "step": state["step"]}
-    return _set_states(self, model_param, tensors)
-
-
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     """The collective, left out where a single rank would send a buffer to itself. Positional: output, input."""
 
@@ -86,4 +74,3 @@ def install() -> None:
     param_and_grad_buffer.dist_reduce_scatter_func = _unless_alone(dist.reduce_scatter_tensor)
     layers.fused_weight_gradient_mlp_cuda = weight_gradient
     layers._grad_accum_fusion_available = True
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_keeping_step

@@ -1,6 +1,6 @@
 """What `import triton` means to megatron.core on a CPU: enough to define its kernels, nothing to run them.
 
-From 0.18 on Megatron-Core imports triton unconditionally for kernels that only CUDA tensors reach (see `megatron_cpu.py`).
+From 0.18 on Megatron-Core imports triton unconditionally for kernels that only CUDA tensors reach (see `import_hook.py`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.layers import weight_gradient
+from parallel import weight_gradient
 from parallel.mcore import SequentialMLP, TransformerConfig, weighted_bias_swiglu_impl
 
 Product = Literal["loop", "grouped"]

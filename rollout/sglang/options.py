@@ -15,7 +15,8 @@ from rollout.sglang.environment import server_environment
 # Prints {argument name: {"flag": ..., "takes_value": ..., "default": ...}} as the last line.
 _PROBE = """
 import argparse, json
-import rollout.sglang.cpu.serve
+from rollout.sglang import cpu
+cpu.install()
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)

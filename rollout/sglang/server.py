@@ -1,6 +1,6 @@
 """Start, restart and stop SGLang servers (supervisor.py watches them): one process tree per server, on loopback unless keys are given.
 
-On the CPU a server is started through rollout/sglang_cpu.py, on CUDA through SGLang's own launcher; everything else is the same code.
+On the CPU a server is started through rollout/sglang/cpu, on CUDA through SGLang's own launcher; everything else is the same code.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def server_command(
 ) -> list[str]:
     """The command line of server number `index` of a pool."""
     version = RESTARTED_VERSION if restarted else settings.policy_version
-    entry = "rollout.sglang.cpu.serve" if settings.device == "cpu" else "sglang.launch_server"
+    entry = "rollout.sglang.cpu" if settings.device == "cpu" else "sglang.launch_server"
     command = [str(settings.server_python), "-m", entry, "--model-path", str(settings.model_path)]
     command += ["--host", settings.host, "--port", str(port), "--device", settings.device, "--dtype", settings.dtype]
     command += ["--tp-size", str(settings.tp), "--weight-version", str(version), "--random-seed", str(settings.seed)]

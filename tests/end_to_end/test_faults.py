@@ -18,7 +18,7 @@ from tests.end_to_end.conftest import Command, metrics_of, without_times
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
-WORDS = {"rank": "-u -m megatron_minpro.run.worker", "server": "rollout.sglang.cpu.serve", "launcher": "megatron_minpro.cli"}
+WORDS = {"rank": "-u -m megatron_minpro.run.worker", "server": "rollout.sglang.cpu", "launcher": "megatron_minpro.cli"}
 MAX_ATTEMPTS = 4
 NUM_LINES = 7  # of metrics that the run writes: 5 global steps and a staleness of 2
 

@@ -50,7 +50,7 @@ def test_a_run_whose_only_server_is_killed_in_mid_run_restarts_it_and_ends_with_
     run_dir = finished_run["dir"].parent / name
     command = minpro("train", *short_run_settings, f"name={name}", f"rollout.weight_sync={weight_sync}")
     wait_for(lambda: len(metrics_of(run_dir)) >= num_steps_before, command)
-    servers = [process for process in command.offspring() if "rollout.sglang.cpu.serve" in " ".join(process.cmdline())]
+    servers = [process for process in command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
     min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
     code, out, err = command.wait()
     assert code == 0, err
@@ -104,7 +104,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
         os.kill(command.process.pid, signal.SIGKILL)
         command.process.wait()
     else:
-        words, oldest = {"rank": ("-u -m megatron_minpro.run.worker", 1), "server": ("rollout.sglang.cpu.serve", 0)}[victim.split()[0]]
+        words, oldest = {"rank": ("-u -m megatron_minpro.run.worker", 1), "server": ("rollout.sglang.cpu", 0)}[victim.split()[0]]
         running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
         # The oldest are the two ranks, or the server; later ones are what they started themselves.
         sorted(running, key=lambda process: process.create_time())[oldest].send_signal(signal.SIGKILL)

@@ -78,7 +78,7 @@ def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(jobs: Jobs, undist
 def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     job_id = jobs.submit("server_killed")
     jobs.wait_for_steps("server_killed", job_id, 3)
-    min(jobs.processes_on(3, "rollout.sglang.cpu.serve"), key=lambda process: process.create_time()).kill()
+    min(jobs.processes_on(3, "rollout.sglang.cpu"), key=lambda process: process.create_time()).kill()
     assert jobs.finish("server_killed", job_id).restarts == 0
     assert without_times(jobs.metrics("server_killed")) == without_times(undisturbed)
 

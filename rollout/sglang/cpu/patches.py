@@ -1,22 +1,17 @@
-"""SGLang's own server on a machine without a GPU: `python -m rollout.sglang.cpu.serve --model-path FOLDER --device cpu ...`.
+"""Patches for the unmodified sglang wheel on a machine without a GPU. Written for sglang 0.5.23.
 
-The unmodified sglang wheel expects CUDA packages here and there. With SGLANG_USE_CPU_ENGINE=1 in the environment, importing this module
-puts plain stand-ins in their place; without it (a CUDA machine) importing it changes nothing. Written for sglang 0.5.23.
-
-    what                          why
-    sgl_kernel                    its CPU kernels are not published as a wheel; torch.ops.sgl_kernel stays empty, so layers take their
-                                  plain-torch path
-    torchvision operators         the default wheel is a CUDA build whose extension does not load beside a CPU build of torch
-    host buffers                  are pinned through cudart; plain memory serves on a CPU
-    batched attention             SGLang loops over the sequences of a batch (cpu_kernels.py)
-    seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
-    sleeping while paused         a paused scheduler polls without end; the trainer needs that core
-    stopping                      SGLang looks at its SIGTERM flag every 5 s
-    fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
-    keys in the log               SGLang prints its server arguments with both keys in clear
-    model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
-
-The patches are applied at import: were a child process started by spawn after all, it would import its main module again, and get them too.
+what                          why
+sgl_kernel                    its CPU kernels are not published as a wheel; torch.ops.sgl_kernel stays empty, so layers take their
+                              plain-torch path
+torchvision operators         the default wheel is a CUDA build whose extension does not load beside a CPU build of torch
+host buffers                  are pinned through cudart; plain memory serves on a CPU
+batched attention             SGLang loops over the sequences of a batch (kernels.py)
+seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
+sleeping while paused         a paused scheduler polls without end; the trainer needs that core
+stopping                      SGLang looks at its SIGTERM flag every 5 s
+fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
+keys in the log               SGLang prints its server arguments with both keys in clear
+model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
 """
 
 from __future__ import annotations
@@ -27,9 +22,7 @@ import gc
 import importlib
 import importlib.machinery
 import importlib.util
-import os
 import sys
-import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -56,7 +49,7 @@ def _stand_in_for_sgl_kernel() -> None:
                 raise AttributeError(name)
 
             def missing(*_: Any, **__: Any) -> None:
-                raise NotImplementedError(f"sgl_kernel.{name} has no CPU build; rollout/sglang_cpu.py stands in for what Qwen3 needs")
+                raise NotImplementedError(f"sgl_kernel.{name} has no CPU build; rollout/sglang/cpu replaces what Qwen3 needs")
 
             return missing
 
@@ -292,8 +285,8 @@ def _import_only_qwen3() -> None:
             ModelRegistry.models.setdefault(model.__name__, model)
 
 
-def activate() -> None:
-    """Apply all patches, in the order in which SGLang's modules need them."""
+def apply() -> None:
+    """Apply all patches, in the order in which SGLang's modules need them. Idempotent."""
     if "sgl_kernel" in sys.modules:
         return
     _stand_in_for_sgl_kernel()
@@ -306,32 +299,3 @@ def activate() -> None:
     _fork_children()
     _keep_keys_out_of_the_log()
     _import_only_qwen3()
-
-
-def main(arguments: list[str]) -> None:
-    """Serve until told to stop; no child process is left behind. Does not return."""
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    exit_code = 0
-    try:
-        run_server(prepare_server_args(arguments))
-    except SystemExit as end:
-        exit_code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        exit_code = 1
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not a normal exit: extension modules would then print hundreds of lines about leaks, and bury the reason of an end.
-        os._exit(exit_code)
-
-
-if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    activate()
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.cpu import cuda_stand_in, megatron_cpu
+from parallel.cpu import cuda_stand_in, import_hook
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,13 +22,13 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_rule_still_matches_something_in_the_installed_megatron() -> None:
-    assert megatron_cpu.unmatched_rules() == []
+    assert import_hook.unmatched_rules() == []
 
 
 def test_a_rule_without_a_match_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = megatron_cpu.RULES[0]._replace(pattern=megatron_cpu.re.compile("never written by anybody"))
-    monkeypatch.setattr(megatron_cpu, "RULES", (*megatron_cpu.RULES, stale))
-    assert megatron_cpu.unmatched_rules() == [stale]
+    stale = import_hook.RULES[0]._replace(pattern=import_hook.re.compile("never written by anybody"))
+    monkeypatch.setattr(import_hook, "RULES", (*import_hook.RULES, stale))
+    assert import_hook.unmatched_rules() == [stale]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_loaded_module_asks_the_stand_in_and_never_cuda(name: str) -> None:
     shipped = set(all_names(compile(Path(spec.origin).read_text(encoding="utf-8"), spec.origin, "exec")))
     assert "cuda" in shipped
     loaded = set(all_names(spec.loader.get_code(spec.name)))  # type: ignore[union-attr]
-    assert megatron_cpu.STAND_IN in loaded
+    assert import_hook.STAND_IN in loaded
     assert "cuda" not in loaded
 
 
@@ -71,7 +71,7 @@ print(torch.cuda.is_available(), torch.cuda.__name__, torch.Tensor([1.0]).is_cud
 
 
 def test_megatron_imported_first_is_refused() -> None:
-    done = run_python("import megatron.core\nimport parallel.cpu.megatron_cpu")
+    done = run_python("import megatron.core\nimport parallel.mcore")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == "RuntimeError: megatron.core was imported before parallel.mcore; import parallel.mcore first"
 

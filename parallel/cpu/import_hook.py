@@ -1,8 +1,6 @@
-"""Megatron-Core on CPU and gloo: import this module before the first `megatron.core` import.
+"""An import hook that rewrites the CUDA literals of megatron.core's sources while they are loaded.
 
-An import hook rewrites the CUDA literals of megatron.core's sources while they are loaded, and nothing else in the
-process: torch is not patched, no file is changed. What gloo and torch's optimizer lack beside it is filled afterwards
-by `gloo_collectives.py`. Where CUDA is present the hook does not install itself and Megatron-Core runs as shipped.
+It changes nothing else in the process: torch is not patched, no file is changed.
 
 The rules are textual, so an upgrade of Megatron-Core may leave one without a match; `unmatched_rules` tells and a test asks.
 """
@@ -15,12 +13,9 @@ import importlib.util
 import re
 import sys
 import types
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from parallel.cpu import cuda_stand_in
 
@@ -72,9 +67,6 @@ class _RewritingLoader(importlib.machinery.SourceFileLoader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[STAND_IN] = cuda_stand_in
-        if module.__name__ == "megatron.core.transformer.moe.moe_utils":
-            # 0.16.1 names it in a signature check even without TransformerEngine.
-            module.__dict__.setdefault("te_general_gemm", None)
         super().exec_module(module)
 
 
@@ -99,27 +91,16 @@ def unmatched_rules() -> list[Rule]:
     return [rule for rule in RULES if not rule.pattern.search(sources)]
 
 
-def install() -> bool:
-    """Install the hook unless CUDA is present. True when Megatron-Core will run on the CPU.
+def install() -> None:
+    """Install the hook. Idempotent.
 
     Raises RuntimeError when megatron.core was imported earlier: it would then run half rewritten.
     """
-    if torch.cuda.is_available():
-        return False
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return True
+        return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before parallel.mcore; import parallel.mcore first")
     sys.meta_path.insert(0, _Finder())
-    return True
-
-
-INSTALLED = install()
-
-# Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
-
-if INSTALLED:
     import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()

@@ -1,0 +1,30 @@
+"""Two faults of Megatron-Core that appear where TransformerEngine and Apex are absent, on CPU and CUDA alike.
+
+1. The router names `te_general_gemm`, which exists only with TransformerEngine (0.16.1): NameError at its first call.
+2. torch's AdamW keeps a `step` in its state that Megatron's fully reshardable checkpoint does not carry: KeyError when it is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.moe import moe_utils
+
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def _set_states_keeping_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> Any:
+    if "step" not in tensors:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        if "step" in state:
+            tensors = {**tensors, "step": state["step"]}
+    return _set_states(self, model_param, tensors)
+
+
+def close() -> None:
+    """Correct both. Idempotent. With TransformerEngine's names and Apex's optimizer, which keeps no `step`, nothing changes."""
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_keeping_step
