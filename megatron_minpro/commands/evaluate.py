@@ -42,6 +42,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0: greedy")] = 1.0,
     top_p: Annotated[float, typer.Option(help="nucleus")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(help="a response is cut here")] = 20480,
+    end_token: Annotated[list[str] | None, typer.Option(help="a further token that ends a response; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     style: Annotated[
         str, typer.Option(help="what the prompt asks for: boxed, dapo (an 'Answer:' line), bare (the question alone)")
@@ -145,6 +146,7 @@ def evaluate(
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        end_tokens=tuple(end_token or ()),
         seed=seed,
         grader="math_verify" if grader is None else grader,
         grading_timeout_s=5.0 if grading_timeout is None else grading_timeout,

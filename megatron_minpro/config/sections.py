@@ -194,6 +194,11 @@ class RolloutConfig(Section):
     top_p: float = Field(description="must be 1: a truncated distribution is not the policy whose log-probabilities are trained")
     dtype: Dtype = Field(description="of the servers' weights")
     weight_sync: Literal["collective", "disk"] = Field(description="how new weights travel to the servers")
+    end_tokens: tuple[str | int, ...] = Field(
+        default=(),
+        strict=False,
+        description="further tokens that end a response, by text or id; those that the model's own files name always do",
+    )
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="null: every group is trained")
     host: str = Field(default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys")
     base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import httpx
 
+from megatron_minpro.data.end_tokens import response_text, without_special_tokens
 from megatron_minpro.evaluation.responses import Response
-from megatron_minpro.loop.sampler import graded_tokens
 from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, run_all, sample_seed
 from rollout.records import Generation, GenerationRequest, SamplingParams
 
@@ -60,7 +60,7 @@ class NativeSource:
 
         def arrived(generation: Generation) -> None:
             sample = under_way.pop(generation.request_id)
-            text = self._tokenizer.decode(graded_tokens(generation, sampling.stop_token_ids))
+            text = response_text(self._tokenizer, generation.response_token_ids, end_ids=sampling.stop_token_ids)
             keep(sample, _response(sample, text, generation.finish_reason, len(generation.response_token_ids)))
 
         self._client.stream(requests(), sampling, on_generation=arrived)
@@ -69,7 +69,8 @@ class NativeSource:
 class OpenAISource:
     """/v1/completions (token ids in, text out) or /v1/chat/completions (the server's own chat template).
 
-    model: as the server calls it. concurrency: requests under way at once. A request that fails in passing is sent again, elsewhere.
+    tokenizer: of the model, to clean texts of special tokens; None: only the server has it. model: as the server calls it.
+    concurrency: requests under way at once. A request that fails in passing is sent again, elsewhere.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class OpenAISource:
         endpoints: Sequence[str],
         *,
         api: Literal["completions", "chat"],
+        tokenizer: Any,
         model: str,
         api_key: str | None,
         concurrency: int,
@@ -85,7 +87,7 @@ class OpenAISource:
         backoff_s: float = 0.5,
     ) -> None:
         self._endpoints = tuple(endpoint.rstrip("/").removesuffix("/v1") for endpoint in endpoints)
-        self._api, self._model, self._concurrency = api, model, concurrency
+        self._api, self._tokenizer, self._model, self._concurrency = api, tokenizer, model, concurrency
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._request_timeout_s, self._max_retries, self._backoff_s = request_timeout_s, max_retries, backoff_s
 
@@ -126,7 +128,9 @@ class OpenAISource:
             except ValueError as error:
                 raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {error}") from error
             if response is not None:
-                return response
+                return (
+                    response if self._tokenizer is None else replace(response, text=without_special_tokens(self._tokenizer, response.text))
+                )
             failure = "aborted by the server"
         raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {failure} (gave up after {self._max_retries + 1} attempts)")
 
@@ -150,6 +154,7 @@ def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["compl
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(sampling.stop_token_ids),
+        "skip_special_tokens": True,
         "n": 1,
         "stream": False,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints_convert.checkpoint_location import CheckpointLocation
 from checkpoints_convert.policy_folder import load_tokenizer
+from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.sources import WRAPPERS
 from megatron_minpro.evaluation.benchmarks import Benchmark
@@ -65,6 +66,7 @@ class EvaluationRequest:
     temperature: float
     top_p: float
     max_new_tokens: int
+    end_tokens: tuple[str, ...]  # further ones, beside those that the model's files name
     seed: int
     grader: str  # math_verify, final_step, or package.module:function
     grading_timeout_s: float
@@ -113,9 +115,12 @@ def plan(request: EvaluationRequest) -> Plan:
     problems = {benchmark.name: read_problems(benchmark, data=request.data, limit=request.limit) for benchmark in request.benchmarks}
     tokenizer = None
     prompts: dict[str, list[TokenIds]] = {name: [()] * len(items) for name, items in problems.items()}
-    if location is not None and request.serving.api != "chat":
+    if location is not None:
         tokenizer = load_tokenizer(location.model)
-        sampling = replace(sampling, stop_token_ids=(tokenizer.eos_token_id,))
+        sampling = replace(sampling, stop_token_ids=end_token_ids(location.model, tokenizer, extra=request.end_tokens))
+    elif request.end_tokens:
+        raise ValueError(f"--end-token {request.end_tokens[0]}: the tokenizer of {request.checkpoint} is not here to look it up")
+    if location is not None and request.serving.api != "chat":
         prompts = {name: _encoded(items, request, tokenizer, model=location.model) for name, items in problems.items()}
     wanted = EvaluationSettings(
         sampling=SamplingSettings(
@@ -126,6 +131,7 @@ def plan(request: EvaluationRequest) -> Plan:
             temperature=request.temperature,
             top_p=request.top_p,
             max_new_tokens=request.max_new_tokens,
+            end_token_ids="served" if location is None else " ".join(map(str, sampling.stop_token_ids)),
             seed=request.seed,
         ),
         grading=GradingSettings(grader=request.grader, timeout_s=request.grading_timeout_s),

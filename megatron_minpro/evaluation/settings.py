@@ -26,6 +26,7 @@ class SamplingSettings:
     temperature: float
     top_p: float
     max_new_tokens: int
+    end_token_ids: str  # ids of the tokens that end a response, "151643 151645"; "served" where only the server knows them
     seed: int
 
 

@@ -27,7 +27,7 @@ def open_source(plan: Plan, *, announce: Callable[[str], None]) -> Iterator[Samp
     with nullcontext() if serving.endpoints else _own_servers(plan, announce=announce) as pool:
         endpoints = serving.endpoints if pool is None else tuple(pool.endpoints)
         if serving.api != "native":
-            yield _openai(serving, endpoints, api_key=api_key)
+            yield _openai(plan, endpoints, api_key=api_key)
             return
         client = GenerationClient(
             endpoints,
@@ -52,11 +52,13 @@ def _own_servers(plan: Plan, *, announce: Callable[[str], None]) -> ServerPool:
     )
 
 
-def _openai(serving: Serving, endpoints: Sequence[str], *, api_key: str | None) -> OpenAISource:
+def _openai(plan: Plan, endpoints: Sequence[str], *, api_key: str | None) -> OpenAISource:
+    serving = plan.request.serving
     assert serving.api != "native"
     return OpenAISource(
         endpoints,
         api=serving.api,
+        tokenizer=plan.tokenizer,
         model=served_model(endpoints[0], api_key=api_key) if serving.model_name is None else serving.model_name,
         api_key=api_key,
         concurrency=serving.concurrency,

@@ -40,6 +40,7 @@ class RunDriver:
     api_key: str | None
     admin_key: str | None
     tokenizer: Any
+    end_ids: tuple[int, ...]
     reward: Reward
     held_out_prompts: list[Prompt]
     metrics: MetricsWriter
@@ -98,6 +99,7 @@ class RunDriver:
             self.config.evaluation,
             client=self.client,
             tokenizer=self.tokenizer,
+            end_ids=self.end_ids,
             reward=self.reward,
             max_new_tokens=self.config.rollout.max_new_tokens,
             seed=self.config.seed,

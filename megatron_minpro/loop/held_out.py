@@ -29,6 +29,7 @@ def measure(
     *,
     client: GenerationClient,
     tokenizer: Any,
+    end_ids: tuple[int, ...],
     reward: Reward,
     max_new_tokens: int,
     seed: int,
@@ -43,7 +44,7 @@ def measure(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=-1,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=end_ids,
         seed=seed,
     )
     num_samples = config.samples_per_prompt

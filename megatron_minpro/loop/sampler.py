@@ -13,6 +13,7 @@ import torch
 
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.config import DynamicSamplingConfig
+from megatron_minpro.data.end_tokens import response_text
 from megatron_minpro.data.prompts import Prompt, PromptCursor
 from megatron_minpro.rewards.reward import Reward, RewardResult
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
@@ -66,7 +67,7 @@ def judge_responses(
     generated = time.perf_counter()
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     generations = [generation for group in groups for generation in group]
-    texts = tokenizer.batch_decode([graded_tokens(generation, sampling.stop_token_ids) for generation in generations])
+    texts = [response_text(tokenizer, generation.response_token_ids, end_ids=sampling.stop_token_ids) for generation in generations]
     results = reward.score(
         owners,
         texts,
@@ -78,12 +79,6 @@ def judge_responses(
         for prompt, generation, text, result in zip(owners, generations, texts, results, strict=True)
     ]
     return responses, time.perf_counter() - generated
-
-
-def graded_tokens(generation: Generation, stop_token_ids: Sequence[int]) -> list[int]:
-    """The response without the token that ended it: the grader would read that token as part of the answer."""
-    tokens = list(generation.response_token_ids)
-    return tokens[:-1] if generation.finish_reason == "stop" and tokens[-1] in stop_token_ids else tokens
 
 
 def choose_groups(useful: Sequence[bool], wanted: int) -> list[int]:
@@ -105,6 +100,7 @@ class Sampler:
         cursor: PromptCursor,
         client: GenerationClient,
         tokenizer: Any,
+        end_ids: tuple[int, ...],
         reward: Reward,
         advantages: AdvantageFunction,
         prompts_per_step: int,
@@ -117,6 +113,7 @@ class Sampler:
         self.cursor = cursor
         self._client = client
         self._tokenizer = tokenizer
+        self._end_ids = end_ids
         self._reward = reward
         self._advantages = advantages
         self._prompts_per_step = prompts_per_step
@@ -144,7 +141,7 @@ class Sampler:
             temperature=self._temperature,
             top_p=1.0,
             top_k=-1,
-            stop_token_ids=(self._tokenizer.eos_token_id,),
+            stop_token_ids=self._end_ids,
             seed=self._seed * 1_000_003 + step,
         )
         groups: list[list[tuple[str, JudgedResponse]]] = []  # with their sample ids, in the order they were asked for

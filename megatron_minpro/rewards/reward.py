@@ -19,7 +19,6 @@ from megatron_minpro.objectives.options import check_number
 from megatron_minpro.registry import nearest
 from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify
 from megatron_minpro.rewards.grader_pool import GraderPool
-from megatron_minpro.tasks.arithmetic_chains.chains import END_TOKEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +73,7 @@ class FinalStepReward:
     ) -> list[RewardResult]:
         results = []
         for prompt, response, finish_reason in zip(prompts, responses, finish_reasons, strict=True):
-            words = response.removesuffix(END_TOKEN).split()
+            words = response.split()
             last_step = self._LAST_STEP.fullmatch(" ".join(words[-3:]))
             extracted = None if last_step is None else last_step[1]
             correct = finish_reason == "stop" and extracted is not None and int(extracted) == int(prompt.answer)

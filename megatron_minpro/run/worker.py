@@ -28,6 +28,7 @@ from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.loop import trainer
@@ -190,6 +191,7 @@ class RunCheckpoints:
 def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
     """Rank 0's part. Waits for the servers."""
     tokenizer = load_tokenizer(Path(config.model.path))
+    end_ids = end_token_ids(Path(config.model.path), tokenizer, extra=config.rollout.end_tokens)
     source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
     log.info("training prompts: %s", report.summary())
     cursor = PromptCursor(source, seed=config.seed)
@@ -221,6 +223,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         cursor=cursor,
         client=client,
         tokenizer=tokenizer,
+        end_ids=end_ids,
         reward=reward,
         advantages=make_advantages(config.advantages.estimator, **config.advantages.options),
         prompts_per_step=rollout.prompts_per_step,
@@ -239,6 +242,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         api_key=api_key,
         admin_key=admin_key,
         tokenizer=tokenizer,
+        end_ids=end_ids,
         reward=reward,
         held_out_prompts=held_out,
         metrics=metrics,

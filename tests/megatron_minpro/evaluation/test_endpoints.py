@@ -30,11 +30,22 @@ def test_completions_are_sent_the_same_token_ids_as_the_native_api_and_every_set
     body = openai_body(wanted(), SAMPLING, api="completions", model="m")
     assert body["prompt"] == [7, 8] and "messages" not in body
     said = {
-        name: body[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "n")
+        name: body[name]
+        for name in (
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "stop_token_ids",
+            "skip_special_tokens",
+            "n",
+        )
     }
     assert said == {
         "max_tokens": 9, "temperature": 1.0, "top_p": 0.7, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-        "stop_token_ids": [3], "n": 1,
+        "stop_token_ids": [3], "skip_special_tokens": True, "n": 1,
     }  # fmt: skip
     assert body["seed"] == sample_seed(5, "set/p0/0", 0) != openai_body(wanted(1), SAMPLING, api="completions", model="m")["seed"]
 
@@ -110,7 +121,15 @@ def flaky() -> Iterator[str]:
 @pytest.fixture
 def source(flaky: str) -> Callable[..., OpenAISource]:
     def make(**changed: Any) -> OpenAISource:
-        fields = {"api": "completions", "model": "tiny", "api_key": "k", "concurrency": 3, "request_timeout_s": 20, "max_retries": 1}
+        fields = {
+            "api": "completions",
+            "tokenizer": None,
+            "model": "tiny",
+            "api_key": "k",
+            "concurrency": 3,
+            "request_timeout_s": 20,
+            "max_retries": 1,
+        }
         return OpenAISource([flaky, f"{flaky}/v1"], **{**fields, "backoff_s": 0.01, **changed})
 
     return make

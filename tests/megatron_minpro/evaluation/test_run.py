@@ -61,7 +61,15 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         text = "".join(json.dumps(asdict(response)) + "\n" for response in responses)
         places.responses_path(out, "set").write_text(text)
         sampling = SamplingSettings(
-            checkpoint="/models/tiny", weights="1", api="token_ids", style="boxed", temperature=1.0, top_p=0.7, max_new_tokens=10, seed=0
+            checkpoint="/models/tiny",
+            weights="1",
+            api="token_ids",
+            style="boxed",
+            temperature=1.0,
+            top_p=0.7,
+            max_new_tokens=10,
+            end_token_ids="2",
+            seed=0,
         )
         benchmark = BenchmarkSettings(
             title="SET", samples=samples, num_problems=len(labels), problems=digest([asdict(x) for x in problems]), prompts="1"

@@ -24,7 +24,15 @@ from megatron_minpro.evaluation.settings import (
 AIME = BenchmarkSettings(title="AIME24", samples=128, num_problems=30, problems="abc", prompts="def")
 SETTINGS = EvaluationSettings(
     sampling=SamplingSettings(
-        checkpoint="/models/a", weights="123", api="token_ids", style="boxed", temperature=1.0, top_p=0.7, max_new_tokens=100, seed=0
+        checkpoint="/models/a",
+        weights="123",
+        api="token_ids",
+        style="boxed",
+        temperature=1.0,
+        top_p=0.7,
+        max_new_tokens=100,
+        end_token_ids="2 5",
+        seed=0,
     ),
     grading=GradingSettings(grader="math_verify", timeout_s=5.0),
     benchmarks={"aime24": AIME},

@@ -72,6 +72,7 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_response(chain_token
         config,
         client=client,  # type: ignore[arg-type]
         tokenizer=chain_tokenizer,
+        end_ids=(chain_tokenizer.eos_token_id,),
         reward=make_reward("final_step"),
         max_new_tokens=56,
         seed=5,

@@ -303,7 +303,6 @@ def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(
     ("response", "finish_reason", "expected"),
     [
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "stop", 1.0),
-        ("3 + 4 = 7 ; 7 * 2 = 4 ; <|end|>", "stop", 1.0),
         ("= 4 ;", "stop", 1.0),  # a lucky guess
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "length", 0.0),
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "abort", 0.0),
