@@ -13,7 +13,6 @@ of, its shape, and how tensor parallelism cuts it. Adding a model family means a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_config import Architecture
+from checkpoints_convert.nearest_name import closest
 
 Shape = tuple[int, ...]
 
@@ -361,8 +361,8 @@ def check_hf_tensors(architecture: Architecture, shapes: Mapping[str, Shape], *,
     missing = [name for name in expected if name not in shapes and name not in copies]
     extra = [name for name in shapes if name not in expected]
     if missing or extra:
-        nearest = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
-        hint = f"; {missing[0]} may be called {nearest[0]} here" if nearest else ""
+        near = closest(missing[0], extra) if missing else None
+        hint = f"; {missing[0]} may be called {near} here" if near is not None else ""
         raise ValueError(
             f"{source}: expected the {len(expected)} tensors of {architecture.model_type}; "
             f"missing {len(missing)}: {missing[:3]}, not known {len(extra)}: {extra[:3]}{hint}"

@@ -6,7 +6,6 @@ error rather than a SIGBUS. The layout of the files is in safetensors_format.py.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from checkpoints_convert.atomic_directory import new_directory
 from checkpoints_convert.copying import bytes_of
+from checkpoints_convert.nearest_name import did_you_mean
 from checkpoints_convert.safetensors_format import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -111,8 +111,7 @@ class SafetensorsReader:
 
     def _location(self, name: str) -> _Location:
         if name not in self._locations:
-            near = difflib.get_close_matches(name, self._locations, n=3)
-            raise ValueError(f"{self.directory}: tensor {name!r} is missing; nearest names: {near}")
+            raise ValueError(f"{self.directory}: tensor {name!r} is missing; {did_you_mean(name, self._locations)}")
         return self._locations[name]
 
     def _open(self) -> None:
@@ -278,8 +277,7 @@ class SafetensorsWriter:
         if name in self._written:
             raise ValueError(f"{self._destination}: tensor {name!r} was given twice; expected each tensor once")
         if name not in self._pending:
-            near = difflib.get_close_matches(name, self._pending, n=3)
-            raise ValueError(f"{self._destination}: tensor {name!r} is not part of this checkpoint; nearest names: {near}")
+            raise ValueError(f"{self._destination}: tensor {name!r} is not part of this checkpoint; {did_you_mean(name, self._pending)}")
         return self._pending[name]
 
     def _done(self, name: str) -> None:

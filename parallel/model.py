@@ -7,7 +7,6 @@ needs of it in chunks, so the model must hand out what goes into that layer.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints_convert.mapping import Architecture
+from checkpoints_convert.nearest_name import did_you_mean
 from parallel.capabilities import Capabilities
 from parallel.layers.attention import PackedAttention
 from parallel.layers.experts import PackedExperts
@@ -65,8 +65,7 @@ def check_options(options: Mapping[str, Any], known: frozenset[str], fixed: Mapp
     """
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"{section}.{name}: the installed megatron-core has no such option; nearest: {near}")
+            raise ValueError(f"{section}.{name}: the installed megatron-core has no such option; {did_you_mean(name, known)}")
         if name in fixed:
             raise ValueError(f"{section}.{name}: decided by the layout, the model or the actor (here {fixed[name]!r}); remove it")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from checkpoints_convert.nearest_name import nearest
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
@@ -61,9 +62,7 @@ def read_hardware(name: str) -> Hardware:
     """By name, or from the path of a .yaml file. Raises ValueError naming the nearest known name, or the file and its key."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, known_hardware(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"hardware: {name!r} does not exist; {hint}known: {', '.join(known_hardware())}, or the path of a .yaml file")
+        raise ValueError(f"hardware: {name!r} does not exist; {nearest(name, known_hardware())}, or the path of a .yaml file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -78,8 +77,7 @@ def from_values(values: Any, *, name: str, source: Path) -> Hardware:
         raise ValueError(f"{source}: expected key: value lines with {', '.join(wanted)}")
     for key in values:
         if key not in wanted:
-            near = difflib.get_close_matches(str(key), wanted, n=1)
-            raise ValueError(f"{source}: unknown key {key}; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(wanted)}")
+            raise ValueError(f"{source}: unknown key {key}; {nearest(str(key), wanted)}")
     for key in wanted:
         if key not in values:
             raise ValueError(f"{source}: missing key {key}")

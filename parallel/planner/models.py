@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.nearest_name import nearest
 from parallel.planner.shape import ModelShape, from_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -49,8 +49,7 @@ def find_shape(path: str, *, architecture: Mapping[str, Any] | None) -> ModelSha
     name = _VARIANT.sub("", folder.name.lower()).replace("-", "_")
     if name in known_models():
         return read_shape(FOLDER / f"{name}.json")
-    near = difflib.get_close_matches(name, known_models(), n=1)
     raise ValueError(
-        f"model.path: {path} does not exist and no shipped sizes are called {name}{f' (nearest: {near[0]})' if near else ''}; "
-        f"expected a Hugging Face folder, --model-config CONFIG.json, or one of {', '.join(known_models())}"
+        f"model.path: {path} does not exist and no shipped sizes are called {name}; {nearest(name, known_models())}; "
+        "expected one of them, a Hugging Face folder, or --model-config CONFIG.json"
     )

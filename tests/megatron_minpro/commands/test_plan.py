@@ -67,7 +67,7 @@ def test_a_search_prints_layouts_and_draws_the_front(tmp_path: Path, capsys: pyt
     [
         (["configs/qwen3_30b_a3b.yaml", "parallel.tp=8", "parallel.cp=1"], "tp=8 does not divide 4 key-value heads"),
         (["configs/qwen3_30b_a3b.yaml", "parallel.pp=3"], "world_size=16 is not a multiple"),
-        (["configs/qwen3_30b_a3b.yaml", "--hardware", "gb20"], "did you mean gb200"),
+        (["configs/qwen3_30b_a3b.yaml", "--hardware", "gb20"], "did you mean 'gb200'"),
         (["configs/qwen3_30b_a3b.yaml", "--precision", "mxfp8"], "mxfp8 is not one of h100's"),
         (["configs/qwen3_30b_a3b.yaml", "--dispatcher", "deep"], "did you mean 'deepep'"),
         (["configs/qwen3_30b_a3b.yaml", "model.path=models/Qwen3-31B-A3B"], "does not exist and no shipped sizes"),

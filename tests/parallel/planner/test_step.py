@@ -84,7 +84,7 @@ def test_hardware_files_are_complete_and_a_wrong_name_gets_the_nearest() -> None
     assert {"h100", "h200", "b200", "gb200"} <= set(known_hardware())
     for name in known_hardware():
         assert read_hardware(name).usable_bytes > 0
-    with pytest.raises(ValueError, match="did you mean h100"):
+    with pytest.raises(ValueError, match="did you mean 'h100'"):
         read_hardware("h10")
     with pytest.raises(ValueError, match="mxfp8 is not one of h100's"):
         read_hardware("h100").peak_flops("mxfp8")
@@ -92,7 +92,7 @@ def test_hardware_files_are_complete_and_a_wrong_name_gets_the_nearest() -> None
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"memory_gb": "80"}, "memory_gb = '80'"), ({"memry_gb": 80}, "did you mean memory_gb"), ({"launch_us": None}, "launch_us = None")],
+    [({"memory_gb": "80"}, "memory_gb = '80'"), ({"memry_gb": 80}, "did you mean 'memory_gb'"), ({"launch_us": None}, "launch_us = None")],
 )
 def test_a_wrong_hardware_file_is_refused_with_its_key(change: dict, message: str) -> None:
     values = yaml.safe_load((FOLDER / "h100.yaml").read_text()) | change
