@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.hf_config import DTYPES, Architecture
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.hf_config import Architecture
 from checkpoints_convert.manifest import Manifest
 from checkpoints_convert.mapping import TIED_COPIES, Shape, Split, hf_shapes, parameters, torch_dist_key
 from checkpoints_convert.safetensors_format import TensorSpec, file_bytes, index_content, plan_shards

@@ -20,8 +20,9 @@ from checkpoints_convert.atomic_directory import check_apart, check_replaceable,
 from checkpoints_convert.companions import companion_files
 from checkpoints_convert.conversion_plan import check_dtype, check_space, fingerprint, plan_hugging_face_files, torch_dist_parts
 from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, no_garbage_collection, row_blocks, run_in_threads
+from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.extra_state import extra_state_keys
-from checkpoints_convert.hf_config import DTYPES, Architecture, config_with_both_spellings, read_config
+from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.journal import Journal
 from checkpoints_convert.manifest import MANIFEST_FILE, Manifest, TensorRecord, read_manifest
 from checkpoints_convert.mapping import TIED_COPIES, Parameter, check_hf_tensors, parameters, torch_dist_key

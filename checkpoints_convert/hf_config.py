@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_NAMES = ("float32", "float16", "bfloat16")  # dtypes.py has the torch dtypes; this file does without torch
 
 # Keys that would change what the model computes, with the values under which they change nothing. Absence changes nothing either:
 # transformers then uses one of these values, or knows no such key for these models.
@@ -63,7 +61,7 @@ class Architecture:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    dtype: torch.dtype | None
+    dtype: str | None
 
     @property
     def is_moe(self) -> bool:
@@ -173,8 +171,7 @@ def config_with_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
         added |= {"head_dim": architecture.head_dim}
         added |= {"num_experts": architecture.num_experts, "num_local_experts": architecture.num_experts}
     if architecture.dtype is not None:
-        name = next(name for name, dtype in DTYPES.items() if dtype == architecture.dtype)
-        added |= {"torch_dtype": name, "dtype": name}
+        added |= {"torch_dtype": architecture.dtype, "dtype": architecture.dtype}
     complete = dict(config)
     for key, value in added.items():
         if complete.get(key) is None or (key == "rope_parameters" and "rope_theta" not in complete[key]):
@@ -225,11 +222,11 @@ class _Reader:
             raise self.error(second, f"{first} = {self.config[first]!r}, its other spelling")
         return first
 
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> str | None:
         key = self.agreeing("torch_dtype", "dtype")
         if self.config.get(key) is None:
             return None
-        return DTYPES[self.choice(key, tuple(DTYPES))]
+        return self.choice(key, DTYPE_NAMES)
 
     def rope_theta(self) -> int | float:
         """Base of the rotary embedding as it is written, from rope_theta, rope_parameters or rope_scaling; only unscaled is accepted."""

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from checkpoints_convert.conversion_plan import check_dtype, plan_hugging_face_files, torch_dist_parts
+from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import Architecture, read_architecture
 from checkpoints_convert.manifest import read_manifest
 from checkpoints_convert.mapping import check_hf_tensors, hf_shapes
@@ -80,10 +81,10 @@ def _dtypes(source: Path, architecture: Architecture) -> dict[str, torch.dtype]:
     check_hf_tensors(architecture, {name: shapes.get(name, ()) for name in content.weight_map}, source=index)
     if architecture.dtype is None:
         raise ValueError(f"{source / 'config.json'}: names no dtype; expected torch_dtype or dtype, as the weights files are absent")
-    num_bytes = _total(architecture, dict.fromkeys(shapes, architecture.dtype))
+    num_bytes = _total(architecture, dict.fromkeys(shapes, DTYPES[architecture.dtype]))
     if content.total_size != num_bytes:
         raise ValueError(f"{index}: total_size is {content.total_size}; expected {num_bytes} from config.json")
-    return dict.fromkeys(shapes, architecture.dtype)
+    return dict.fromkeys(shapes, DTYPES[architecture.dtype])
 
 
 def _total(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> int:

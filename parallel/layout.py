@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpoints_convert.mapping import Architecture
+from checkpoints_convert.hf_config import Architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

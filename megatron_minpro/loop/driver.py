@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints_convert.atomic_files import write_atomically
-from checkpoints_convert.hf_config import DTYPES
+from checkpoints_convert.dtypes import DTYPES
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.prompts import Prompt

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_convert.hf_config import DTYPES, Architecture
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.hf_config import Architecture
 from checkpoints_convert.mapping import hf_shapes
 from checkpoints_convert.policy_folder import companion_files, load_tokenizer, write_policy
 from megatron_minpro.config import ModelConfig, PromptsConfig, WarmUpConfig

@@ -40,8 +40,9 @@ from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.metrics_file import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
+from rollout.loopback import is_loopback
 from rollout.processes import ManagedProcess, spawn
-from rollout.sglang.server import ServerPool, is_loopback
+from rollout.sglang.server import ServerPool
 
 _REFRESH_S = 0.3
 _FULL_DISK_BYTES = 1 << 20

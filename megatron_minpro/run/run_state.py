@@ -154,7 +154,7 @@ def refuse_unusable(checkpoint: Path, config: RunConfig) -> None:
 
 def describe_model(architecture: Architecture) -> dict[str, Any]:
     """The shape of a model in JSON's types."""
-    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in asdict(architecture).items()}
+    return asdict(architecture)
 
 
 def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:

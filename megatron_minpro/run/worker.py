@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
-from checkpoints_convert.hf_config import DTYPES, read_architecture
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer

@@ -6,7 +6,6 @@ On the CPU a server is started through rollout/sglang/cpu, on CUDA through SGLan
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import random
@@ -24,11 +23,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from rollout.background import in_background
+from rollout.loopback import LOOPBACK_INTERFACE, is_loopback
 from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang import control as sglang_control
 from rollout.sglang.environment import PROJECT_ROOT, default_server_python, server_environment
 from rollout.sglang.options import option_arguments
-from rollout.weights.broadcast_group import LOOPBACK_INTERFACE
 
 Device = Literal["cpu", "cuda"]
 
@@ -141,15 +140,6 @@ class ServerSettings:
 def check_options(options: Mapping[str, Any], *, device: Device) -> None:
     """Raises ValueError naming an option that the installed SGLang does not know, or that is set elsewhere. No model is needed."""
     option_arguments(options, server_python=default_server_python(), device=device, reserved=_RESERVED)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_key(path: Path, *, name: str) -> str:

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rollout.loopback import LOOPBACK_INTERFACE
+
 Backend = Literal["gloo", "nccl"]
 _DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
-LOOPBACK_INTERFACE = "lo"
 
 
 class BroadcastGroup:

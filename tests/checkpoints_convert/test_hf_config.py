@@ -45,7 +45,7 @@ def test_every_field_is_read_from_its_key() -> None:
     assert Architecture.from_config(MOE_5, source="config.json") == Architecture(
         model_type="qwen3_moe", vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, intermediate_size=96, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
-        rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=512, tie_word_embeddings=False, dtype=torch.bfloat16,
+        rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=512, tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_unreadable_config_file_is_named(tmp_path: Path, content: str | None) ->
 def test_published_moe_config_reads(assets: Path) -> None:
     architecture = read_architecture(assets / "models" / "qwen3_30b_a3b")
     assert (architecture.num_hidden_layers, architecture.num_experts, architecture.num_experts_per_tok) == (48, 128, 8)
-    assert (architecture.rope_theta, architecture.norm_topk_prob, architecture.dtype) == (1e6, True, torch.bfloat16)
+    assert (architecture.rope_theta, architecture.norm_topk_prob, architecture.dtype) == (1e6, True, "bfloat16")
 
 
 @pytest.mark.parametrize(

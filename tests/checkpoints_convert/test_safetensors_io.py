@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints_convert.dtypes import DTYPES as NAMED_DTYPES
 from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
 from checkpoints_convert.mapping import check_hf_tensors, hf_shapes, parameters
 from checkpoints_convert.safetensors_format import INDEX_FILE, SINGLE_FILE, file_bytes, index_content, plan_shards
@@ -293,7 +294,7 @@ def test_published_30b_shards_reproduce_to_the_byte(assets: Path) -> None:
     architecture = Architecture.from_config(read_config(folder), source=folder)
     assert architecture.dtype is not None
     shards = plan_shards(
-        ((name, shape, architecture.dtype) for name, shape in hf_shapes(architecture).items()), max_shard_bytes=4_000_000_000
+        ((name, shape, NAMED_DTYPES[architecture.dtype]) for name, shape in hf_shapes(architecture).items()), max_shard_bytes=4_000_000_000
     )
     sizes = json.loads((folder / "shard_file_sizes.json").read_text())
     assert {name: file_bytes(specs) for name, specs in shards.items()} == sizes

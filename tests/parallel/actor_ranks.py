@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.hf_config import DTYPES, read_architecture
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.loop.trainer import make_loss_function
 from megatron_minpro.objectives import make_objective

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_convert.hf_config import DTYPES, Architecture
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.hf_config import Architecture
 from parallel import process_groups
 from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
 from parallel.capabilities import detect
