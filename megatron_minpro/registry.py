@@ -28,9 +28,11 @@ _IMPORT_PATH = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attr
 class PlugInError(ValueError):
     """A plug-in that cannot be used: one line with the setting, its value and the reason."""
 
-    def __init__(self, setting: str, value: object, reason: str) -> None:
+    def __init__(self, setting: str, value: object, reason: str, *, section: str | None = None) -> None:
+        """section: given when the mistake may lie in any setting of that section."""
         super().__init__(f"{setting} = {value!r}: {reason}")
         self.setting = setting
+        self.section = section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,7 @@ class PlugIns:
                 raise PlugInError(f"{self.options}.{option}", value, f"{name} has no such option; {nearest(option, known)}")
         missing = [option for option, parameter in known.items() if parameter.default is parameter.empty and option not in options]
         if missing:
-            raise PlugInError(self.setting, name, f"needs the option {', '.join(missing)}")
+            raise PlugInError(self.setting, name, f"needs the option {', '.join(missing)}", section=self.options)
 
     def defaults(self, name: str, function: Callable[..., Any], *, passed: int) -> dict[str, Any]:
         """The options that have a default in the function's signature. Arguments as in `find`."""
@@ -97,7 +99,7 @@ class PlugIns:
 
     def refused(self, name: str, error: Exception) -> PlugInError:
         """What to raise when the plug-in itself rejects its options with `error`."""
-        return PlugInError(self.setting, name, " ".join(str(error).split()) or type(error).__name__)
+        return PlugInError(self.setting, name, " ".join(str(error).split()) or type(error).__name__, section=self.options)
 
     def _import(self, module: str, name: str) -> ModuleType:
         _look_in_the_working_folder()

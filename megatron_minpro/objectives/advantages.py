@@ -9,17 +9,15 @@ Shapes: N responses, G groups.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from megatron_minpro.objectives.options import check_number
-from megatron_minpro.registry import nearest
+from megatron_minpro.registry import PlugIns
 
 
 def group_normalized(rewards: Tensor, group_ids: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
@@ -56,30 +54,38 @@ def batch_whitened(rewards: Tensor, group_ids: Tensor | None = None, *, epsilon:
     return group_normalized(rewards.reshape(-1), one_group, epsilon=epsilon).view(rewards.shape)
 
 
-ESTIMATORS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        "group_normalized": group_normalized,
-        "leave_one_out": leave_one_out,
-        "mean_only": mean_only,
-        "batch_whitened": batch_whitened,
-    }
+_HERE = "megatron_minpro.objectives.advantages"
+ESTIMATORS = PlugIns(
+    setting="advantages.estimator",
+    options="advantages",
+    known={
+        "group_normalized": f"{_HERE}:group_normalized",
+        "leave_one_out": f"{_HERE}:leave_one_out",
+        "mean_only": f"{_HERE}:mean_only",
+        "batch_whitened": f"{_HERE}:batch_whitened",
+    },
 )
 
 
 def make_advantages(estimator: str, **options: object) -> Callable[..., Tensor]:
-    """The estimator of that name with these options: a function of rewards, and of group_ids where groups differ in size.
+    """An estimator with its options: a function of rewards, and of group_ids where groups differ in size.
 
-    Raises ValueError, with the nearest known one, for an unknown name or option, and for an option out of range.
+    Args:
+        estimator: a key of the table above, or package.module:function for `function(rewards, group_ids, *, options)`.
+        options: keyword arguments of the estimator.
+
+    Raises:
+        PlugInError: the estimator or an option is unknown (the message has the nearest known name), missing, or out of range.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown advantage estimator {estimator!r}; {nearest(str(estimator), ESTIMATORS)}")
-    function = ESTIMATORS[estimator]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"advantage estimator {estimator!r} has no option {option!r}; {nearest(option, known)}")
-    function(torch.zeros(1, 1), **options)  # each estimator checks its own options
-    return partial(function, **options)
+    function = ESTIMATORS.find(estimator, options, passed=2)
+    made = partial(function, **options)
+    try:
+        tried = made(torch.zeros(1), torch.zeros(1, dtype=torch.int64))  # each estimator checks its own options
+    except Exception as error:  # a function of the user's own may raise anything
+        raise ESTIMATORS.refused(estimator, error) from error
+    if not isinstance(tried, Tensor) or tried.shape != (1,):
+        raise ESTIMATORS.refused(estimator, TypeError("gave no tensor with one advantage per reward"))
+    return made
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from parallel.sequence_shard import SequenceShard
+
+Statistics = Callable[..., Tensor]
+Loss = TypeVar("Loss", bound=Callable[..., "ObjectiveOutput"])
+
+
+def with_minibatch_statistics(statistics: Statistics) -> Callable[[Loss], Loss]:
+    """Declare that an objective needs statistics of the whole mini-batch: decorate `objective(batch, statistics, *, options)`.
+
+    Args:
+        statistics: `statistics(batch, **options)` gives one batch's share as a float64 tensor. Shares are summed over micro-batches and
+            over the data- and context-parallel ranks before the first loss of the mini-batch.
+    """
+
+    def declare(objective: Loss) -> Loss:
+        objective.minibatch_statistics = statistics  # type: ignore[attr-defined]
+        return objective
+
+    return declare
 
 
 class NonFiniteTokenError(ValueError):

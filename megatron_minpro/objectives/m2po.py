@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_minibatch_statistics
 from megatron_minpro.objectives.options import check_choice, check_number
 from megatron_minpro.objectives.policy_gradient import ppo_clip, weighted_policy_gradient
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, advantages, log_ratio, scan_batch
@@ -16,6 +16,15 @@ from megatron_minpro.objectives.value_bins import NUM_BINS, bin_of, sum_per_bin
 RULES = ("paper", "official", "second_moment_all")
 
 
+def m2po_statistics(batch: TokenBatch, *, rule: str, **_options: object) -> Tensor:
+    """Of the tokens that the rule looks at: how many, and the sum of (log rho)^2, per bin of |log rho|. float64 [2 * NUM_BINS]."""
+    log_ratio_T = log_ratio(batch).detach()
+    candidates_T = _candidates(batch, log_ratio_T, rule).double()
+    bin_T = bin_of(log_ratio_T.abs())
+    return torch.cat([sum_per_bin(bin_T, candidates_T), sum_per_bin(bin_T, candidates_T * log_ratio_T.double().square())])
+
+
+@with_minibatch_statistics(m2po_statistics)
 def m2po(
     batch: TokenBatch,
     statistics: Tensor,
@@ -51,14 +60,6 @@ def m2po(
         largest_kept = torch.maximum(largest_kept, (counts > 0).int().argmax())
     keep_T = ~_candidates(batch, log_ratio_T, rule) | (bin_of(log_ratio_T.abs()) <= largest_kept)
     return weighted_policy_gradient(batch, log_ratio_T, scanned, log_ratio_T, log_low=-MAX_LOG_RATIO, log_high=MAX_LOG_RATIO, keep_T=keep_T)
-
-
-def m2po_statistics(batch: TokenBatch, *, rule: str, **_options: object) -> Tensor:
-    """Of the tokens that the rule looks at: how many, and the sum of (log rho)^2, per bin of |log rho|. float64 [2 * NUM_BINS]."""
-    log_ratio_T = log_ratio(batch).detach()
-    candidates_T = _candidates(batch, log_ratio_T, rule).double()
-    bin_T = bin_of(log_ratio_T.abs())
-    return torch.cat([sum_per_bin(bin_T, candidates_T), sum_per_bin(bin_T, candidates_T * log_ratio_T.double().square())])
 
 
 def last_bin_within(counts: Tensor, squares: Tensor, budget: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_minibatch_statistics
 from megatron_minpro.objectives.options import check_number, log_bounds
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import log_ratio, scan_batch
@@ -12,6 +12,13 @@ from megatron_minpro.objectives.value_bins import bin_of, sum_per_bin
 from parallel.prefix_scan import PrefixSum, scan
 
 
+def prefix_filter_statistics(batch: TokenBatch, **_options: object) -> Tensor:
+    """Trained tokens per bin of the log of the cumulative ratio: float64 [NUM_BINS]. One scan."""
+    (cumulative_T,) = scan(batch.shard, [PrefixSum(log_ratio(batch), batch.loss_mask_T)])
+    return sum_per_bin(bin_of(cumulative_T), batch.loss_mask_T)
+
+
+@with_minibatch_statistics(prefix_filter_statistics)
 def prefix_filter(
     batch: TokenBatch,
     statistics: Tensor,
@@ -38,9 +45,3 @@ def prefix_filter(
     num_dropped_bins = (statistics.cumsum(0) <= fraction * statistics.sum()).sum()
     keep_T = bin_of(scanned.results[0]) >= num_dropped_bins
     return weighted_policy_gradient(batch, log_ratio_T, scanned, log_ratio_T, log_low=log_low, log_high=log_high, keep_T=keep_T)
-
-
-def prefix_filter_statistics(batch: TokenBatch, **_options: object) -> Tensor:
-    """Trained tokens per bin of the log of the cumulative ratio: float64 [NUM_BINS]. One scan."""
-    (cumulative_T,) = scan(batch.shard, [PrefixSum(log_ratio(batch), batch.loss_mask_T)])
-    return sum_per_bin(bin_of(cumulative_T), batch.loss_mask_T)

@@ -1,68 +1,59 @@
-"""The table of objectives and `make_objective`. A new objective is one function in its own file, one line here, one test."""
+"""The table of objectives and `make_objective`.
+
+An objective is a function `objective(batch, *, options) -> ObjectiveOutput` (see base.py). It lives in this package and has a line in the
+table, or it lives in a module of your own and the configuration names it: `objective.name=my_module:my_objective`. An objective that
+needs statistics of the whole mini-batch is decorated with `with_minibatch_statistics`.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
 from megatron_minpro.objectives.base import Objective, ObjectiveOutput, TokenBatch
-from megatron_minpro.objectives.cispo import cispo, scaled_cispo
-from megatron_minpro.objectives.ctpo import ctpo
-from megatron_minpro.objectives.grpo import grpo
-from megatron_minpro.objectives.gspo import gspo
-from megatron_minpro.objectives.m2po import m2po, m2po_statistics
-from megatron_minpro.objectives.minpro import minpro
-from megatron_minpro.objectives.prefix_filter import prefix_filter, prefix_filter_statistics
-from megatron_minpro.objectives.prefix_ratio import prefix_ratio
-from megatron_minpro.objectives.reinforce import reinforce
-from megatron_minpro.objectives.topr import topr
-from megatron_minpro.registry import nearest
+from megatron_minpro.registry import PlugIns
 from parallel.sequence_shard import SequenceShard
 
-OBJECTIVES: Mapping[str, Callable[..., ObjectiveOutput]] = MappingProxyType(
-    {
-        "minpro": minpro,
-        "cispo": cispo,
-        "scaled_cispo": scaled_cispo,
-        "grpo": grpo,
-        "gspo": gspo,
-        "m2po": m2po,
-        "ctpo": ctpo,
-        "topr": topr,
-        "prefix_ratio": prefix_ratio,
-        "prefix_filter": prefix_filter,
-        "reinforce": reinforce,
-    }
-)
-
-# What an objective must know of the whole mini-batch before any gradient, as a sum over batches.
-MINIBATCH_STATISTICS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {"m2po": m2po_statistics, "prefix_filter": prefix_filter_statistics}
+_FOLDER = "megatron_minpro.objectives"
+OBJECTIVES = PlugIns(
+    setting="objective.name",
+    options="objective",
+    known={
+        "minpro": f"{_FOLDER}.minpro:minpro",
+        "cispo": f"{_FOLDER}.cispo:cispo",
+        "scaled_cispo": f"{_FOLDER}.cispo:scaled_cispo",
+        "grpo": f"{_FOLDER}.grpo:grpo",
+        "gspo": f"{_FOLDER}.gspo:gspo",
+        "m2po": f"{_FOLDER}.m2po:m2po",
+        "ctpo": f"{_FOLDER}.ctpo:ctpo",
+        "topr": f"{_FOLDER}.topr:topr",
+        "prefix_ratio": f"{_FOLDER}.prefix_ratio:prefix_ratio",
+        "prefix_filter": f"{_FOLDER}.prefix_filter:prefix_filter",
+        "reinforce": f"{_FOLDER}.reinforce:reinforce",
+    },
 )
 
 
 def make_objective(name: str, **options: object) -> Objective:
-    """The objective of that name with these options; what is left out takes the published default in the objective function's signature.
+    """An objective with all of its options.
 
-    Raises ValueError, with the nearest known one, for an unknown name or option; and for an option that is missing or out of range.
+    Args:
+        name: a key of the table above, or package.module:function.
+        options: keyword arguments of the function. What is left out takes the default in its signature, which is the published one.
+
+    Raises:
+        PlugInError: the objective or an option is unknown (the message has the nearest known name), missing, or out of range.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; {nearest(str(name), OBJECTIVES)}")
-    function = OBJECTIVES[name]
-    known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    for option in options:
-        if option not in known:
-            raise ValueError(f"objective {name!r} has no option {option!r}; {nearest(option, known)}")
-    missing = [option for option, p in known.items() if p.default is inspect.Parameter.empty and option not in options]
-    if missing:
-        raise ValueError(f"objective {name!r} needs option {missing[0]!r}, which has no published default")
-    complete = {option: options.get(option, p.default) for option, p in known.items()}
+    function = OBJECTIVES.load(name)
+    statistics_function = getattr(function, "minibatch_statistics", None)
+    passed = 1 if statistics_function is None else 2
+    OBJECTIVES.check_options(name, function, options, passed=passed)
     objective = Objective(
-        name=name, options=MappingProxyType(complete), function=function, statistics_function=MINIBATCH_STATISTICS.get(name)
+        name=name,
+        options=MappingProxyType(OBJECTIVES.defaults(name, function, passed=passed) | options),
+        function=function,
+        statistics_function=statistics_function,
     )
     _try_options(objective)
     return objective
@@ -82,6 +73,8 @@ def _try_options(objective: Objective) -> None:
     )
     try:
         statistics = objective.minibatch_statistics(batch) if objective.needs_minibatch_statistics else None
-        objective(batch, statistics)
-    except ValueError as error:
-        raise ValueError(f"objective {objective.name!r}: {error}") from error
+        output = objective(batch, statistics)
+    except Exception as error:  # a function of the user's own may raise anything
+        raise OBJECTIVES.refused(objective.name, error) from error
+    if not isinstance(output, ObjectiveOutput):
+        raise OBJECTIVES.refused(objective.name, TypeError(f"returned a {type(output).__name__}, expected an ObjectiveOutput"))

@@ -1,9 +1,11 @@
-"""Batches that several tests of this folder share."""
+"""Batches and modules that several tests of this folder share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +61,19 @@ def make_batch(make_sample: Callable[..., Sample]) -> Callable[..., RolloutBatch
         return RolloutBatch(sampled_at_step=step, policy_version=version, group_size=2, samples=samples)
 
     return make
+
+
+@pytest.fixture
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Writes a module into the working folder, which is a temporary one, and gives its name; the module is forgotten afterwards."""
+    written = []
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        written.append(f"users_module_{len(written)}")
+        (tmp_path / f"{written[-1]}.py").write_text(text)
+        return written[-1]
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)

@@ -17,20 +17,6 @@ from megatron_minpro.registry import PlugInError, PlugIns
 SHAPES = PlugIns(setting="shape.name", options="shape", known={"join": "os.path:join", "dumps": "json:dumps"})
 
 
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module into the working folder and gives its name; the module is forgotten afterwards."""
-
-    def write(text: str) -> str:
-        name = f"users_module_{abs(hash((text, str(tmp_path))))}"
-        (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        return name
-
-    return write
-
-
 def reason(name: str, options: dict[str, Any], *, passed: int = 0) -> str:
     with pytest.raises(PlugInError) as refusal:
         SHAPES.find(name, options, passed=passed)
@@ -42,8 +28,8 @@ def test_a_known_name_and_its_import_path_are_the_same_callable() -> None:
     assert SHAPES.load("dumps") is SHAPES.load("json:dumps") is json.dumps
 
 
-def test_a_module_of_the_working_folder_is_found(module: Callable[[str], str]) -> None:
-    name = module("import os\ndef area(width, *, height=2):\n    return width * height\n")
+def test_a_module_of_the_working_folder_is_found(users_module: Callable[[str], str]) -> None:
+    name = users_module("import os\ndef area(width, *, height=2):\n    return width * height\n")
     assert SHAPES.find(f"{name}:area", {"height": 5}, passed=1)(3, height=5) == 15
 
 
@@ -103,14 +89,17 @@ def test_a_name_that_leads_nowhere_says_which_setting_and_why(name: str, message
         ("def f(:\n", "failed: SyntaxError"),
     ],
 )
-def test_a_module_that_fails_to_import_says_why(module: Callable[[str], str], text: str, message: str) -> None:
-    name = module(text)
+def test_a_module_that_fails_to_import_says_why(users_module: Callable[[str], str], text: str, message: str) -> None:
+    name = users_module(text)
     assert reason(f"{name}:f", {}).startswith(f"shape.name = '{name}:f': importing {name} ")
     assert message in reason(f"{name}:f", {})
 
 
-def test_options_are_checked_against_the_signature(module: Callable[[str], str]) -> None:
-    path = module("def area(width, scale, *, height, unit='m'):\n    return width\ndef free(width, **more):\n    return more\n") + ":area"
+def test_options_are_checked_against_the_signature(users_module: Callable[[str], str]) -> None:
+    path = (
+        users_module("def area(width, scale, *, height, unit='m'):\n    return width\ndef free(width, **more):\n    return more\n")
+        + ":area"
+    )
     SHAPES.find(path, {"height": 1}, passed=2)
     SHAPES.find(path, {"height": 1, "scale": 2}, passed=1)
     SHAPES.find(path.replace(":area", ":free"), {"anything": 1}, passed=1)
@@ -122,8 +111,8 @@ def test_options_are_checked_against_the_signature(module: Callable[[str], str])
     assert reason(path, {}, passed=3) == f"shape.name = '{path}': takes 2 arguments by position, expected 3 before its options"
 
 
-def test_defaults_are_those_of_the_signature(module: Callable[[str], str]) -> None:
-    path = module("class Area:\n    def __init__(self, width, *, height, unit='m'):\n        pass\n") + ":Area"
+def test_defaults_are_those_of_the_signature(users_module: Callable[[str], str]) -> None:
+    path = users_module("class Area:\n    def __init__(self, width, *, height, unit='m'):\n        pass\n") + ":Area"
     assert SHAPES.defaults(path, SHAPES.load(path), passed=1) == {"unit": "m"}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from megatron_minpro.objectives.advantages import ESTIMATORS, make_advantages
 
-every_estimator = pytest.mark.parametrize("name", sorted(ESTIMATORS))
+every_estimator = pytest.mark.parametrize("name", sorted(ESTIMATORS.known))
 
 
 def test_by_hand() -> None:
@@ -67,8 +68,11 @@ def test_result_is_fp32_of_the_same_shape_and_ignores_the_order_of_groups(name: 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_advantages("group_normalised"), "unknown advantage estimator 'group_normalised'; did you mean 'group_normalized'"),
-        (lambda: make_advantages("mean_only", epsilon=1.0), "'mean_only' has no option 'epsilon'; known: none"),
+        (
+            lambda: make_advantages("group_normalised"),
+            "estimator = 'group_normalised': unknown; did you mean 'group_normalized'",
+        ),
+        (lambda: make_advantages("mean_only", epsilon=1.0), "advantages.epsilon = 1.0: mean_only has no such option; known: none"),
         (lambda: make_advantages("group_normalized", epsilon=0.0), "epsilon must be a finite number above 0, got 0.0"),
         (lambda: make_advantages("mean_only")(torch.zeros(3)), r"rewards must be \[groups, responses\].*got shape \[3\]"),
         (lambda: make_advantages("mean_only")(torch.zeros(0, 3)), "rewards is empty"),
@@ -78,3 +82,11 @@ def test_result_is_fp32_of_the_same_shape_and_ignores_the_order_of_groups(name: 
 def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_outside_estimator_gets_rewards_groups_and_its_options(users_module: Callable[[str], str]) -> None:
+    name = users_module("def scaled(rewards, group_ids, *, by):\n    return rewards.float() * by + group_ids\n")
+    advantages = make_advantages(f"{name}:scaled", by=10.0)(torch.tensor([1.0, 0.5]), torch.tensor([0, 1]))
+    assert advantages.tolist() == [10.0, 6.0]
+    with pytest.raises(ValueError, match=r"^advantages.estimator = .*: needs the option by"):
+        make_advantages(f"{name}:scaled")

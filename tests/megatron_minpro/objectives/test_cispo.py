@@ -33,7 +33,7 @@ def test_equals_the_formula_token_by_token(cases, check_objective, seed: int) ->
 
 
 def test_the_scale_has_no_default_and_is_positive() -> None:
-    with pytest.raises(ValueError, match="needs option 'scale'"):
+    with pytest.raises(ValueError, match="needs the option scale"):
         make_objective("scaled_cispo")
     with pytest.raises(ValueError, match="scale must be a finite number above 0, got 0"):
         make_objective("scaled_cispo", scale=0)

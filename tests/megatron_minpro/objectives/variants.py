@@ -7,7 +7,7 @@ from megatron_minpro.objectives import OBJECTIVES, Objective, make_objective
 REQUIRED: dict[str, dict[str, object]] = {"scaled_cispo": {"scale": 0.5}}
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    **{name: (name, REQUIRED.get(name, {})) for name in OBJECTIVES},
+    **{name: (name, REQUIRED.get(name, {})) for name in OBJECTIVES.known},
     "minpro_lower_bound": ("minpro", {"clip_low": 0.5, "clip_high": 1.0}),
     "grpo_dual_clip": ("grpo", {"dual_clip": 2.0}),
     "m2po_official": ("m2po", {"rule": "official"}),
