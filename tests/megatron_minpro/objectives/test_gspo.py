@@ -38,5 +38,5 @@ def test_gradient_is_that_of_the_sequence_ratio(cases, run_objective) -> None:
 
 
 def test_gspo_has_no_aggregation_of_choice() -> None:
-    with pytest.raises(ValueError, match="objective.aggregation = 'token_mean': gspo has no such option"):
+    with pytest.raises(ValueError, match=r"objective\.aggregation = 'token_mean': gspo has no such option"):
         make_objective("gspo", aggregation="token_mean")
