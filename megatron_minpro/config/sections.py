@@ -118,7 +118,8 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> PromptsConfig:
-        from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS, WRAPPERS
+        from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
+        from megatron_minpro.data.wrappers import WRAPPERS
 
         for key, value, known in (("preset", self.preset, PRESETS), ("answer_format", self.answer_format, ANSWER_FORMATS)):
             if value is not None and value not in known:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +22,11 @@ class Prompt:
 
 
 class PromptSource(Protocol):
-    """A finite, indexable set of prompts. The same index gives the same prompt in every process."""
+    """A finite, indexable set of prompts. The same index gives the same prompt in every process.
+
+    `digests` says what the prompts are: a hash for each part that can change, such as "questions", "labels" and "token_ids". A resumed
+    run compares them, so equal digests must mean equal prompts. A generator hashes its options instead of all its prompts.
+    """
 
     @property
     def name(self) -> str: ...
@@ -28,6 +34,8 @@ class PromptSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Prompt: ...
+
+    def digests(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +51,22 @@ class PromptList:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
+    def digests(self) -> Mapping[str, str]:
+        """See PromptSource."""
+        return {
+            "questions": digest(prompt.text for prompt in self.prompts),
+            "labels": digest(prompt.answer for prompt in self.prompts),
+            "token_ids": digest(prompt.token_ids for prompt in self.prompts),
+        }
+
+
+def digest(values: Iterable[Any]) -> str:
+    """16 hexadecimal digits that depend on every value and on their order. values: JSON types."""
+    state = hashlib.sha256()
+    for value in values:
+        state.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
+    return state.hexdigest()[:16]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReport:
@@ -51,7 +75,8 @@ class PromptReport:
     source: str
     rows: int  # as read
     empty: int  # rows without a question or without an answer
-    duplicate_rows: int  # further rows of a question already seen (white space around it ignored)
+    wrapped: int  # rows whose question came with a wrapper around it, which was taken off
+    duplicate_rows: int  # further rows of a question already seen (differences of white space ignored)
     conflicting: int  # distinct questions whose rows disagree on the answer; all of their rows are dropped
     too_long: int  # distinct questions whose templated prompt exceeds max_prompt_tokens
     max_prompt_tokens: int
@@ -64,9 +89,10 @@ class PromptReport:
 
     def summary(self) -> str:
         """One line for the log."""
+        unwrapped = f"{self.wrapped:,} rows came with a wrapper, which was taken off; " if self.wrapped else ""
         return (
             f"{self.source}: {self.kept:,} prompts from {self.rows:,} rows, {self.distinct:,} distinct questions "
-            f"({self.duplicate_rows:,} duplicate rows merged; dropped: {self.empty:,} empty rows, "
+            f"({unwrapped}{self.duplicate_rows:,} duplicate rows merged; dropped: {self.empty:,} empty rows, "
             f"{self.conflicting:,} questions whose rows disagree on the answer, "
             f"{self.too_long:,} longer than {self.max_prompt_tokens:,} tokens)"
         )
@@ -84,6 +110,7 @@ class PromptCursor:
         if len(source) == 0:
             raise ValueError(f"prompt source {source.name!r} is empty")
         self._source = source
+        self._digests = dict(source.digests())  # once: a state is taken before every batch
         self._seed = seed
         self._position = 0
         self._start_epoch(0)
@@ -108,22 +135,38 @@ class PromptCursor:
 
     def state(self) -> dict[str, Any]:
         """Everything load_state needs, as JSON types."""
-        return {**self._identity(), "epoch": self._epoch, "position": self._position, "next_prompt_id": self._next_prompt_id()}
+        return {
+            **self._identity(),
+            "digests": self._digests,
+            "epoch": self._epoch,
+            "position": self._position,
+            "next_prompt_id": self._next_prompt_id(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError when it was taken on other prompts or with another seed."""
-        expected = {"source", "seed", "num_prompts", "epoch", "position", "next_prompt_id"}
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the state was taken on other prompts, naming the part that changed, or with another seed.
+        """
+        expected = {"source", "seed", "num_prompts", "digests", "epoch", "position", "next_prompt_id"}
         if set(state) != expected:
             raise ValueError(f"prompt cursor state has the keys {sorted(state)}, expected {sorted(expected)}")
         for key, here in self._identity().items():
             if state[key] != here:
                 raise ValueError(f"prompt cursor: the saved state has {key} = {state[key]!r}, this run has {here!r}")
+        # The size may agree while the rows do not: other labels, other questions, another chat template.
+        changed = sorted(part for part in {*state["digests"], *self._digests} if state["digests"].get(part) != self._digests.get(part))
+        if changed:
+            raise ValueError(
+                f"prompt cursor: the {' and '.join(changed)} of source {self._source.name!r} have changed since the run was saved; "
+                "expected the same data set and tokenizer, or a new name=..."
+            )
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self._source):
             raise ValueError(f"prompt cursor: epoch {epoch}, position {position} lie outside a source of {len(self._source)} prompts")
         self._position = position
         self._start_epoch(epoch)
-        # The size may agree while the rows do not (an edited file): the order would then be meaningless.
         if self._next_prompt_id() != state["next_prompt_id"]:
             raise ValueError(
                 f"prompt cursor: the saved state continues with prompt {state['next_prompt_id']!r}, "

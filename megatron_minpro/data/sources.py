@@ -5,25 +5,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_minpro.data.prompts import Prompt, PromptList, PromptReport, PromptSource, encode_prompts
+from megatron_minpro.data.wrappers import BARE, WRAPPERS, unwrap
 from megatron_minpro.registry import nearest
 from megatron_minpro.rewards.answers import as_integer, last_boxed
 from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
-
-# The wrapper of DAPO-Math-17K as published runs use it (arXiv:2503.14476); the answer is then read from the "Answer:" line.
-DAPO_WRAPPER = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-    "(without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-BOXED_WRAPPER = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-WRAPPERS = {"dapo": DAPO_WRAPPER, "boxed": BOXED_WRAPPER}
 
 # Where the answer stands inside the answer field.
 ANSWER_FORMATS: dict[str, Callable[[str], str | None]] = {
@@ -84,8 +77,9 @@ def load_prompts(
     answer_format: a key of ANSWER_FORMATS; "plain" when neither it nor a preset is given.
     wrapper: a key of WRAPPERS, or a text that contains {question} once; None without a preset sends the bare question.
 
-    Rows with the same question (white space around it ignored) and the same answer become one prompt; rows with the same question and
-    different answers are all dropped, for nobody can tell which label is right. Order of the source is kept.
+    A question that comes with a wrapper around it is unwrapped before the wrapper is put around it. Rows with the same question
+    (differences of white space ignored) and the same answer become one prompt. Rows with the same question and different answers are
+    all dropped: nobody can tell which label is right. The order of the source is kept.
     Raises ValueError naming source, row and field for anything missing or malformed, and when no prompt is left.
     """
     if max_prompt_tokens < 1:
@@ -157,6 +151,7 @@ def _generate(tokenizer: Any, source: str, options: dict[str, Any], max_prompt_t
         source=prompts.name,
         rows=len(prompts),
         empty=0,
+        wrapped=0,
         duplicate_rows=0,
         conflicting=0,
         too_long=0,
@@ -184,7 +179,7 @@ def _layout(
     answer_format = "plain" if answer_format is None else answer_format
     if answer_format not in ANSWER_FORMATS:
         raise ValueError(f"prompts.answer_format = {answer_format!r} is unknown; {nearest(answer_format, ANSWER_FORMATS)}")
-    text = "{question}" if wrapper is None else WRAPPERS.get(wrapper, wrapper)
+    text = BARE if wrapper is None else WRAPPERS.get(wrapper, wrapper)
     if text.count("{question}") != 1:
         raise ValueError(
             f"prompts.wrapper = {wrapper!r} is neither a known wrapper ({', '.join(WRAPPERS)}) nor a text that contains {{question}} once"
@@ -193,8 +188,8 @@ def _layout(
     return question_field, answer_field, answer_format, text
 
 
-def read_rows(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(where, row) pairs; `where` names the row in error messages."""
+def read_rows(source: str, options: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) pairs, one after the other: a file may hold millions. `where` names the row in error messages."""
     path = Path(source)
     if path.suffix in (".jsonl", ".parquet"):
         if options:
@@ -210,8 +205,7 @@ def read_rows(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[s
     return _read_hub(source, options)
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    rows: list[tuple[str, Mapping[str, Any]]] = []
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -222,22 +216,25 @@ def _read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
                 raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: line {number} is a {type(row).__name__}, expected a JSON object")
-            rows.append((f"{path}: line {number}", row))
-    return rows
+            yield f"{path}: line {number}", row
 
 
-def _read_parquet(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow  # here: not needed by generators and JSON lines, and slow to import
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", row
+                    number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-    return [(f"{path}: row {number}", row) for number, row in enumerate(table.to_pylist())]
 
 
-def _read_hub(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _read_hub(source: str, options: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key in options:
         if key not in _LOAD_DATASET_OPTIONS:
             raise ValueError(f"prompts.options: {key!r} is unknown for a Hugging Face dataset; {nearest(key, _LOAD_DATASET_OPTIONS)}")
@@ -250,22 +247,35 @@ def _read_hub(source: str, options: dict[str, Any]) -> list[tuple[str, Mapping[s
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"prompts.source = {source!r} with options {options}: {reason}") from error
-    return [(f"{source}: row {number}", row) for number, row in enumerate(dataset)]
+    for number, row in enumerate(dataset):
+        yield f"{source}: row {number}", row
 
 
 def field_text(value: Any, path: str, *, where: str) -> str:
-    """A question or an answer as text; null becomes "". Integral floats lose their ".0" (AMC23 stores 27.0 for 27)."""
+    """A question or an answer as text; null becomes "". Integral floats lose their ".0" (AMC23 stores 27.0 for 27).
+
+    Args:
+        value: what stands in the row.
+        path: the field, for the error.
+        where: source and row, for the error.
+
+    Raises:
+        ValueError: neither text nor a finite number. JSON readers take NaN and Infinity for numbers; as a label they grade every
+            response wrong.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: field {path!r} is a {type(value).__name__}, expected text or a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: field {path!r} is {value}, expected text or a finite number")
     return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 def _build(
-    rows: list[tuple[str, Mapping[str, Any]]],
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
     *,
     tokenizer: Any,
     source: str,
@@ -276,22 +286,28 @@ def _build(
     max_prompt_tokens: int,
 ) -> tuple[PromptList, PromptReport]:
     name = Path(source).stem if Path(source).suffix in (".jsonl", ".parquet") else source
-    empty = 0
-    answers: dict[str, dict[int | str, str]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
+    num_rows = empty = wrapped = 0
+    labels: dict[str, dict[int | str, str]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
+    first_spelling: dict[str, str] = {}
     for where, row in rows:
-        question = field_text(read_field(row, question_field, where=where), question_field, where=where)
+        num_rows += 1
+        given = field_text(read_field(row, question_field, where=where), question_field, where=where)
         stored = field_text(read_field(row, answer_field, where=where), answer_field, where=where)
         answer = ANSWER_FORMATS[answer_format](stored) if stored else ""
         if answer is None:
             raise ValueError(f"{where}: field {answer_field!r} holds no answer in the format {answer_format!r}: {stored[-60:]!r}")
         answer = answer.strip()
+        question = given if wrapper == BARE else unwrap(given, wrapper)
+        wrapped += question != given
         if not question or not answer:
             empty += 1
             continue
+        key = " ".join(question.split())
         number = as_integer(answer)
-        answers.setdefault(question, {}).setdefault(answer if number is None else number, answer)
+        first_spelling.setdefault(key, question)
+        labels.setdefault(key, {}).setdefault(answer if number is None else number, answer)
 
-    agreed = [(question, next(iter(labels.values()))) for question, labels in answers.items() if len(labels) == 1]
+    agreed = [(first_spelling[key], next(iter(answers.values()))) for key, answers in labels.items() if len(answers) == 1]
     texts = [wrapper.replace("{question}", question) for question, _ in agreed]
     token_ids = encode_prompts(tokenizer, texts) if texts else []
     prompts = tuple(
@@ -303,10 +319,11 @@ def _build(
     )
     report = PromptReport(
         source=source,
-        rows=len(rows),
+        rows=num_rows,
         empty=empty,
-        duplicate_rows=len(rows) - empty - len(answers),
-        conflicting=len(answers) - len(agreed),
+        wrapped=wrapped,
+        duplicate_rows=num_rows - empty - len(labels),
+        conflicting=len(labels) - len(agreed),
         too_long=len(agreed) - len(prompts),
         max_prompt_tokens=max_prompt_tokens,
         kept=len(prompts),

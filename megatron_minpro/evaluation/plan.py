@@ -11,7 +11,7 @@ from checkpoints_convert.checkpoint_location import CheckpointLocation
 from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import encode_prompts
-from megatron_minpro.data.sources import WRAPPERS
+from megatron_minpro.data.wrappers import WRAPPERS, wrap
 from megatron_minpro.evaluation.benchmarks import Benchmark
 from megatron_minpro.evaluation.checkpoint import find_checkpoint, largest_length
 from megatron_minpro.evaluation.endpoints import Api
@@ -160,8 +160,8 @@ def plan(request: EvaluationRequest) -> Plan:
 
 
 def wrapped(problem: Problem, style: str) -> str:
-    """The user message."""
-    return problem.question if style == BARE else WRAPPERS[style].replace("{question}", problem.question)
+    """The user message. A question that its file holds with a wrapper around it is not wrapped again."""
+    return problem.question if style == BARE else wrap(problem.question, WRAPPERS[style])
 
 
 def _encoded(problems: Sequence[Problem], request: EvaluationRequest, tokenizer: Any, *, model: Path) -> list[TokenIds]:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
@@ -37,7 +38,7 @@ def read_problems(benchmark: Benchmark, *, data: Path | None, limit: int | None)
     """
     source, options = locate(benchmark, data)
     problems = []
-    for number, (where, row) in enumerate(read_rows(source, options)[:limit]):
+    for number, (where, row) in enumerate(islice(read_rows(source, options), limit)):
         question = field_text(read_field(row, benchmark.question_field, where=where), benchmark.question_field, where=where)
         stored = field_text(read_field(row, benchmark.answer_field, where=where), benchmark.answer_field, where=where)
         label = ANSWER_FORMATS[benchmark.answer_format](stored)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_minpro.data.prompts import Prompt, encode_prompts
+from megatron_minpro.data.prompts import Prompt, digest, encode_prompts
 
 OPERATIONS = ("+", "-", "*")
 EQUALS, STEP_END, CHAIN_END = "=", ";", ":"
@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
 _HELD_OUT_ONE_IN = 16
+_DIGESTED_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,12 @@ class ArithmeticChains:
 
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts([index])[0]
+
+    def digests(self) -> dict[str, str]:
+        """See PromptSource. The options determine all chains and answers; some prompts show the chat template and the tokenizer."""
+        options = (self._num_operations, self._modulus, self._size, self._seed, self._split)
+        some = self.prompts(range(min(_DIGESTED_PROMPTS, self._size)))
+        return {"options": digest([options]), "token_ids": digest(prompt.token_ids for prompt in some)}
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """Several prompts at once: much quicker than one at a time."""

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
+import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_minpro.data.prompts import Prompt, PromptCursor, PromptList, encode_prompts
-from megatron_minpro.data.sources import DAPO_WRAPPER, load_prompts
+from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.data.wrappers import DAPO_WRAPPER
+from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
 
 
 def numbered(count: int, name: str = "numbered") -> PromptList:
@@ -91,6 +96,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
         ({"epoch": -1}, "epoch -1"),
         ({"next_prompt_id": "numbered-99"}, "the prompts have changed"),
         ({"extra": 1}, "has the keys"),
+        ({"digests": {}}, "the labels and questions and token_ids of source 'numbered' have changed"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change: dict[str, Any], message: str) -> None:
@@ -98,6 +104,36 @@ def test_a_state_of_another_run_is_refused(change: dict[str, Any], message: str)
     cursor.next(4)
     with pytest.raises(ValueError, match=message):
         cursor.load_state({**cursor.state(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"answer": "other"}, "the labels of source 'numbered' have changed"),
+        ({"text": "other"}, "the questions of source 'numbered' have changed"),
+        ({"token_ids": (9, 9)}, "the token_ids of source 'numbered' have changed"),
+    ],
+)
+def test_resume_on_other_rows_of_the_same_number_names_what_changed(change: dict[str, Any], named: str) -> None:
+    prompts = numbered(10).prompts
+    cursor = PromptCursor(numbered(10), seed=3)
+    cursor.next(4)
+    state = json.loads(json.dumps(cursor.state()))
+    for index in range(10):  # whichever row it is: those dealt already count too
+        edited = (*prompts[:index], dataclasses.replace(prompts[index], **change), *prompts[index + 1 :])
+        with pytest.raises(ValueError, match=named):
+            PromptCursor(PromptList(name="numbered", prompts=edited), seed=3).load_state(state)
+    PromptCursor(numbered(10), seed=3).load_state(state)
+
+
+def test_digests_are_cheap_and_tell_every_option_of_a_generator(chain_tokenizer: Any) -> None:
+    options = {"num_operations": 6, "modulus": 10, "size": 100_000, "seed": 1, "split": "train"}
+    start = time.process_time()
+    first = ArithmeticChains(chain_tokenizer, **options).digests()
+    assert time.process_time() - start < 2.0  # without making 100,000 prompts
+    assert ArithmeticChains(chain_tokenizer, **options).digests() == first
+    for change in ({"num_operations": 5}, {"modulus": 9}, {"size": 99_999}, {"seed": 2}):
+        assert ArithmeticChains(chain_tokenizer, **{**options, **change}).digests()["options"] != first["options"]
 
 
 def test_an_empty_source_and_an_empty_batch_are_refused() -> None:
@@ -131,6 +167,41 @@ def test_duplicates_merge_conflicts_go_empty_and_long_rows_are_counted(tmp_path:
         f"{tmp_path}/sums.jsonl: 3 prompts from 10 rows, 5 distinct questions (3 duplicate rows merged; dropped: 2 empty rows, "
         "1 questions whose rows disagree on the answer, 1 longer than 5 tokens)"
     )
+
+
+def test_questions_that_differ_by_white_space_are_duplicates(tmp_path: Path, chain_tokenizer: Any) -> None:
+    rows = [
+        {"question": "1 + 2", "answer": "3"},
+        {"question": "1  +\n2", "answer": "3"},
+        {"question": "1\u00a0+\t2", "answer": "3"},
+        {"question": "2 + 2", "answer": "4"},
+        {"question": "2 +  2", "answer": "5"},
+        {"question": "12 + 2", "answer": "14"},
+    ]
+    source, report = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", rows))
+    assert [(prompt.text, prompt.answer) for prompt in source.prompts] == [("1 + 2", "3"), ("12 + 2", "14")]
+    assert (report.duplicate_rows, report.conflicting) == (3, 1)
+
+
+def dapo_row(content: str, label: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": content}], "reward_model": {"ground_truth": label, "style": "rule-lighteval/MATH_v2"}}
+
+
+def test_dapos_own_layout_wrapped_and_repeated_gives_the_bare_copies_prompts(tmp_path: Path, chain_tokenizer: Any) -> None:
+    questions = [(f"What is\n{n} + 1?", str(n + 1)) for n in range(5)]
+    wrapped = [dapo_row(DAPO_WRAPPER.replace("{question}", question), label) for question, label in questions] * 100
+    bare = [dapo_row(question, label) for question, label in questions]
+    read = {"preset": "dapo", "question_field": None, "answer_field": None, "max_prompt_tokens": 1000}
+    expected, plain = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", bare), **read)
+    found, report = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", wrapped), **read)
+    assert found.prompts == expected.prompts
+    assert (report.rows, report.wrapped, report.duplicate_rows, report.kept, plain.wrapped) == (500, 500, 495, 5, 0)
+    assert "(500 rows came with a wrapper, which was taken off; 495 duplicate rows merged;" in report.summary()
+    # A wrapper asked for is put around the bare question; none asked for, nothing is taken off.
+    boxed, _ = load(chain_tokenizer, tmp_path / "x.jsonl", **read, wrapper="boxed")
+    assert boxed[0].text.startswith("What is\n0 + 1?\n\nPlease reason step by step")
+    fields = {"question_field": "prompt.0.content", "answer_field": "reward_model.ground_truth"}
+    assert load(chain_tokenizer, tmp_path / "x.jsonl", **fields)[0][0].text == DAPO_WRAPPER.replace("{question}", "What is\n0 + 1?")
 
 
 def test_differently_written_equal_integers_do_not_conflict(tmp_path: Path, chain_tokenizer: Any) -> None:
@@ -242,6 +313,9 @@ def test_gsm8k_answers_come_from_behind_the_hashes_without_commas(tmp_path: Path
         ([{"question": "1", "answer": "1"}], {"question_field": "question.text"}, r"'question' is a str, not an object$"),
         ([{"question": ["1"], "answer": "1"}], {}, r"field 'question' is a list, expected text or a number"),
         ([{"question": "1", "answer": True}], {}, r"field 'answer' is a bool"),
+        ([{"question": "1", "answer": math.nan}], {}, r"x\.jsonl: line 1: field 'answer' is nan, expected text or a finite number$"),
+        ([{"question": "1", "answer": math.inf}], {}, r"x\.jsonl: line 1: field 'answer' is inf, expected text or a finite number$"),
+        ([{"question": -math.inf, "answer": "1"}], {}, r"x\.jsonl: line 1: field 'question' is -inf, expected text or a finite number$"),
         ([[1]], {}, r"line 1 is a list, expected a JSON object"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "boxed"}, r"holds no answer in the format 'boxed'"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "bocksed"}, r"did you mean 'boxed'"),
@@ -308,8 +382,8 @@ def test_the_real_dapo_file_is_read_cleaned_and_counted_within_ten_seconds(asset
     start = time.process_time()
     source, report = load_prompts(tokenizer=qwen_tokenizer, source=str(path), preset="dapo", max_prompt_tokens=1024)
     seconds = time.process_time() - start  # processor time of all threads: other work on the machine does not count
-    assert (report.rows, report.duplicate_rows, report.distinct, report.empty, report.conflicting) == (17_917, 662, 17_255, 0, 12)
-    assert report.kept == len(source) == 17_255 - 12 - report.too_long
+    assert (report.rows, report.duplicate_rows, report.distinct, report.empty, report.conflicting) == (17_917, 729, 17_188, 0, 12)
+    assert report.kept == len(source) == 17_188 - 12 - report.too_long
     assert 0 < report.too_long < 20
     assert max(len(prompt.token_ids) for prompt in source.prompts) <= 1024
     assert seconds < 20.0  # two threads of ten seconds; about 5 s are usual
@@ -318,13 +392,15 @@ def test_the_real_dapo_file_is_read_cleaned_and_counted_within_ten_seconds(asset
     rows = pyarrow.parquet.read_table(path).to_pylist()
     labels: dict[str, set[str]] = collections.defaultdict(set)
     for row in rows:
-        labels[row["prompt"][0]["content"].strip()].add(row["reward_model"]["ground_truth"])
+        labels[re.sub(r"\s+", " ", row["prompt"][0]["content"].strip())].add(row["reward_model"]["ground_truth"])
+    assert len(labels) == 17_188
     disagreeing = [question for question, answers in labels.items() if len(answers) > 1]
     assert len(disagreeing) == 12
-    kept = {prompt.text: prompt for prompt in source.prompts}
-    assert not any(DAPO_WRAPPER.replace("{question}", question) in kept for question in disagreeing)
+    before, after = DAPO_WRAPPER.split("{question}")
+    kept = {re.sub(r"\s+", " ", prompt.text.removeprefix(before).removesuffix(after)): prompt for prompt in source.prompts}
+    assert not any(question in kept for question in disagreeing)
     sample = [question for question in list(labels)[::500] if len(labels[question]) == 1]
-    assert all(kept[DAPO_WRAPPER.replace("{question}", question)].answer in labels[question] for question in sample)
+    assert all(kept[question].answer in labels[question] for question in sample)
     assert max(len(prompt.answer) for prompt in source.prompts) == 23
 
 
