@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from megatron_minpro.registry import nearest
 from parallel.planner.hardware import Hardware
@@ -13,9 +15,6 @@ from parallel.planner.plan import Work
 from parallel.planner.rl import Rollouts
 from parallel.planner.shape import ModelShape
 from parallel.planner.training import CUDA_GRAPHS, DISPATCHERS, PRECISIONS, RECOMPUTES, SPECS, Training
-
-_CURRENT: dict[str, Any] = {"fsdp": False, "imbalance": 1.0, "release": 26.06}
-
 
 # What --search finds, with the values from which it starts.
 SEARCHED = {f"parallel.{axis}": "1" for axis in ("tp", "pp", "cp", "ep", "etp")} | {"parallel.vpp": "null", "parallel.dp": "null"}
@@ -33,19 +32,26 @@ def shape_of(run: RunConfig) -> ModelShape:
     return find_shape(run.model.path, architecture=None if run.model.warm_up is None else run.model.warm_up.architecture)
 
 
-def training_of(run: RunConfig, machine: Hardware, chosen: Mapping[str, Any], *, plain: bool) -> Training:
-    """The config's way of training, where `chosen` (fields of Training) says nothing else. plain: as published tables train.
+def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, plain: bool) -> Training:
+    """The configuration's way of training.
 
-    Raises ValueError for a name that is not known.
+    Args:
+        run: the configuration.
+        machine: whose GPUs train.
+        choice: what is not as the configuration says.
+        plain: train as published tables do, and not as this project does reinforcement learning.
+
+    Raises:
+        ValueError: for a name that is not known.
     """
-    chosen = {"precision": None, **chosen}
+    chosen = asdict(choice)
     options = run.megatron
     if chosen["precision"] is None:
         low = "mxfp8" if options.get("fp8_recipe") == "mxfp8" else "fp8"
         chosen["precision"] = low if options.get("fp8") else {"float32": "fp32", "bfloat16": "bf16"}[run.model.dtype]
     if plain:
         graphs = "full" if chosen["precision"] == "mxfp8" else "partial"
-        defaults = {
+        defaults: dict[str, Any] = {
             "dispatcher": "hybridep",
             "overlap": True,
             "recompute": "none",
@@ -61,7 +67,7 @@ def training_of(run: RunConfig, machine: Hardware, chosen: Mapping[str, Any], *,
             "cuda_graphs": "none",
             "fp8_attention": False,
         }
-    defaults |= {**_CURRENT, "spec": "local" if machine.measured else "fused"}
+    defaults |= {"spec": "local" if machine.measured else "fused"}
     chosen = {**defaults, **{key: value for key, value in chosen.items() if value is not None}}
     known: dict[str, tuple[str, ...]] = {
         "precision": PRECISIONS,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megatron_minpro.cluster import planning
 from megatron_minpro.cluster.checks import check_settings
+from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from parallel.planner import view
 from parallel.planner.hardware import read_hardware
@@ -80,7 +81,7 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
     shape = planning.shape_of(config)
     work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
     planning.check_length(shape, work)
-    plan = make_plan(shape, config.layout, planning.training_of(config, machine, {}, plain=False), machine, work)
+    plan = make_plan(shape, config.layout, planning.training_of(config, machine, TrainingChoice(), plain=False), machine, work)
     _refuse_what_does_not_fit(plan)
     ranks, servers = config.world_size, config.rollout.servers
     lines = [

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_minpro.cluster.training_choice import TrainingChoice
+from megatron_minpro.commands.parameters import CONFIG, AsJson, Overrides, takes
+from megatron_minpro.option import Option
+
 if TYPE_CHECKING:
+    from megatron_minpro.config import RunConfig
     from parallel.planner.hardware import Hardware
     from parallel.planner.plan import Work
     from parallel.planner.shape import ModelShape
@@ -18,48 +24,35 @@ _PLAIN_SEQUENCE = 4096
 _SEARCH_ROWS = 12
 
 
-def plan(
-    config: Annotated[Path | None, typer.Argument(help="the run's YAML file")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that differ from the file, as in parallel.ep=16")
-    ] = None,
-    world_size: Annotated[int | None, typer.Option(help="trainer GPUs; default: the config's")] = None,
-    hardware: Annotated[
-        str, typer.Option(help="a name in configs/hardware (h100, h200, b200, b300, gb200, gb300), or a .yaml file")
-    ] = "h100",
-    model_config: Annotated[Path | None, typer.Option(help="a Hugging Face config.json; default: model.path's, or shipped sizes")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, fp8, mxfp8 or fp32; default: the config's")] = None,
-    dispatcher: Annotated[str | None, typer.Option(help="alltoall, deepep or hybridep; default: the config's")] = None,
-    overlap: Annotated[
-        bool | None, typer.Option("--overlap/--no-overlap", help="hide dispatch behind another micro-batch; default: the config's")
-    ] = None,
-    recompute: Annotated[str | None, typer.Option(help="none, selective or full; default: actor.recompute")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="fused: TransformerEngine's; local: this project's own. Default: fused on GPUs")
-    ] = None,
-    cuda_graphs: Annotated[str | None, typer.Option(help="none, partial (per layer) or full (iteration); default: none")] = None,
-    fp8_attention: Annotated[
-        bool | None, typer.Option("--fp8-attention/--bf16-attention", help="precision of attention's core; default: bf16")
-    ] = None,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="parameters and gradients sharded over replicas too")] = False,
-    imbalance: Annotated[float, typer.Option(min=1.0, help="tokens of the busiest expert-parallel rank over the mean")] = 1.0,
-    release: Annotated[float, typer.Option(min=24.0, help="of the training stack, year.month; older ones launch more kernels")] = 26.06,
-    mean_tokens: Annotated[int | None, typer.Option(min=1, help="of a response; default: rollout.max_new_tokens")] = None,
-    colocated: Annotated[bool, typer.Option("--colocated", help="rollout servers share the trainer's GPUs")] = False,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What `minpro plan` is asked for."""
+
+    config: Annotated[Path | None, CONFIG] = None
+    overrides: Overrides = ()
+    world_size: Annotated[int | None, Option("trainer GPUs; default: the config's")] = None
+    hardware: Annotated[str, Option("a name in configs/hardware (h100, h200, b200, b300, gb200, gb300), or a .yaml file")] = "h100"
+    model_config: Annotated[Path | None, Option("a Hugging Face config.json; default: model.path's, or shipped sizes")] = None
+    training: TrainingChoice = field(default_factory=TrainingChoice)
+    mean_tokens: Annotated[int | None, Option("of a response; default: rollout.max_new_tokens", minimum=1)] = None
+    colocated: Annotated[bool, Option("rollout servers share the trainer's GPUs")] = False
     global_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="plan one plain training step of so many sequences, as published tables train, in place of RL"),
-    ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=1, help=f"with --global-batch: tokens of a sequence; default: {_PLAIN_SEQUENCE}")
-    ] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="with --global-batch: sequences of a micro-batch; default: 1")] = None,
-    search: Annotated[bool, typer.Option("--search", help="all legal layouts of the GPU count, those that fit, fastest first")] = False,
-    plot: Annotated[Path | None, typer.Option(help="with --search: the front of memory and throughput as a PNG")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help=f"with --search: rows to show; default: {_SEARCH_ROWS}")] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="measure this machine's CPU into configs/hardware/cpu.yaml")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
-) -> None:
+        Option("plan one plain training step of so many sequences, as published tables train, in place of RL", minimum=1),
+    ] = None
+    sequence_length: Annotated[int | None, Option(f"with --global-batch: tokens of a sequence; default: {_PLAIN_SEQUENCE}", minimum=1)] = (
+        None
+    )
+    micro_batch: Annotated[int | None, Option("with --global-batch: sequences of a micro-batch; default: 1", minimum=1)] = None
+    search: Annotated[bool, Option("all legal layouts of the GPU count, those that fit, fastest first")] = False
+    plot: Annotated[Path | None, Option("with --search: the front of memory and throughput as a PNG")] = None
+    top: Annotated[int | None, Option(f"with --search: rows to show; default: {_SEARCH_ROWS}", minimum=1)] = None
+    calibrate: Annotated[bool, Option("measure this machine's CPU into configs/hardware/cpu.yaml")] = False
+    as_json: AsJson = False
+
+
+@takes(PlanOptions)
+def plan(options: PlanOptions) -> None:
     """Predict memory per GPU and time of a layout, before a cluster is spent. Neither weights nor GPUs are needed.
 
     With --global-batch the defaults are those of the fastest published recipes: hybridep, overlap, no recomputation, bf16 gradients,
@@ -77,86 +70,77 @@ def plan(
     from rich.console import Console
 
     console = Console(highlight=False)
-    if calibrate:
+    if options.calibrate:
         _calibrate(console)
         return
-    if config is None:
+    if options.config is None:
         raise ValueError("CONFIG is missing; expected a run's YAML file, or --calibrate")
 
     from megatron_minpro.cluster import planning
     from parallel.planner import view
-
-    planning.check_used(search, {"--plot": plot, "--top": top}, "needs --search")
-    planning.check_used(
-        global_batch is not None, {"--sequence-length": sequence_length, "--micro-batch": micro_batch}, "needs --global-batch"
-    )
-    sampled = {"--mean-tokens": mean_tokens, "--colocated": colocated or None}
-    planning.check_used(global_batch is None, sampled, "is about sampling, of which --global-batch has none")
-    if search:
-        pinned = {text: text for text in overrides or [] if text.partition("=")[0] in planning.SEARCHED}
-        planning.check_used(False, pinned, "says what --search is to find; leave it out")
-    from megatron_minpro.config import load_config
     from parallel.planner.hardware import read_hardware
     from parallel.planner.models import read_shape
     from parallel.planner.plan import as_json as plan_as_json
     from parallel.planner.plan import make_plan, remedies
 
-    sizes = [] if world_size is None else [f"world_size={world_size}"]
-    machine = read_hardware(hardware)
-    assignments = [*(overrides or []), *sizes]
-    if search:  # the file's own layout need not divide another number of GPUs
-        assignments += [f"{key}={value}" for key, value in planning.SEARCHED.items()]
-    if global_batch is not None:  # --global-batch says what a step is, so the mini-batches of the file must not limit the replicas
-        assignments.append("actor.updates_per_step=1")
-    run = load_config(config, assignments)
-    shape = planning.shape_of(run) if model_config is None else read_shape(model_config)
-    chosen = {
-        "precision": precision,
-        "dispatcher": dispatcher,
-        "overlap": overlap,
-        "recompute": recompute,
-        "spec": layers,
-        "cuda_graphs": cuda_graphs,
-        "fp8_attention": fp8_attention,
-        "fsdp": fsdp,
-        "imbalance": imbalance,
-        "release": release,
-    }
-    training = planning.training_of(run, machine, chosen, plain=global_batch is not None)
-    if global_batch is None:
-        work = planning.reinforcement_work(run, mean_tokens=mean_tokens, colocated=colocated)
+    _check_used(options)
+    plain = options.global_batch is not None
+    machine = read_hardware(options.hardware)
+    run = _configured(options, options.config)
+    shape = planning.shape_of(run) if options.model_config is None else read_shape(options.model_config)
+    training = planning.training_of(run, machine, options.training, plain=plain)
+    micro_batch = options.micro_batch or 1
+    if options.global_batch is None:
+        work = planning.reinforcement_work(run, mean_tokens=options.mean_tokens, colocated=options.colocated)
     else:
-        sequences = 1 if micro_batch is None else micro_batch
-        work = planning.plain_work(global_batch, _PLAIN_SEQUENCE if sequence_length is None else sequence_length, sequences)
+        work = planning.plain_work(options.global_batch, options.sequence_length or _PLAIN_SEQUENCE, micro_batch)
     planning.check_length(shape, work)
-    if search:
-        _search(
-            console, shape, run.world_size, training, machine, work, plot=plot, top=_SEARCH_ROWS if top is None else top, as_json=as_json
-        )
+    if options.search:
+        _search(console, shape, run.world_size, training, machine, work, options)
         return
-    if global_batch is not None and global_batch % (run.layout.dp * sequences):
+    if options.global_batch is not None and options.global_batch % (run.layout.dp * micro_batch):
         raise ValueError(
-            f"--global-batch: {global_batch} sequences are not a multiple of dp * micro-batch = {run.layout.dp} * {sequences} = "
-            f"{run.layout.dp * sequences}"
+            f"--global-batch: {options.global_batch} sequences are not a multiple of dp * micro-batch = {run.layout.dp} * {micro_batch} = "
+            f"{run.layout.dp * micro_batch}"
         )
     result = make_plan(shape, run.layout, training, machine, work)
-    if as_json:
+    if options.as_json:
         typer.echo(json.dumps(plan_as_json(result), indent=2))
     else:
         console.print(view.describe(result, [] if result.fits else remedies(result)))
 
 
+def _check_used(options: PlanOptions) -> None:
+    """Raises ValueError for an option that was given though nothing would come of it."""
+    from megatron_minpro.cluster.planning import SEARCHED, check_used
+
+    plain = options.global_batch is not None
+    check_used(options.search, {"--plot": options.plot, "--top": options.top}, "needs --search")
+    check_used(plain, {"--sequence-length": options.sequence_length, "--micro-batch": options.micro_batch}, "needs --global-batch")
+    sampled = {"--mean-tokens": options.mean_tokens, "--colocated": options.colocated or None}
+    check_used(not plain, sampled, "is about sampling, of which --global-batch has none")
+    if options.search:
+        pinned = {text: text for text in options.overrides if text.partition("=")[0] in SEARCHED}
+        check_used(False, pinned, "says what --search is to find; leave it out")
+
+
+def _configured(options: PlanOptions, path: Path) -> RunConfig:
+    """The file with the overrides, and without what the options say in its place."""
+    from megatron_minpro.cluster.planning import SEARCHED
+    from megatron_minpro.config import load_config
+
+    assignments = [*options.overrides]
+    if options.world_size is not None:
+        assignments.append(f"world_size={options.world_size}")
+    if options.search:  # the file's own layout need not divide another number of GPUs
+        assignments += [f"{key}={value}" for key, value in SEARCHED.items()]
+    if options.global_batch is not None:  # it says what a step is, so the mini-batches of the file must not limit the replicas
+        assignments.append("actor.updates_per_step=1")
+    return load_config(path, assignments)
+
+
 def _search(
-    console: Any,
-    shape: ModelShape,
-    world_size: int,
-    training: Training,
-    machine: Hardware,
-    work: Work,
-    *,
-    plot: Path | None,
-    top: int,
-    as_json: bool,
+    console: Any, shape: ModelShape, world_size: int, training: Training, machine: Hardware, work: Work, options: PlanOptions
 ) -> None:
     from rich.console import Console
 
@@ -182,9 +166,10 @@ def _search(
             f"{f'would fit: {help_text}' if help_text else 'expected more GPUs, or GPUs with more memory'}"
         )
     front = pareto_front(found.fitting)
-    if plot is not None:
-        view.plot_front(found, front, plot)
-    if as_json:
+    top = options.top or _SEARCH_ROWS
+    if options.plot is not None:
+        view.plot_front(found, front, options.plot)
+    if options.as_json:
         rows = {
             "fitting": [plan_as_json(each) for each in found.fitting[:top]],
             "num_fitting": len(found.fitting),
@@ -194,8 +179,8 @@ def _search(
         typer.echo(json.dumps(rows, indent=2))
         return
     console.print(view.describe_search(found, front, top=top))
-    if plot is not None:
-        console.print(f"front: {plot}")
+    if options.plot is not None:
+        console.print(f"front: {options.plot}")
 
 
 def _calibrate(console: Any) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from megatron_minpro.commands.parameters import Config, Overrides, takes
+from megatron_minpro.option import Option
 
 if TYPE_CHECKING:
     from megatron_minpro.config import RunConfig
@@ -24,58 +26,65 @@ if TYPE_CHECKING:
 _FINISHED = ("ok", "illegal", "out_of_memory")  # a failure may pass: it is measured again
 
 
-class ScalingChoice(StrEnum):
-    """What grows with the ranks."""
+def _sizes_of(option: str) -> Callable[[str], tuple[int, ...]]:
+    """Reads whole numbers with commas between them, as in 1,2,4. Raises ValueError naming the option."""
 
-    BOTH = "both"
-    STRONG = "strong"
-    WEAK = "weak"
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            sizes = tuple(int(part) for part in text.split(",") if part.strip())
+        except ValueError:
+            sizes = (0,)
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"{option}: {text!r}, expected whole numbers with commas between them, as in 1,2,4")
+        return sizes
+
+    return read
 
 
-class RoutingChoice(StrEnum):
-    """Who chooses the experts while it is measured."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleOptions:
+    """What `minpro scale` is asked for."""
 
-    REAL = "real"
-    FORCED = "forced"
-
-
-def scale(
-    config: Annotated[Path, typer.Argument(help="the run's YAML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that differ from the file, as in parallel.tp=2")
-    ] = None,
-    ep: Annotated[str, typer.Option(help="sizes of expert parallelism, as in 1,2,4,8")] = "",
-    predict: Annotated[bool, typer.Option("--predict", help="by the planner: needs no GPU and no weights")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="by real optimizer steps, one group of processes per layout")] = False,
-    report: Annotated[bool, typer.Option("--report", help="tables and plots of what was measured before")] = False,
+    config: Config
+    overrides: Overrides = ()
+    ep: Annotated[tuple[int, ...], Option("sizes of expert parallelism, as in 1,2,4,8", given=str, read=_sizes_of("--ep"))] = ()
+    predict: Annotated[bool, Option("by the planner: needs no GPU and no weights")] = False
+    measure: Annotated[bool, Option("by real optimizer steps, one group of processes per layout")] = False
+    report: Annotated[bool, Option("tables and plots of what was measured before")] = False
     routing_study: Annotated[
-        int, typer.Option(min=0, help="measure the checkpoint's expert choices on so many real texts, and what they cost at each ep")
-    ] = 0,
-    out: Annotated[Path | None, typer.Option(help="the study's folder, continued if there; default: OUTPUT_DIR/scale_NAME")] = None,
-    world_size: Annotated[str, typer.Option(help="ranks, as in 16,32; default: for each ep the fewest that hold it")] = "",
-    scaling: Annotated[ScalingChoice, typer.Option(help="strong: the step's sequences stay; weak: they grow with the ranks")] = (
-        ScalingChoice.BOTH
-    ),
+        int, Option("measure the checkpoint's expert choices on so many real texts, and what they cost at each ep", minimum=0)
+    ] = 0
+    out: Annotated[Path | None, Option("the study's folder, continued if there; default: OUTPUT_DIR/scale_NAME")] = None
+    world_size: Annotated[
+        tuple[int, ...],
+        Option("ranks, as in 16,32; default: for each ep the fewest that hold it", given=str, read=_sizes_of("--world-size")),
+    ] = ()
+    scaling: Annotated[Literal["both", "strong", "weak"], Option("strong: the step's sequences stay; weak: they grow with the ranks")] = (
+        "both"
+    )
     routing: Annotated[
-        RoutingChoice, typer.Option(help="real: the model's routers choose experts; forced: Megatron-Core's random, so balanced choice")
-    ] = RoutingChoice.REAL,
-    sequences: Annotated[int | None, typer.Option(min=1, help="of a step, on the fewest ranks; default: the config's")] = None,
-    mean_tokens: Annotated[int | None, typer.Option(min=1, help="of a response; default: rollout.max_new_tokens")] = None,
+        Literal["real", "forced"],
+        Option("real: the model's routers choose experts; forced: Megatron-Core's random, so balanced choice"),
+    ] = "real"
+    sequences: Annotated[int | None, Option("of a step, on the fewest ranks; default: the config's", minimum=1)] = None
+    mean_tokens: Annotated[int | None, Option("of a response; default: rollout.max_new_tokens", minimum=1)] = None
     hardware: Annotated[
-        str | None, typer.Option(help="a name in configs/hardware or a .yaml file; default: h100 to predict, this machine's to measure")
-    ] = None,
-    imbalance: Annotated[
-        float, typer.Option(min=1.0, help="of predictions: tokens of the busiest expert-parallel rank over the mean")
-    ] = 1.0,
-    warm_up: Annotated[int, typer.Option(min=1, help="optimizer steps before the measured window")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="optimizer steps in the measured window")] = 10,
-    timeout_s: Annotated[float, typer.Option(help="a layout that takes longer is recorded as failed")] = 1800.0,
-    row: Annotated[int | None, typer.Option(min=0, help="measure this layout of the list alone, as a job array's task does")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines that run this command together; needs --row")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="which of them this is")] = 0,
-    master_address: Annotated[str, typer.Option(help="of the first of them")] = "127.0.0.1",
-    master_port: Annotated[int, typer.Option(help="free on the first of them")] = 29400,
-) -> None:
+        str | None, Option("a name in configs/hardware or a .yaml file; default: h100 to predict, this machine's to measure")
+    ] = None
+    imbalance: Annotated[float, Option("of predictions: tokens of the busiest expert-parallel rank over the mean", minimum=1.0)] = 1.0
+    warm_up: Annotated[int, Option("optimizer steps before the measured window", minimum=1)] = 3
+    steps: Annotated[int, Option("optimizer steps in the measured window", minimum=1)] = 10
+    timeout_s: Annotated[float, Option("a layout that takes longer is recorded as failed")] = 1800.0
+    row: Annotated[int | None, Option("measure this layout of the list alone, as a job array's task does", minimum=0)] = None
+    nodes: Annotated[int, Option("machines that run this command together; needs --row", minimum=1)] = 1
+    node_rank: Annotated[int, Option("which of them this is", minimum=0)] = 0
+    master_address: Annotated[str, Option("of the first of them")] = "127.0.0.1"
+    master_port: Annotated[int, Option("free on the first of them")] = 29400
+    dry_run: Annotated[bool, Option("list the layouts that would be studied, start and write nothing")] = False
+
+
+@takes(ScaleOptions)
+def scale(options: ScaleOptions) -> None:
     """Study how training scales with expert parallelism: rows.jsonl, rows.csv, report.md and plots in one folder.
 
     Layouts that cannot run, run out of memory or fail become rows with their reason. The same command continues an interrupted study.
@@ -86,72 +95,78 @@ def scale(
       minpro scale configs/qwen3_30b_a3b.yaml --ep 1,2,4,8,16 --predict --hardware h200 parallel.tp=1 parallel.cp=1
       minpro scale configs/tiny_moe_cpu.yaml --ep 1,2,4,8 --predict --hardware cpu --routing-study 64
     """
-    if not (predict or measure or report or routing_study):
+    if not (options.predict or options.measure or options.report or options.routing_study):
         raise ValueError("minpro scale: expected --predict, --measure, --routing-study or --report")
-    if nodes > 1 and row is None:
+    if options.nodes > 1 and options.row is None:
         raise ValueError("--nodes: several machines measure one layout at a time; expected --row beside it")
-    ep_sizes, world_sizes = _sizes(ep, "--ep"), _sizes(world_size, "--world-size")
-    if not ep_sizes:
+    if not options.ep:
         raise ValueError("--ep: missing; expected sizes of expert parallelism, as in 1,2,4,8")
 
     from megatron_minpro.cluster import planning
+    from megatron_minpro.cluster.training_choice import TrainingChoice
     from megatron_minpro.config import load_config
     from megatron_minpro.scaling.measure import Nodes
     from megatron_minpro.scaling.study import SCALINGS, Settings, make_cases, open_study
     from parallel.capabilities import detect
     from parallel.planner.hardware import hardware_of_device, read_hardware
 
-    run = load_config(config, overrides or [])
+    run = load_config(options.config, options.overrides)
     capabilities = detect()
-    if hardware is None:
-        hardware = hardware_of_device(capabilities.device_name) if measure else "h100"
+    hardware = options.hardware or (hardware_of_device(capabilities.device_name) if options.measure else "h100")
     machine = read_hardware(hardware)
-    folder = Path(run.output_dir) / f"scale_{run.name}" if out is None else out
-    training = planning.training_of(run, machine, {"imbalance": imbalance}, plain=False)
-    work = planning.reinforcement_work(run, mean_tokens=mean_tokens, colocated=False)
+    folder = Path(run.output_dir) / f"scale_{run.name}" if options.out is None else options.out
+    training = planning.training_of(run, machine, TrainingChoice(imbalance=options.imbalance), plain=False)
+    work = planning.reinforcement_work(run, mean_tokens=options.mean_tokens, colocated=False)
     shape = planning.shape_of(run)
     planning.check_length(shape, work)
     # Of one optimizer step alone, its sequences all of one length: what is measured.
     length = int(work.mean_tokens)
     work = replace(work, max_tokens=length, rollouts=None)
-    settings = Settings(routing=routing.value, mean_tokens=length, warm_up=warm_up, steps=steps, hardware=hardware, imbalance=imbalance)
-    if routing is RoutingChoice.FORCED and not shape.is_moe:
+    settings = Settings(
+        routing=options.routing,
+        mean_tokens=length,
+        warm_up=options.warm_up,
+        steps=options.steps,
+        hardware=hardware,
+        imbalance=options.imbalance,
+    )
+    if options.routing == "forced" and not shape.is_moe:
         raise ValueError(f"--routing: forced needs a mixture-of-experts model, {shape.name} is dense")
     cases = make_cases(
         run.layout,
         shape,
-        ep_sizes=ep_sizes,
-        world_sizes=world_sizes,
-        scalings=[each for each in SCALINGS if scaling in (ScalingChoice.BOTH, each)],
-        sequences=run.sequences_per_mini_batch if sequences is None else sequences,
+        ep_sizes=options.ep,
+        world_sizes=options.world_size,
+        scalings=[each for each in SCALINGS if options.scaling in ("both", each)],
+        sequences=run.sequences_per_mini_batch if options.sequences is None else options.sequences,
     )
     if all(case.problem for case in cases):
         raise ValueError(f"--ep: no layout can be run; the first: {cases[0].problem}")
-    if row is not None and row >= len(cases):
-        raise ValueError(f"--row: {row}, expected 0 to {len(cases) - 1}: the study has {len(cases)} layouts")
-    if row is not None and not Path(run.model.path).exists():
+    if options.row is not None and options.row >= len(cases):
+        raise ValueError(f"--row: {options.row}, expected 0 to {len(cases) - 1}: the study has {len(cases)} layouts")
+    if options.row is not None and not Path(run.model.path).exists():
         raise ValueError(f"--row: array tasks share one model, but model.path = {run.model.path} does not exist")
-    if node_rank == 0:
+    if options.dry_run:
+        for case in cases:
+            typer.echo(f"{case.key}: {case.problem or 'would be studied'}")
+        return
+    if options.node_rank == 0:
         open_study(folder, run, settings)
         _predict(folder, cases, shape, training, machine, work, settings)
-    if measure:
-        place = Nodes(count=nodes, rank=node_rank, gpus=capabilities.cuda_devices or None, address=master_address, port=master_port)
-        chosen = cases if row is None else [cases[row]]
-        _measure(folder, run, chosen, shape, training, machine, settings, place, timeout_s=timeout_s)
-    if routing_study:
-        _study_routing(folder, run, cases, shape, training, machine, work, count=routing_study, timeout_s=timeout_s)
-    if row is None:
+    if options.measure:
+        place = Nodes(
+            count=options.nodes,
+            rank=options.node_rank,
+            gpus=capabilities.cuda_devices or None,
+            address=options.master_address,
+            port=options.master_port,
+        )
+        chosen = cases if options.row is None else [cases[options.row]]
+        _measure(folder, run, chosen, shape, training, machine, settings, place, timeout_s=options.timeout_s)
+    if options.routing_study:
+        _study_routing(folder, run, cases, shape, training, machine, work, count=options.routing_study, timeout_s=options.timeout_s)
+    if options.row is None:
         _report(folder, cases, machine)
-
-
-def _sizes(text: str, option: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        sizes = [0]
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"{option}: {text!r}, expected whole numbers with commas between them, as in 1,2,4")
-    return sizes
 
 
 def _predict(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
+from megatron_minpro.evaluation.request import BenchmarkChoice
 from megatron_minpro.registry import nearest
 
 _MANY, _FEW = 128, 2  # samples per problem of small and of large sets, as the paper (arXiv:2601.22718)
@@ -96,23 +97,15 @@ BENCHMARKS: dict[str, Benchmark] = {
 _ALIASES = {"minerva": "minerva_math", "olympiad": "olympiadbench", "math-500": "math500"}
 
 
-def choose_benchmarks(
-    names: Sequence[str],
-    *,
-    question_field: str,
-    answer_field: str,
-    answer_format: str,
-    split: str | None,
-) -> list[Benchmark]:
+def choose_benchmarks(choice: BenchmarkChoice) -> list[Benchmark]:
     """The named benchmarks, in order. A name is one of the seven, the path of a .jsonl or .parquet file, or a Hugging Face data set.
 
-    The other arguments describe files and data sets of the user's own. Raises ValueError for an unknown name, a name given twice and an
-    unknown answer format.
+    Raises ValueError for an unknown name, a name given twice and an unknown answer format.
     """
-    if answer_format not in ANSWER_FORMATS:
-        raise ValueError(f"--answer-format {answer_format}: unknown; {nearest(answer_format, ANSWER_FORMATS)}")
+    if choice.answer_format not in ANSWER_FORMATS:
+        raise ValueError(f"--answer-format {choice.answer_format}: unknown; {nearest(choice.answer_format, ANSWER_FORMATS)}")
     chosen: list[Benchmark] = []
-    for given in names:
+    for given in choice.benchmarks:
         known = BENCHMARKS.get(_ALIASES.get(given.lower(), given.lower()))
         if known is None:
             if "/" not in given and Path(given).suffix not in (".jsonl", ".parquet"):
@@ -123,12 +116,12 @@ def choose_benchmarks(
             known = Benchmark(
                 name=_file_name(given),
                 title=_file_name(given),
-                question_field=question_field,
-                answer_field=answer_field,
-                answer_format=answer_format,
+                question_field=choice.question_field,
+                answer_field=choice.answer_field,
+                answer_format=choice.answer_format,
                 num_samples=_FEW,
                 source=given,
-                split=split,
+                split=choice.split,
             )
         if known.name in {benchmark.name for benchmark in chosen}:
             raise ValueError(f"--benchmarks: {known.name} is named twice")

@@ -14,8 +14,6 @@ from megatron_minpro.evaluation.responses import Response
 from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, run_all, sample_seed
 from rollout.records import Generation, GenerationRequest, SamplingParams
 
-Api = Literal["native", "completions", "chat"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:

@@ -12,11 +12,11 @@ from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.wrappers import WRAPPERS, wrap
-from megatron_minpro.evaluation.benchmarks import Benchmark
+from megatron_minpro.evaluation.benchmarks import choose_benchmarks
 from megatron_minpro.evaluation.checkpoint import find_checkpoint, largest_length
-from megatron_minpro.evaluation.endpoints import Api
 from megatron_minpro.evaluation.grading import make_grader
 from megatron_minpro.evaluation.problems import Problem, read_problems
+from megatron_minpro.evaluation.request import EvaluationRequest, Serving
 from megatron_minpro.evaluation.settings import (
     BenchmarkSettings,
     EvaluationSettings,
@@ -31,47 +31,8 @@ from rollout.records import SamplingParams
 
 BARE = "bare"  # a style without a wrapper: the question alone, for models that were trained so
 TokenIds = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """Where responses come from. endpoints: running servers; empty: `servers` of our own are started."""
-
-    api: Api
-    endpoints: tuple[str, ...]
-    model_name: str | None  # as an OpenAI server calls it; None: it has one model
-    api_key_path: Path | None
-    servers: int
-    tp: int
-    dtype: str | None  # None: the checkpoint's
-    options: Mapping[str, Any]  # further SGLang server arguments
-    concurrency: int
-    start_timeout_s: float
-    request_timeout_s: float
-    max_retries: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationRequest:
-    """Everything `minpro evaluate` was asked for."""
-
-    checkpoint: str  # see locate_checkpoint; with the chat API also just a name
-    config: Path | None  # of a Megatron checkpoint: the folder with its config and tokenizer
-    benchmarks: tuple[Benchmark, ...]
-    data: Path | None
-    out: Path
-    samples: int | None  # None: each benchmark's own number
-    limit: int | None  # problems per benchmark, the first ones
-    style: str  # a key of WRAPPERS, or BARE
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    end_tokens: tuple[str, ...]  # further ones, beside those that the model's files name
-    seed: int
-    grader: str  # math_verify, final_step, or package.module:function
-    grading_timeout_s: float
-    grading_workers: int
-    serving: Serving
+_USUAL_GRADER = "math_verify"
+_USUAL_GRADING_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +40,7 @@ class Plan:
     """A checked request: what would be sampled under which settings."""
 
     request: EvaluationRequest
+    out: Path  # absolute, like every path below
     location: CheckpointLocation | None  # None: only the server has it
     tokenizer: Any  # None: the server has it
     settings: EvaluationSettings
@@ -98,9 +60,13 @@ class Plan:
 
 def plan(request: EvaluationRequest) -> Plan:
     """Read the problems and compare with what the folder holds; writes nothing. Raises ValueError for all that cannot work."""
+    if request.checkpoint is None:
+        raise ValueError("CHECKPOINT is missing")
     _check_serving(request.serving)
+    benchmarks = choose_benchmarks(request.chosen)
+    out = Path("evaluation" if request.out is None else request.out).absolute()
     served_only = request.serving.api == "chat" and not Path(request.checkpoint).exists()
-    location = None if served_only else find_checkpoint(Path(request.checkpoint), config=request.config)
+    location = None if served_only else find_checkpoint(Path(request.checkpoint).absolute(), config=request.config)
     if request.style not in (*WRAPPERS, BARE):
         raise ValueError(f"--style {request.style}: expected one of {', '.join((*WRAPPERS, BARE))}")
     sampling = SamplingParams(
@@ -111,8 +77,12 @@ def plan(request: EvaluationRequest) -> Plan:
         stop_token_ids=(),
         seed=request.seed,
     )
-    make_grader(request.grader, style=request.style, timeout_s=request.grading_timeout_s, workers=request.grading_workers).close()
-    problems = {benchmark.name: read_problems(benchmark, data=request.data, limit=request.limit) for benchmark in request.benchmarks}
+    grading = GradingSettings(
+        grader=_USUAL_GRADER if request.grader is None else request.grader,
+        timeout_s=_USUAL_GRADING_TIMEOUT_S if request.grading_timeout is None else request.grading_timeout,
+    )
+    make_grader(grading.grader, style=request.style, timeout_s=grading.timeout_s, workers=request.grading_workers).close()
+    problems = {benchmark.name: read_problems(benchmark, data=request.data, limit=request.limit) for benchmark in benchmarks}
     tokenizer = None
     prompts: dict[str, list[TokenIds]] = {name: [()] * len(items) for name, items in problems.items()}
     if location is not None:
@@ -134,7 +104,7 @@ def plan(request: EvaluationRequest) -> Plan:
             end_token_ids="served" if location is None else " ".join(map(str, sampling.stop_token_ids)),
             seed=request.seed,
         ),
-        grading=GradingSettings(grader=request.grader, timeout_s=request.grading_timeout_s),
+        grading=grading,
         benchmarks={
             benchmark.name: BenchmarkSettings(
                 title=benchmark.title,
@@ -143,13 +113,14 @@ def plan(request: EvaluationRequest) -> Plan:
                 problems=digest([asdict(problem) for problem in problems[benchmark.name]]),
                 prompts=digest([[wrapped(item, request.style) for item in problems[benchmark.name]], prompts[benchmark.name]]),
             )
-            for benchmark in request.benchmarks
+            for benchmark in benchmarks
         },
     )
-    kept = read_settings(request.out)
-    settings = wanted if kept is None else merged(kept, wanted, folder=request.out)
+    kept = read_settings(out)
+    settings = wanted if kept is None else merged(kept, wanted, folder=out)
     return Plan(
         request=request,
+        out=out,
         location=location,
         tokenizer=tokenizer,
         settings=settings,

@@ -31,7 +31,7 @@ def evaluate(plan: Plan, *, announce: Callable[[str], None]) -> dict[str, Any]:
     Raises ValueError for input that cannot work, RuntimeError when servers or graders cannot; what was sampled until then is kept, and
     the same request continues.
     """
-    request, out = plan.request, plan.request.out
+    request, out = plan.request, plan.out
     with places.ownership(out), ExitStack() as closing:
         places.check_graded_alike(out)
         # Read again under the lock: another process may have finished meanwhile.
@@ -52,7 +52,8 @@ def evaluate(plan: Plan, *, announce: Callable[[str], None]) -> dict[str, Any]:
         if kept_responses:
             announce(f"{out}: {kept_responses:,} of {total:,} responses are there already")
 
-        grader = make_grader(request.grader, style=request.style, timeout_s=request.grading_timeout_s, workers=request.grading_workers)
+        graded = plan.settings.grading
+        grader = make_grader(graded.grader, style=request.style, timeout_s=graded.timeout_s, workers=request.grading_workers)
         closing.callback(grader.close)
         progress = closing.enter_context(EvaluationProgress(total=total, kept=kept_responses, graded=sum(map(len, grades.values()))))
         grading = closing.enter_context(GradingThread(list(grades.values()), grader, on_progress=progress.graded))

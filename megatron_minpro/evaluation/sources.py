@@ -10,7 +10,8 @@ from checkpoints_convert.hf_config import read_config
 from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.checkpoint import hugging_face_folder
 from megatron_minpro.evaluation.endpoints import NativeSource, OpenAISource, SampleSource, served_model
-from megatron_minpro.evaluation.plan import Plan, Serving
+from megatron_minpro.evaluation.plan import Plan
+from megatron_minpro.evaluation.request import Serving
 from parallel.capabilities import detect
 from rollout.client import GenerationClient
 from rollout.sglang.server import ServerPool, ServerSettings, read_key
@@ -41,8 +42,8 @@ def open_source(plan: Plan, *, announce: Callable[[str], None]) -> Iterator[Samp
 
 def _own_servers(plan: Plan, *, announce: Callable[[str], None]) -> ServerPool:
     assert plan.location is not None
-    request, logs = plan.request, plan.request.out / places.LOGS_FOLDER
-    folder = hugging_face_folder(plan.location, converted=request.out / places.CONVERTED_FOLDER, announce=announce)
+    request, logs = plan.request, plan.out / places.LOGS_FOLDER
+    folder = hugging_face_folder(plan.location, converted=plan.out / places.CONVERTED_FOLDER, announce=announce)
     announce(f"starting {request.serving.servers} server(s) for {folder}; logs in {logs}")
     return ServerPool.start(
         _server_settings(request.serving, folder, seed=request.seed),

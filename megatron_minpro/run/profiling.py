@@ -12,6 +12,7 @@ import torch
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.cluster import planning
+from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from megatron_minpro.evaluation.tables import markdown_table
 from parallel.capabilities import detect
@@ -99,7 +100,7 @@ def predict_phases(config: RunConfig, hardware: str, *, mean_tokens: int | None)
     """The planner's seconds of a global step by phase. Sampling on a CPU is left out: the planner knows servers on GPUs alone."""
     machine = read_hardware(hardware)
     work = planning.reinforcement_work(config, mean_tokens=mean_tokens, colocated=False)
-    training = planning.training_of(config, machine, {}, plain=False)
+    training = planning.training_of(config, machine, TrainingChoice(), plain=False)
     step = make_plan(planning.shape_of(config), config.layout, training, machine, work).global_step
     assert step is not None
     found = {"score": step.logprobs_s, "update": step.updates_s, "sync": step.sync_s}

@@ -61,6 +61,7 @@ def test_a_measured_study_records_what_ran_and_what_could_not_and_is_taken_up_ag
 
 def test_predictions_are_the_planners(tmp_path: Path) -> None:
     from megatron_minpro.cluster import planning
+    from megatron_minpro.cluster.training_choice import TrainingChoice
     from megatron_minpro.config import load_config
     from parallel.planner.hardware import read_hardware
 
@@ -74,7 +75,7 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "p", "predicted")
     config = load_config(path, settings)
     machine = read_hardware("h200")
-    training = planning.training_of(config, machine, {}, plain=False)
+    training = planning.training_of(config, machine, TrainingChoice(), plain=False)
     work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
     plan = make_plan(planning.shape_of(config), config.layout, training, machine, work)
     assert rows[8].step_s == pytest.approx(plan.time.step_s)
@@ -91,7 +92,7 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
         (["--predict"], "--ep: missing"),
         (["--ep", "1,two", "--predict"], "--ep: '1,two', expected whole numbers"),
         (["--ep", "3,5", "--predict"], "--ep: no layout can be run; the first: parallel: ep=3 does not divide 8 experts"),
-        (["--ep", "2", "--predict", "--hardware", "h10"], "did you mean h100?"),
+        (["--ep", "2", "--predict", "--hardware", "h10"], "did you mean 'h100'?"),
         (["--ep", "1,2", "--measure", "--row", "9"], "--row: 9, expected 0 to 2"),
         (["--ep", "1,2", "--measure", "--nodes", "2"], "expected --row beside it"),
         (["--ep", "1", "--predict", "--mean-tokens", "57"], "--mean-tokens: 57 is more than rollout.max_new_tokens = 56"),

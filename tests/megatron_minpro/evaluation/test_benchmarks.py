@@ -10,13 +10,13 @@ import pytest
 
 from megatron_minpro.evaluation.benchmarks import BENCHMARKS, choose_benchmarks, locate
 from megatron_minpro.evaluation.problems import load_problems, read_problems, write_problems
+from megatron_minpro.evaluation.request import BenchmarkChoice
 
 ROWS = {"amc23": 40, "aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "minerva_math": 272, "gsm8k": 1319}
 
 
 def choose(*names: str, **changed: Any) -> list[Any]:
-    fields: dict[str, Any] = {"question_field": "question", "answer_field": "answer", "answer_format": "plain", "split": None}
-    return choose_benchmarks(names, **{**fields, **changed})
+    return choose_benchmarks(BenchmarkChoice(benchmarks=names, **changed))
 
 
 @pytest.mark.parametrize("name", ROWS)
