@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
 from parallel.sequence_shard import SequenceShard
+from parallel.weight_snapshot import SnapshotPlace, WeightSnapshot
 from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
 
 
@@ -134,6 +136,8 @@ class MegatronActor:
         self.architecture = architecture
         self.layout = layout
         self.policy_version = 0  # optimizer steps applied
+        self.kept_version: int | None = None  # policy version of the weights that `keep_weights` kept last
+        self._snapshot: WeightSnapshot | None = None
         self._groups = groups
         self._settings = settings
         self._device = torch.device(capabilities.device_type)
@@ -190,6 +194,44 @@ class MegatronActor:
         """Take weights alone from a torch_dist checkpoint, as `minpro convert hf-to-megatron` writes it. The optimizer's copy follows."""
         actor_checkpoint.load_model(directory, self._modules)
         self._optimizer.reload_model_params()
+
+    # -- the weights of an earlier version ----------------------------------------------------------------------------
+
+    def keep_weights(self, *, place: SnapshotPlace = "device") -> None:
+        """Keep a copy of the weights as they are now, until the next call. The first call reserves the memory.
+
+        Args:
+            place: where the copy lies, see WeightSnapshot.
+
+        Raises:
+            ValueError: for weights that cannot be kept (see WeightSnapshot).
+        """
+        settle_weights(self._chunks)
+        if self._snapshot is None:
+            self._snapshot = WeightSnapshot(self._chunks, self._local, place=place)
+        self._snapshot.keep()
+        self.kept_version = self.policy_version
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Inside the block the model has the kept weights and their policy version. No update, save or load may happen in it.
+
+        Raises:
+            ValueError: when no weights were kept.
+        """
+        if self._snapshot is None or self.kept_version is None:
+            raise ValueError("no weights are kept; call keep_weights first")
+        latest = self.policy_version
+        self._swap(self._snapshot, policy_version=self.kept_version)
+        try:
+            yield
+        finally:
+            self._swap(self._snapshot, policy_version=latest)
+
+    def _swap(self, snapshot: WeightSnapshot, *, policy_version: int) -> None:
+        settle_weights(self._chunks)
+        snapshot.swap()
+        self.policy_version = policy_version
 
     # -- forward and backward -----------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR, with OUT_DIR/req
 Each run starts with a fresh actor and leaves OUT_DIR/<name>/<run>/results.safetensors and reports.json. Keys of a run: optimizer,
 learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron (options), load (a checkpoint of these actors to start
 from, with first_step steps behind it), save_to (an absent folder for one, at the end, that names wrong settings of the optimizer),
-reload_before_step (save while another step is taken, build a new actor, load), count_micro_batches (see `micro_batches_alive`), poison
-(between scoring and training, see `poisoned`), refuse (see `refusals`).
+reload_before_step (save while another step is taken, build a new actor, load), swap_weights (score under the first weights before every
+later step), count_micro_batches (see `micro_batches_alive`), poison (between scoring and training, see `poisoned`), refuse (see
+`refusals`).
 """
 
 import dataclasses
@@ -198,6 +199,14 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
             save_while_training(actor, groups, sequences, run, out / "actor")
             actor = build(fixture, layout, groups, run)
             actor.load(out / "actor", policy_version=step)
+        if run.get("swap_weights") and step == first_step:
+            scored = actor.logprobs(sequences)
+            actor.keep_weights()
+        elif run.get("swap_weights"):
+            with actor.kept_weights():
+                again = actor.logprobs(sequences)
+                notes.setdefault("kept_versions", []).append(actor.policy_version)
+            notes.setdefault("kept", []).append(all(torch.equal(x, y) for x, y in zip(scored, again, strict=True)))
         report = actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
         reports.append(
             {

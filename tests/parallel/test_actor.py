@@ -47,6 +47,7 @@ OVERLAPPED = ("dp2", "ep2", "pp2", "pp2 vpp2 ep2")
 RECOMPUTED = ("full", "selective")
 POISONED = {"dp2": 1, "cp2": 1, "pp2": 1, "tp2 sp": 1}  # the one rank that meets a NaN
 POISON = 3  # token ids 3, 11, 19, ...
+SWAPPED = ("one rank", "ep2", "tp2 sp", "pp2", "pp2 vpp2 ep2", "tp2 sp cp2 pp2 ep2")
 BF16 = ("one rank", "ep2", "tp2 sp", "cp2")
 
 
@@ -65,6 +66,8 @@ def results(
         layouts = LAYOUTS if family == "moe" else DENSE
         jobs = {name: (layout, dict(recipes)) for name, layout in layouts.items() if layout["world_size"] == world_size}
         if family != "moe":
+            if "pp2" in jobs:  # tied embeddings on two stages
+                jobs["pp2"][1]["swapped"] = {**recipes["train"], "swap_weights": True}
             return jobs
         for name, (_, runs) in jobs.items():
             probe, train = recipes["probe"], recipes["train"]
@@ -76,10 +79,15 @@ def results(
             if name in OVERLAPPED:
                 runs["overlapped"] = {**train, "max_tokens": 48, "megatron": OVERLAP}
                 runs["not overlapped"] = {**train, "max_tokens": 48}
+                runs["overlapped, swapped"] = {**runs["overlapped"], "swap_weights": True}
+            if name in SWAPPED:
+                runs["swapped"] = {**train, "swap_weights": True}
             if name in POISONED:
                 runs["poisoned"] = {**train, "poison": {"rank": POISONED[name], "residue": POISON}}
             if name in BF16:
                 runs["bf16"] = {**probe, "dtype": "bfloat16"}
+                runs["bf16 train"] = {**train, "dtype": "bfloat16"}
+                runs["bf16 swapped"] = {**runs["bf16 train"], "swap_weights": True}
             if name == "ep2":
                 runs |= {f"recompute {kind}": {**train, "recompute": kind} for kind in RECOMPUTED}
                 runs["recompute full, balanced"] = {**balanced_probe, "recompute": "full"}
@@ -136,6 +144,24 @@ def test_the_routers_balance_loss_adds_the_same_gradient_on_every_layout(
     assert relative_error(families("moe").gradients, expected)[0] > 0.1  # it shows
     error, worst = relative_error(results("moe", layout)["balanced"].gradients(), expected)
     assert error < 1e-5, worst
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "swapped", "plain"),
+    [
+        *(("moe", layout, "swapped", "train") for layout in SWAPPED),
+        *(("moe", layout, "overlapped, swapped", "overlapped") for layout in OVERLAPPED),
+        *(("moe", layout, "bf16 swapped", "bf16 train") for layout in BF16),
+        ("dense_tied", "pp2", "swapped", "train"),
+    ],
+)
+def test_kept_weights_score_as_before_and_training_goes_on_bit_for_bit(
+    family: str, layout: str, swapped: str, plain: str, results: Callable
+) -> None:
+    swapping, undisturbed = (results(family, layout)[name] for name in (swapped, plain))
+    assert swapping.notes["kept"] == [True, True] and swapping.notes["kept_versions"] == [0, 0]
+    assert swapping.reports == undisturbed.reports
+    assert all(torch.equal(swapping.tensors[name], expected) for name, expected in undisturbed.tensors.items())
 
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
