@@ -27,14 +27,28 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt, already tokenized (chat template applied)."""
+    """One wanted response to a prompt that is already tokenized (chat template applied).
+
+    Requests with one request_id belong together: they are samples of one prompt, or turns of one conversation. They go to one server
+    while it answers, because they share the beginning of their prompts. Every request of a call differs from all others.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    sample_index: int = 0  # which of several responses to one prompt
+    turn: int = 0  # which response of one conversation
+    max_new_tokens: int | None = None  # None: what SamplingParams says
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise ValueError(f"GenerationRequest {self.request_id!r}: prompt_token_ids is empty, expected at least one token")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"GenerationRequest {self.request_id!r}: max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+    @property
+    def name(self) -> str:
+        """What error messages call it, such as step3-7#0, or step3-7#0.2 for the third turn."""
+        return f"{self.request_id}#{self.sample_index}" + (f".{self.turn}" if self.turn else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +56,8 @@ class SamplingParams:
     """How to sample. Nothing is left to the engine's or the model folder's defaults.
 
     top_k: -1 keeps the whole vocabulary. stop_token_ids: generation ends with (and includes) one of them, in addition to the
-    end-of-sequence token of the model folder. seed: with `num_samples` responses per request, response i of request r is drawn
-    with its own seed derived from (seed, r, i); None leaves the draw to the engine.
+    end-of-sequence token of the model folder. seed: every request is drawn with its own seed, derived from this one and from the
+    request's id, sample index and turn; None leaves the draw to the engine.
     """
 
     max_new_tokens: int

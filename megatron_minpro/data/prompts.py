@@ -9,16 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One question, ready to be sent to a rollout server."""
-
-    prompt_id: str  # unique within its source and the same in every run
-    text: str  # the user message, wrapper included, chat template not
-    token_ids: tuple[int, ...]  # chat template applied, generation prompt added
-    answer: str  # the label a reward compares with
-    source: str  # name of the PromptSource
+from megatron_minpro.batch.prompt import Message, Prompt
 
 
 class PromptSource(Protocol):
@@ -186,14 +177,25 @@ class PromptCursor:
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of user messages under the tokenizer's own chat template, generation prompt added.
+    """Token ids of conversations that begin with these user messages; see `encode_conversations`."""
+    return encode_conversations(tokenizer, [[{"role": "user", "content": text}] for text in texts])
 
-    tokenizer: a transformers tokenizer with a chat template. Options of the template (such as Qwen3's enable_thinking) keep the
-    template's defaults. Raises ValueError when the tokenizer has no chat template.
+
+def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
+    """Token ids of conversations under the tokenizer's own chat template, generation prompt added.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template. Options of the template (such as Qwen3's enable_thinking) keep the
+            template's defaults.
+        conversations: messages with role and content, the last one being the user's.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; prompts are built with it")
-    conversations = [[{"role": "user", "content": text}] for text in texts]
-    rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    if not conversations:
+        return []
+    rendered = tokenizer.apply_chat_template([list(messages) for messages in conversations], tokenize=False, add_generation_prompt=True)
     # The template has written the special tokens already; one batch call uses the tokenizer's threads.
     return [tuple(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.data.prompts import Prompt, PromptList, PromptReport, PromptSource, encode_prompts
+from megatron_minpro.batch.prompt import Message, Prompt
+from megatron_minpro.data.prompts import PromptList, PromptReport, PromptSource, encode_conversations
 from megatron_minpro.data.wrappers import BARE, WRAPPERS, unwrap
 from megatron_minpro.registry import nearest
 from megatron_minpro.rewards.answers import as_integer, last_boxed
@@ -287,32 +288,34 @@ def _build(
 ) -> tuple[PromptList, PromptReport]:
     name = Path(source).stem if Path(source).suffix in (".jsonl", ".parquet") else source
     num_rows = empty = wrapped = 0
-    labels: dict[str, dict[int | str, str]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
-    first_spelling: dict[str, str] = {}
+    first: dict[str, _Question] = {}
+    labels: dict[str, dict[int | str, Any]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
     for where, row in rows:
         num_rows += 1
         given = field_text(read_field(row, question_field, where=where), question_field, where=where)
-        stored = field_text(read_field(row, answer_field, where=where), answer_field, where=where)
-        answer = ANSWER_FORMATS[answer_format](stored) if stored else ""
-        if answer is None:
-            raise ValueError(f"{where}: field {answer_field!r} holds no answer in the format {answer_format!r}: {stored[-60:]!r}")
-        answer = answer.strip()
-        question = given if wrapper == BARE else unwrap(given, wrapper)
-        wrapped += question != given
-        if not question or not answer:
+        answer = _answer(read_field(row, answer_field, where=where), answer_field, answer_format, where=where)
+        text = given if wrapper == BARE else unwrap(given, wrapper)
+        wrapped += text != given
+        if not text or not answer:
             empty += 1
             continue
-        key = " ".join(question.split())
-        number = as_integer(answer)
-        first_spelling.setdefault(key, question)
-        labels.setdefault(key, {}).setdefault(answer if number is None else number, answer)
+        question = _Question(text, preceding_messages(row, question_field, where=where), row)
+        first.setdefault(question.key, question)
+        labels.setdefault(question.key, {}).setdefault(_comparable(answer), answer)
 
-    agreed = [(first_spelling[key], next(iter(answers.values()))) for key, answers in labels.items() if len(answers) == 1]
-    texts = [wrapper.replace("{question}", question) for question, _ in agreed]
-    token_ids = encode_prompts(tokenizer, texts) if texts else []
+    agreed = [(first[key], next(iter(answers.values()))) for key, answers in labels.items() if len(answers) == 1]
+    texts = [wrapper.replace("{question}", question.text) for question, _ in agreed]
+    conversations = [[*question.preceding, {"role": "user", "content": text}] for (question, _), text in zip(agreed, texts, strict=True)]
+    token_ids = encode_conversations(tokenizer, conversations)
     prompts = tuple(
         Prompt(
-            prompt_id=f"{name}-{hashlib.sha256(question.encode()).hexdigest()[:16]}", text=text, token_ids=ids, answer=answer, source=name
+            prompt_id=f"{name}-{question.digest}",
+            text=text,
+            token_ids=ids,
+            answer=answer,
+            source=name,
+            preceding=question.preceding,
+            row=question.row,
         )
         for (question, answer), text, ids in zip(agreed, texts, token_ids, strict=True)
         if len(ids) <= max_prompt_tokens
@@ -331,3 +334,64 @@ def _build(
     if not prompts:
         raise ValueError(f"no prompt is left of {report.summary()}")
     return PromptList(name=name, prompts=prompts), report
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    text: str  # without wrapper
+    preceding: tuple[Message, ...]
+    row: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal for questions that differ in white space only. The same question after another system message is another one."""
+        return " ".join(self.text.split()) + (json.dumps(self.preceding) if self.preceding else "")
+
+    @property
+    def digest(self) -> str:
+        content = self.text + (json.dumps(self.preceding) if self.preceding else "")
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def preceding_messages(row: Mapping[str, Any], question_field: str, *, where: str) -> tuple[Message, ...]:
+    """The messages that stand before the question in its conversation, such as a system message; () when there are none.
+
+    Args:
+        row: the data row.
+        question_field: such as messages.1.content: then messages.0 precedes it. Any other field has no conversation around it.
+        where: source and row, for the error.
+
+    Raises:
+        ValueError: a preceding message lacks its role or its text.
+    """
+    parts = re.fullmatch(r"(?P<messages>.+)\.(?P<index>[0-9]+)\.content", question_field)
+    if parts is None:
+        return ()
+    found = []
+    for index in range(int(parts["index"])):
+        place = f"{parts['messages']}.{index}"
+        message = {key: read_field(row, f"{place}.{key}", where=where) for key in ("role", "content")}
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: field '{place}.{key}' is a {type(value).__name__}, expected text")
+        found.append(message)
+    return tuple(found)
+
+
+def _answer(stored: Any, answer_field: str, answer_format: str, *, where: str) -> Any:
+    """The label in the answer field: text, or a list or an object as it stands there. Falsy where there is none."""
+    if answer_format == "plain" and isinstance(stored, list | Mapping):
+        return stored
+    text = field_text(stored, answer_field, where=where)
+    answer = ANSWER_FORMATS[answer_format](text) if text else ""
+    if answer is None:
+        raise ValueError(f"{where}: field {answer_field!r} holds no answer in the format {answer_format!r}: {text[-60:]!r}")
+    return answer.strip()
+
+
+def _comparable(answer: Any) -> int | str:
+    """Equal for labels that say the same."""
+    if not isinstance(answer, str):
+        return json.dumps(answer, sort_keys=True, default=str)
+    number = as_integer(answer)
+    return answer if number is None else number

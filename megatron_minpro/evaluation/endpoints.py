@@ -11,7 +11,7 @@ import httpx
 
 from megatron_minpro.data.end_tokens import response_text, without_special_tokens
 from megatron_minpro.evaluation.responses import Response
-from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, run_all, sample_seed
+from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, response_seed, run_all
 from rollout.records import Generation, GenerationRequest, SamplingParams
 
 
@@ -56,8 +56,8 @@ class NativeSource:
                 under_way[sample.request_id] = sample
                 yield GenerationRequest(request_id=sample.request_id, prompt_token_ids=sample.token_ids)
 
-        def arrived(generation: Generation) -> None:
-            sample = under_way.pop(generation.request_id)
+        def arrived(request: GenerationRequest, generation: Generation) -> None:
+            sample = under_way.pop(request.request_id)
             text = response_text(self._tokenizer, generation.response_token_ids, end_ids=sampling.stop_token_ids)
             keep(sample, _response(sample, text, generation.finish_reason, len(generation.response_token_ids)))
 
@@ -139,7 +139,7 @@ def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["compl
         {"prompt": list(sample.token_ids)} if api == "completions" else {"messages": [{"role": "user", "content": sample.text}]}
     )
     if sampling.seed is not None:
-        asked["seed"] = sample_seed(sampling.seed, sample.request_id, 0)
+        asked["seed"] = response_seed(sampling.seed, sample.request_id, 0)
     return {
         **asked,
         "model": model,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Response
 from megatron_minpro.rewards.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer, for_math_verify

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.dtypes import DTYPES
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
-from megatron_minpro.data.prompts import Prompt
 from megatron_minpro.loop import held_out
 from megatron_minpro.loop.sampler import Sampled, Sampler
 from megatron_minpro.rewards.reward import Reward

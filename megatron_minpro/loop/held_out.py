@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import EvaluationConfig
-from megatron_minpro.data.prompts import Prompt
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.evaluation.pass_at_k import unbiased_pass_at_k
 from megatron_minpro.loop.sampler import judge_responses

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.end_tokens import response_text
-from megatron_minpro.data.prompts import Prompt, PromptCursor
+from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.rewards.reward import Reward, RewardResult
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams

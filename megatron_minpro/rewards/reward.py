@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.objectives.options import check_number
 from megatron_minpro.registry import nearest
 from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify

@@ -10,22 +10,41 @@ from typing import Any
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
 
 
-def sample_seed(seed: int, request_id: str, sample_index: int) -> int:
-    """A 31-bit seed for one response: the same for the same (seed, request, index), different from all others. FNV-1a, 64 bits, folded."""
+def response_seed(seed: int, request_id: str, sample_index: int, turn: int = 0) -> int:
+    """A 31-bit seed for one response: the same for the same seed, request id, sample index and turn, and different from all others.
+
+    FNV-1a, 64 bits, folded.
+    """
+    name = f"{seed}/{request_id}/{sample_index}" + (f"/{turn}" if turn else "")
     state = 0xCBF29CE484222325
-    for byte in f"{seed}/{request_id}/{sample_index}".encode():
+    for byte in name.encode():
         state = ((state ^ byte) * 0x100000001B3) % 2**64
     state ^= state >> 33
     return (state * 0xFF51AFD7ED558CCD % 2**64) >> 33
 
 
-def request_body(samples: Sequence[tuple[GenerationRequest, int]], sampling: SamplingParams) -> dict[str, Any]:
-    """The body of one batched /generate call. samples: (request, sample index).
+def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams) -> dict[str, Any]:
+    """The body of one batched /generate call.
 
-    Every sampling setting is said: a model folder's generation_config.json has no say.
+    It states every sampling setting, so that a model folder's generation_config.json changes nothing.
     """
-    common = {
-        "max_new_tokens": sampling.max_new_tokens,
+    nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
+    return {
+        "rid": [f"{request.name}-{nonce}" for request in requests],
+        "input_ids": [list(request.prompt_token_ids) for request in requests],
+        "sampling_params": [_sampling_params(request, sampling) for request in requests],
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "stream": False,
+    }
+
+
+def _sampling_params(request: GenerationRequest, sampling: SamplingParams) -> dict[str, Any]:
+    seed = {}
+    if sampling.seed is not None:
+        seed["sampling_seed"] = response_seed(sampling.seed, request.request_id, request.sample_index, request.turn)
+    return {
+        "max_new_tokens": sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -34,19 +53,7 @@ def request_body(samples: Sequence[tuple[GenerationRequest, int]], sampling: Sam
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(sampling.stop_token_ids),
-    }
-    params = []
-    for request, index in samples:
-        seed = None if sampling.seed is None else sample_seed(sampling.seed, request.request_id, index)
-        params.append(common if seed is None else {**common, "sampling_seed": seed})
-    nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
-    return {
-        "rid": [f"{request.request_id}#{index}-{nonce}" for request, index in samples],
-        "input_ids": [list(request.prompt_token_ids) for request, _ in samples],
-        "sampling_params": params,
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "stream": False,
+        **seed,
     }
 
 

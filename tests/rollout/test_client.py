@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, sample_seed
-from rollout.records import GenerationRequest, SamplingParams
+from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, response_seed
+from rollout.records import Generation, GenerationRequest, SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=20, stop_token_ids=(5, 6), seed=3)
 REQUESTS = [GenerationRequest(request_id=f"r{i}", prompt_token_ids=(i, i + 1)) for i in range(6)]
@@ -119,7 +121,7 @@ def test_body_says_every_sampling_setting_and_a_seed_per_sample(stub: Callable[[
     assert body["input_ids"] == [[0, 1], [0, 1], [1, 2], [1, 2]]
     assert body["return_logprob"] is True
     seeds = [params.pop("sampling_seed") for params in body["sampling_params"]]
-    assert seeds == [sample_seed(3, "r0", 0), sample_seed(3, "r0", 1), sample_seed(3, "r1", 0), sample_seed(3, "r1", 1)]
+    assert seeds == [response_seed(3, "r0", 0), response_seed(3, "r0", 1), response_seed(3, "r1", 0), response_seed(3, "r1", 1)]
     assert len(set(seeds)) == 4 and all(0 <= seed < 2**31 for seed in seeds)
     neutral = {"min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
     said = {"max_new_tokens": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "stop_token_ids": [5, 6], **neutral}
@@ -136,6 +138,43 @@ def test_requests_are_dealt_to_all_servers_and_groups_stay_together(stub: Callab
     assert [len(row) for row in rows] == [3] * 6
     assert [len(server.bodies) for server in servers] == [1, 1]
     assert servers[0].asked == [f"r{i}#{j}" for i in (0, 2, 4) for j in range(3)]
+
+
+def test_turns_of_a_conversation_stay_on_one_server_and_have_own_seeds_and_limits(stub: Callable[[Answer], Stub]) -> None:
+    servers = [stub(all_good), stub(all_good)]
+    later = [replace(request, turn=2, max_new_tokens=1) for request in REQUESTS[::-1]]
+
+    async def talk() -> list[Generation]:
+        async with make_client(*servers).session(SAMPLING, policy_version=None) as session:
+            await session.generate(REQUESTS)
+            return await session.generate(later)
+
+    generations = asyncio.run(talk())
+    assert [generation.request_id for generation in generations] == [f"r{i}" for i in (5, 4, 3, 2, 1, 0)]
+    assert servers[0].asked == ["r0#0", "r2#0", "r4#0", "r4#0.2", "r2#0.2", "r0#0.2"]
+    limits = [[params["max_new_tokens"] for params in body["sampling_params"]] for body in servers[0].bodies]
+    assert limits == [[4] * 3, [1] * 3]
+    seeds = {params["sampling_seed"] for server in servers for body in server.bodies for params in body["sampling_params"]}
+    assert len(seeds) == 12
+
+
+def test_a_session_that_broke_off_gives_its_responses_again(stub: Callable[[Answer], Stub]) -> None:
+    server = holding(stub, 4)
+    client = make_client(server)
+
+    async def talk(*, breaks: bool) -> list[Generation]:
+        async with client.session(SAMPLING, policy_version=4) as session:
+            first = await session.generate(REQUESTS)
+            if breaks:
+                server.version = "0"  # restarted with other weights
+                session.gate.close(server.endpoint)
+            return [*first, *await session.generate([replace(request, turn=1) for request in REQUESTS])]
+
+    with pytest.raises(WeightsMissing):
+        asyncio.run(talk(breaks=True))
+    server.version = "4"  # published
+    assert len(asyncio.run(talk(breaks=False))) == 12
+    assert server.asked == [f"r{i}#0" for i in range(6)] + [f"r{i}#0.1" for i in range(6)], "nothing is sampled twice"
 
 
 def test_aborted_samples_alone_are_sampled_again(stub: Callable[[Answer], Stub]) -> None:
@@ -171,7 +210,9 @@ def test_failed_call_goes_to_another_server(stub: Callable[[Answer], Stub], fail
         bad.server.shutdown()
         bad.server.server_close()
     seen = []
-    rows = make_client(bad, good, request_timeout_s=0.3).generate(REQUESTS, SAMPLING, num_samples=2, on_generation=seen.append)
+    rows = make_client(bad, good, request_timeout_s=0.3).generate(
+        REQUESTS, SAMPLING, num_samples=2, on_generation=lambda *arrived: seen.append(arrived)
+    )
     assert [[generation.request_id for generation in row] for row in rows] == [[request.request_id] * 2 for request in REQUESTS]
     assert len(seen) == 12
     assert {generation.num_retries for row in rows for generation in row} == {0, 1}
@@ -233,8 +274,8 @@ def test_no_more_samples_under_way_than_allowed(stub: Callable[[Answer], Stub]) 
     assert 2 < server.most_active <= 5
 
 
-def test_two_requests_with_one_id_are_refused(stub: Callable[[Answer], Stub]) -> None:
-    with pytest.raises(ValueError, match="same request_id"):
+def test_two_requests_with_one_name_are_refused(stub: Callable[[Answer], Stub]) -> None:
+    with pytest.raises(ValueError, match="two requests have the name r0#0"):
         make_client(stub(all_good)).generate([REQUESTS[0], REQUESTS[0]], SAMPLING, num_samples=1)
 
 
@@ -243,7 +284,7 @@ def test_no_requests_give_no_responses(stub: Callable[[Answer], Stub]) -> None:
 
 
 def test_what_on_generation_raises_comes_out_as_it_is(stub: Callable[[Answer], Stub]) -> None:
-    def stop(_: object) -> None:
+    def stop(*_: object) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
@@ -271,7 +312,7 @@ def test_a_stream_draws_requests_as_there_is_room_and_hands_over_each_response_o
             yield GenerationRequest(request_id=f"r{number}", prompt_token_ids=(number, 1))
 
     client = make_client(*servers, max_in_flight=4)
-    client.stream(requests(), SAMPLING, on_generation=lambda generation: arrived.append(generation.request_id))
+    client.stream(requests(), SAMPLING, on_generation=lambda request, generation: arrived.append(generation.request_id))
     assert sorted(arrived) == sorted(f"r{number}" for number in range(50))
     assert max(server.most_active for server in servers) <= 4
     assert sum(len(server.bodies) for server in servers) == 100
@@ -282,11 +323,11 @@ def test_a_stream_keeps_what_arrived_before_a_failure_and_seeds_as_generate_does
     arrived: list[str] = []
     with pytest.raises(RolloutFailed, match=r"request r3#0: HTTP 400.*too long"):
         make_client(server, max_in_flight=1).stream(
-            REQUESTS, SAMPLING, on_generation=lambda generation: arrived.append(generation.request_id)
+            REQUESTS, SAMPLING, on_generation=lambda request, generation: arrived.append(generation.request_id)
         )
     assert arrived == ["r0", "r1", "r2"]
     streamed = [body["sampling_params"][0]["sampling_seed"] for body in server.bodies[:3]]
-    assert streamed == [sample_seed(SAMPLING.seed or 0, f"r{number}", 0) for number in range(3)]
+    assert streamed == [response_seed(SAMPLING.seed or 0, f"r{number}", 0) for number in range(3)]
 
 
 # --------------------------------------------------------------------------------------------- servers with other weights, or none

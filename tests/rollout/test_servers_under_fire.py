@@ -204,7 +204,10 @@ def test_what_had_arrived_when_the_weights_were_lost_is_not_sampled_again(two: T
     client = two.client(samples_per_call=1, max_in_flight=16)
     arrived: list[Generation] = []
 
-    def lose(generation: Generation) -> None:
+    def keep(request: GenerationRequest, generation: Generation) -> None:
+        arrived.append(generation)
+
+    def lose(request: GenerationRequest, generation: Generation) -> None:
         arrived.append(generation)
         if len(arrived) == 10:
             two.publish(2)
@@ -212,7 +215,9 @@ def test_what_had_arrived_when_the_weights_were_lost_is_not_sampled_again(two: T
     with pytest.raises(WeightsMissing):
         client.generate(REQUESTS, SHORT, num_samples=8, policy_version=1, on_generation=lose)
     two.publish(1)
-    rows = client.generate(REQUESTS, SHORT, num_samples=8, policy_version=1, on_generation=arrived.append)
+    rows = client.generate(
+        REQUESTS, SHORT, num_samples=8, policy_version=1, on_generation=lambda request, generation: arrived.append(generation)
+    )
     assert [len(row) for row in rows] == [8] * 6 and len(arrived) == 48
     assert sorted(map(id, arrived)) == sorted(id(g) for row in rows for g in row)
     assert {g.policy_versions for g in arrived} == {(1, 1)}
@@ -224,7 +229,7 @@ def test_two_thousand_requests_in_flight_are_all_answered_in_little_memory(two: 
     wanted = (GenerationRequest(request_id=f"load{number}", prompt_token_ids=(3 + number % 30, 4)) for number in range(4000))
     arrived: list[str] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    client.stream(wanted, params, on_generation=lambda generation: arrived.append(generation.request_id))
+    client.stream(wanted, params, on_generation=lambda request, generation: arrived.append(generation.request_id))
     assert sorted(arrived) == sorted(f"load{number}" for number in range(4000))
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert kilobytes < 2000 * 150, f"{kilobytes / 2000:.0f} kB for each request in flight"

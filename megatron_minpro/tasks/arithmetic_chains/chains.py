@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_minpro.data.prompts import Prompt, digest, encode_prompts
+from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.data.prompts import digest, encode_prompts
 
 OPERATIONS = ("+", "-", "*")
 EQUALS, STEP_END, CHAIN_END = "=", ";", ":"

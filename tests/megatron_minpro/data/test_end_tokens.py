@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.end_tokens import end_of_turn_id, end_token_ids, response_text, without_special_tokens
-from megatron_minpro.data.prompts import Prompt
 from megatron_minpro.rewards.reward import make_reward
 
 IM_END, END_OF_TEXT = 151645, 151643

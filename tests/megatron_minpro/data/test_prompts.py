@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_minpro.data.prompts import Prompt, PromptCursor, PromptList, encode_prompts
+from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.data.prompts import PromptCursor, PromptList, encode_prompts
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.data.wrappers import DAPO_WRAPPER
 from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
@@ -208,6 +209,31 @@ def test_differently_written_equal_integers_do_not_conflict(tmp_path: Path, chai
     rows = [{"question": "1 + 2", "answer": answer} for answer in ("025", "25", "25.0", 25)]
     source, report = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", rows))
     assert (len(source), source[0].answer, report.conflicting) == (1, "025", 0)
+
+
+def test_a_system_message_in_the_row_is_kept(tmp_path: Path, qwen_tokenizer: Any) -> None:
+    def row(system: str) -> dict[str, Any]:
+        return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": "1 + 1?"}], "answer": "2"}
+
+    path = write_jsonl(tmp_path / "x.jsonl", [row("Be brief."), row("Be kind.")])
+    source, report = load(qwen_tokenizer, path, question_field="messages.1.content")
+    assert (report.kept, source[0].prompt_id != source[1].prompt_id) == (2, True), "another system message makes another prompt"
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert qwen_tokenizer.decode(source[0].token_ids) == expected
+    assert [message["role"] for message in source[0].messages] == ["system", "user"]
+    broken = write_jsonl(tmp_path / "y.jsonl", [{"messages": [{"role": "system"}, {"role": "user", "content": "1?"}], "answer": "1"}])
+    with pytest.raises(ValueError, match=r"y\.jsonl: line 1: field 'messages\.0\.content' is missing"):
+        load(qwen_tokenizer, broken, question_field="messages.1.content")
+
+
+def test_an_answer_may_be_a_list_and_all_fields_of_the_row_are_kept(tmp_path: Path, chain_tokenizer: Any) -> None:
+    cases = [{"input": "1", "output": "2"}, {"input": "2", "output": "3"}]
+    rows = [{"question": "1 + 1", "answer": cases, "difficulty": 3}, {"question": "1 + 2", "answer": []}]
+    source, report = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", rows))
+    assert (source[0].answer, source[0].row["difficulty"], report.empty, len(source)) == (cases, 3, 1, 1)
+    conflicting = [rows[0], {**rows[0], "answer": cases[:1]}, {"question": "2", "answer": "2"}]
+    _, report = load(chain_tokenizer, write_jsonl(tmp_path / "y.jsonl", conflicting))
+    assert (report.conflicting, report.kept) == (1, 1)
 
 
 def test_the_length_limit_is_inclusive_and_counts_the_template(tmp_path: Path, chain_tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_minpro.evaluation.endpoints import OpenAISource, Wanted, openai_body, read_openai, served_model
 from megatron_minpro.evaluation.responses import Response
-from rollout.client import RolloutFailed, sample_seed
+from rollout.client import RolloutFailed, response_seed
 from rollout.records import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=9, temperature=1.0, top_p=0.7, top_k=-1, stop_token_ids=(3,), seed=5)
@@ -47,7 +47,7 @@ def test_completions_are_sent_the_same_token_ids_as_the_native_api_and_every_set
         "max_tokens": 9, "temperature": 1.0, "top_p": 0.7, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
         "stop_token_ids": [3], "skip_special_tokens": True, "n": 1,
     }  # fmt: skip
-    assert body["seed"] == sample_seed(5, "set/p0/0", 0) != openai_body(wanted(1), SAMPLING, api="completions", model="m")["seed"]
+    assert body["seed"] == response_seed(5, "set/p0/0", 0) != openai_body(wanted(1), SAMPLING, api="completions", model="m")["seed"]
 
 
 def test_chat_is_sent_the_text() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import EvaluationConfig, load_config
-from megatron_minpro.data.prompts import Prompt
 from megatron_minpro.loop.held_out import held_out_prompts, measure
 from megatron_minpro.rewards.reward import make_reward
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan

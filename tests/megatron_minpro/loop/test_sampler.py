@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import DynamicSamplingConfig
-from megatron_minpro.data.prompts import Prompt, PromptCursor, PromptList
+from megatron_minpro.data.prompts import PromptCursor, PromptList
 from megatron_minpro.loop.sampler import Sampled, Sampler, choose_groups
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import RewardResult

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.rewards.answers import as_integer, last_answer_line, last_boxed
 from megatron_minpro.rewards.grader_pool import GraderPool, Verdict

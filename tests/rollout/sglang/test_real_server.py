@@ -62,7 +62,7 @@ def sync(
 
 def test_every_request_gets_exactly_its_samples_in_order(client: GenerationClient) -> None:
     seen = []
-    rows = client.generate(REQUESTS, sampling(), num_samples=3, on_generation=seen.append)
+    rows = client.generate(REQUESTS, sampling(), num_samples=3, on_generation=lambda request, generation: seen.append(generation))
     assert [[generation.request_id for generation in row] for row in rows] == [[request.request_id] * 3 for request in REQUESTS]
     assert sorted(map(id, seen)) == sorted(id(generation) for row in rows for generation in row)
     for request, row in zip(REQUESTS, rows, strict=True):
