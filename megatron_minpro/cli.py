@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from megatron_minpro.commands import convert, doctor, evaluate, plan, scale, serve, train
+from megatron_minpro.working_folder import without_working_folder
 
 app = typer.Typer(
     name="minpro",
@@ -51,6 +52,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script: runs the command and exits with its code."""
+    sys.path[:] = without_working_folder(sys.path)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

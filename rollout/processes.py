@@ -191,7 +191,6 @@ def spawn(
     env: Mapping[str, str],
     name: str,
     ignore_signals: Iterable[signal.Signals] = (),
-    cwd: Path | None = None,
     secrets: tuple[str, ...] = (),
 ) -> ManagedProcess:
     """Start `command` in a session of its own, with output appended to `log_path`; it and its offspring are killed when this process ends.
@@ -217,7 +216,6 @@ def spawn(
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**env, reaper.VARIABLE: ":".join([*outer_marks, mark])},
-            cwd=cwd,
             start_new_session=True,
         )
     return ManagedProcess(

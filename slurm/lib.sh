@@ -1,5 +1,8 @@
 # shellcheck shell=bash
-# What the job scripts share. Source it; it defines functions and changes nothing else.
+# What the job scripts share. Source it: it defines functions and sets one variable.
+
+# `python -m` must not take a module of ours from the submit folder, where a user's own parallel.py or rollout/ may lie.
+export PYTHONSAFEPATH=1
 
 log() { printf '[%(%F %T)T job %s attempt %s] %s\n' -1 "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*"; }
 

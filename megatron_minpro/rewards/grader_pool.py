@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_minpro.rewards.answers import EXACT, Tolerance
+from megatron_minpro.working_folder import child_environment
 
 _WORKER_FILE = Path(__file__).with_name("grader_worker.py")
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
@@ -46,7 +47,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**child_environment(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # a Ctrl-C is for the run, which then closes its workers
         )
         self._received = b""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.report.run_report import stopped, write_report
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
+from megatron_minpro.run.ranks import start_ranks
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -41,7 +40,7 @@ from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.metrics_file import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
 from rollout.loopback import is_loopback
-from rollout.processes import ManagedProcess, spawn
+from rollout.processes import ManagedProcess
 from rollout.sglang.server import ServerPool
 
 _REFRESH_S = 0.3
@@ -138,26 +137,23 @@ def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> No
     config.layout.check_model(read_architecture(destination))
     if config.model.warm_up.num_steps:
         write_progress(run_dir, Progress(phase="base model", global_step=0, detail="starting"))
-        ranks = start_ranks(config, "warm_up")
+        ranks = start_workers(config, "warm_up")
         try:
             _watch(ranks, console, lambda: None, ctrl_c, run_dir, stop_gently=False)
         finally:
             ranks.terminate()
 
 
-def start_ranks(config: RunConfig, task: str) -> ManagedProcess:
-    """torchrun with one process per rank on this machine."""
-    run_dir = config.run_dir
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.world_size}"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if not config.rollout.endpoints and is_loopback(config.rollout.host):
-        # Everything is on this machine: nothing listens on an address that others can reach.
-        command += ["--local-addr=127.0.0.1"]
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command += ["-m", "megatron_minpro.run.worker", str(run_dir), task]
-    # torchrun itself would die of the signal that asks its workers to stop.
-    return spawn(
-        command, log_path=run_dir / "logs" / f"{task}.log", env=environment, name=f"trainer ({task})", ignore_signals=(signal.SIGUSR1,)
+def start_workers(config: RunConfig, task: str) -> ManagedProcess:
+    """All ranks of the run, on this machine."""
+    return start_ranks(
+        "megatron_minpro.run.worker",
+        [str(config.run_dir), task],
+        count=config.world_size,
+        name=f"trainer ({task})",
+        log_path=config.run_dir / "logs" / f"{task}.log",
+        loopback=not config.rollout.endpoints and is_loopback(config.rollout.host),
+        ignore_signals=(signal.SIGUSR1,),  # it asks the workers to stop; torchrun would die of it
     )
 
 
@@ -175,7 +171,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
                 log_dir=run_dir / "logs",
                 base_port=config.rollout.base_port,
             )
-        ranks = start_ranks(config, "train")
+        ranks = start_workers(config, "train")
         if pool is not None:
             pool.wait_until_ready(
                 config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)

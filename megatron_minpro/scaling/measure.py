@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import Any
 
 from megatron_minpro.config import RunConfig
 from megatron_minpro.run import base_model
+from megatron_minpro.run.ranks import Rendezvous, start_ranks
 from megatron_minpro.scaling.rows import Row, measured
 from megatron_minpro.scaling.study import Case
 from parallel.capabilities import Capabilities
 from parallel.planner.hardware import Hardware
 from parallel.planner.shape import ModelShape
-from rollout.processes import ManagedProcess, spawn
+from rollout.processes import ManagedProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +124,13 @@ def was_killed(log: str) -> bool:
 
 
 def _start(name: str, request: Mapping[str, Any], folder: Path, model: Path, result: Path, nodes: Nodes, needed: int) -> ManagedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request['layout']['world_size'] // needed}"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if needed == 1:
-        command += ["--standalone", "--local-addr=127.0.0.1"]
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens on an address that others can reach
-    else:
-        command += [f"--nnodes={needed}", f"--node-rank={nodes.rank}", f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
-    command += ["-m", "megatron_minpro.scaling.measure_rank", str(folder), json.dumps(request), str(model), str(result)]
-    log = folder / "logs" / (f"{name}.log" if needed == 1 else f"{name}_node{nodes.rank}.log")
-    return spawn(command, log_path=log, env=environment, name=f"ranks of {name}")
+    together = Rendezvous(machines=needed, machine=nodes.rank, address=nodes.address, port=nodes.port)
+    return start_ranks(
+        "megatron_minpro.scaling.measure_rank",
+        [str(folder), json.dumps(request), str(model), str(result)],
+        count=request["layout"]["world_size"] // needed,
+        name=f"ranks of {name}",
+        log_path=folder / "logs" / (f"{name}.log" if needed == 1 else f"{name}_node{nodes.rank}.log"),
+        loopback=needed == 1,
+        rendezvous=None if needed == 1 else together,
+    )

@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_ROLLOUT = Path(__file__).resolve().parents[1]
+_REQUIREMENTS = _ROLLOUT / "requirements_cpu.txt"
 
 # A launcher's variables must not reach a server: SGLang builds process groups of its own from the same names.
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
@@ -19,24 +20,44 @@ def default_server_python() -> Path:
     Raises ValueError when there is none.
     """
     named = os.environ.get("MINPRO_SERVER_PYTHON")
-    python = Path(named) if named is not None else PROJECT_ROOT / ".venv-sglang" / "bin" / "python"
+    python = Path(named) if named is not None else _ROLLOUT.parent / ".venv-sglang" / "bin" / "python"
     if shutil.which(python) is None:
         source = "MINPRO_SERVER_PYTHON" if named is not None else "the default"
         raise ValueError(
-            f"server environment: {python} ({source}) is not an executable; make it with `make setup` or set MINPRO_SERVER_PYTHON"
+            f"server environment: {python} ({source}) is not an executable; make it with `make setup`, or set MINPRO_SERVER_PYTHON to the "
+            f"Python of an environment with SGLang (for CPUs: {_REQUIREMENTS})"
         )
     return python
 
 
-def server_environment(*, device: str, num_threads: int) -> dict[str, str]:
-    """Environment of a server process: this process's, without a launcher's variables, offline, with the packages importable."""
+def link_packages(folder: Path) -> Path:
+    """A new folder in `folder` that shows the server environment our `rollout` package and nothing that is installed beside it.
+
+    Beside an installed `rollout` lie the trainer's own torch and transformers, which a server must not import.
+    """
+    packages = folder / "packages"
+    packages.mkdir()
+    (packages / "rollout").symlink_to(_ROLLOUT, target_is_directory=True)
+    return packages
+
+
+def server_environment(*, device: str, num_threads: int, packages: Path) -> dict[str, str]:
+    """The environment of a server process: this process's without a launcher's variables, offline, with `rollout` importable.
+
+    Args:
+        device: cpu or cuda.
+        num_threads: torch threads on the CPU.
+        packages: the folder that `link_packages` made. Nothing else is searched before the server environment's own packages, the
+            working folder included.
+    """
     environment = {
         name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
     }
     environment.pop("PYTHONHOME", None)
     environment.pop("VIRTUAL_ENV", None)
     environment.update(
-        PYTHONPATH=str(PROJECT_ROOT),
+        PYTHONPATH=str(packages),
+        PYTHONSAFEPATH="1",
         PYTHONUNBUFFERED="1",
         HF_HUB_OFFLINE="1",  # the model is a local folder: nothing is looked up
         TRANSFORMERS_OFFLINE="1",

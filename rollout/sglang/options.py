@@ -6,11 +6,12 @@ import difflib
 import functools
 import json
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rollout.sglang.environment import server_environment
+from rollout.sglang.environment import link_packages, server_environment
 
 # Prints {argument name: {"flag": ..., "takes_value": ..., "default": ...}} as the last line.
 _PROBE = """
@@ -39,13 +40,14 @@ def known_options(server_python: Path, device: str) -> dict[str, dict[str, Any]]
 
     Raises ValueError when SGLang cannot be imported there, with the last line of the reason.
     """
-    probe = subprocess.run(
-        [str(server_python), "-c", _PROBE],
-        capture_output=True,
-        text=True,
-        env=server_environment(device=device, num_threads=1),
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="minpro_options_") as folder:
+        probe = subprocess.run(
+            [str(server_python), "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            env=server_environment(device=device, num_threads=1, packages=link_packages(Path(folder))),
+            check=False,
+        )
     if probe.returncode != 0:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"the server environment {server_python} cannot list SGLang's server arguments: {reason}")

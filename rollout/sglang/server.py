@@ -26,7 +26,7 @@ from rollout.background import in_background
 from rollout.loopback import LOOPBACK_INTERFACE, is_loopback
 from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang import control as sglang_control
-from rollout.sglang.environment import PROJECT_ROOT, default_server_python, server_environment
+from rollout.sglang.environment import default_server_python, link_packages, server_environment
 from rollout.sglang.options import option_arguments
 
 Device = Literal["cpu", "cuda"]
@@ -227,6 +227,7 @@ class ServerPool:
         # Only this user can enter it. Holds the key file and the sockets between a server's processes: a short path (the system allows
         # 107 bytes), and one place to clean up.
         self._private_dir = Path(tempfile.mkdtemp(prefix="minpro_servers_"))
+        self._packages = link_packages(self._private_dir)
         self._key_file: Path | None = None
 
     @classmethod
@@ -329,7 +330,7 @@ class ServerPool:
             key_file=self._key_file,
             restarted=restarted,
         )
-        environment = server_environment(device=self.settings.device, num_threads=self.settings.num_threads)
+        environment = server_environment(device=self.settings.device, num_threads=self.settings.num_threads, packages=self._packages)
         environment["TMPDIR"] = str(self._private_dir)
         if is_loopback(self.settings.host):  # whoever talks to it is on this host: gloo's connections need no other interface
             environment["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
@@ -339,7 +340,6 @@ class ServerPool:
             log_path=self._log_dir / f"server_{index}.log",
             env=environment,
             name=f"SGLang server {index}",
-            cwd=PROJECT_ROOT,
             secrets=tuple(key for key in keys if key is not None),
         )
 

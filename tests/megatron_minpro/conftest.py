@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -23,6 +24,21 @@ def sample_content(samples: Sequence[Sample]) -> list[Any]:
     """As `content`."""
     values = [getattr(sample, field.name) for sample in samples for field in fields(Sample)]
     return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+HIDING = "a module of the working folder was imported in place of ours"
+
+
+@pytest.fixture
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with modules and folders of the same names as ours; PYTHONPATH names it too, as many a shell profile does."""
+    folder = tmp_path_factory.mktemp("working_folder")
+    for name in ("parallel.py", "checkpoints_convert.py", "rollout/__init__.py", "sglang.py", "math_verify.py", "configs/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"raise RuntimeError({HIDING!r})\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", *filter(None, [os.environ.get("PYTHONPATH")])]))
+    return folder
 
 
 @pytest.fixture

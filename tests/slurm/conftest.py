@@ -71,7 +71,7 @@ def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.run_dir.mkdir()
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config))
     base_model.write_initial_model(config.model, config.prompts, config.run_dir / INITIAL_MODEL_FOLDER)
-    ranks = launcher.start_ranks(config, "warm_up")
+    ranks = launcher.start_workers(config, "warm_up")
     try:
         assert ranks.wait(280) == 0, ranks.describe_end()
     finally:

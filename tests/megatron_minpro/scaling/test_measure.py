@@ -14,6 +14,7 @@ from megatron_minpro.scaling.rows import describe
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import read_hardware
+from tests.megatron_minpro.conftest import HIDING
 from tests.megatron_minpro.scaling.test_rows import SETTINGS, SHAPE, TRAINING, case
 from tests.megatron_minpro.scaling.test_study import CONFIG
 
@@ -53,11 +54,13 @@ def request(world_size: int) -> dict[str, object]:
 
 
 @pytest.mark.ranks
-def test_ranks_without_an_end_or_a_study_are_failures_with_a_reason(tmp_path: Path) -> None:
+def test_ranks_without_an_end_or_a_study_are_failures_with_a_reason(tmp_path: Path, hostile_folder: Path) -> None:
     late = run_ranks("late", request(1), tmp_path, tmp_path, HERE, 1, timeout_s=0.2)
     assert late["status"] == "failed" and late["reason"].startswith("no result within 0 s")
     lost = run_ranks("lost", request(1), tmp_path, tmp_path, HERE, 1, timeout_s=120.0)  # the folder holds no study
     assert lost["status"] == "failed" and lost["reason"].startswith("the ranks ended with exit code 1 (log: ")
+    log = (tmp_path / "logs" / "lost.log").read_text()
+    assert f"{tmp_path / 'study.json'}" in log and HIDING not in log  # the working folder has modules of the same names as ours
 
 
 def test_a_killed_rank_is_told_from_those_that_fail_with_it() -> None:

@@ -197,10 +197,10 @@ def test_wrong_settings_are_refused_by_name(server_settings: ServerSettings, cha
 def test_server_environment_keeps_a_launcher_s_variables_from_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "1")
-    environment = server_environment(device="cpu", num_threads=1)
+    environment = server_environment(device="cpu", num_threads=1, packages=Path("packages"))
     assert not {name for name in environment if name in ("RANK", "WORLD_SIZE") or name.startswith(("MASTER_", "LOCAL_", "TORCHELASTIC"))}
     assert environment["SGLANG_USE_CPU_ENGINE"] == "1" and environment["OMP_NUM_THREADS"] == "1"
-    assert "SGLANG_USE_CPU_ENGINE" not in server_environment(device="cuda", num_threads=1)
+    assert "SGLANG_USE_CPU_ENGINE" not in server_environment(device="cuda", num_threads=1, packages=Path("packages"))
 
 
 def test_server_python_comes_from_the_environment_or_from_beside_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
