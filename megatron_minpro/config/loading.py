@@ -14,19 +14,20 @@ from pydantic_core import ErrorDetails
 
 from megatron_minpro.config.run_config import RunConfig
 from megatron_minpro.config.settings import ConfigError, Settings, escape
+from megatron_minpro.config.shipped import find_config
 from megatron_minpro.config.yaml_text import render_yaml
 
 __all__ = ["ConfigError", "dump_config", "flatten_differences", "load_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply key=value overrides from left to right, validate.
+    """Read a YAML file (or a shipped one by its name), apply key=value overrides from left to right, validate.
 
     Values of overrides are YAML. A top-level section may be the path of a .yaml file that holds it (objective=configs/objective/grpo.yaml).
     ${NAME} in a string is an environment variable. All paths are relative to the working directory.
     Raises ConfigError, one line: which file and line (or the command line), which key, its value, what was expected.
     """
-    path = Path(path)
+    path = find_config(path)
     settings = Settings()
     settings.read_file(path)
     for assignment in overrides:

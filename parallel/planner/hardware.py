@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from checkpoints_convert.nearest_name import nearest
+from parallel.shipped import shipped_folder
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
+FOLDER = shipped_folder("hardware")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 from checkpoints_convert.nearest_name import nearest
 from parallel.planner.shape import ModelShape, from_config
+from parallel.shipped import shipped_folder
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
+FOLDER = shipped_folder("models")
 
 _VARIANT = re.compile(r"[-_](base|instruct|thinking|instruct-2507|thinking-2507)$")
 

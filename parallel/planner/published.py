@@ -18,8 +18,8 @@ from parallel.planner.shape import ModelShape, from_config
 from parallel.planner.stages import check_layout
 from parallel.planner.step import step_time
 from parallel.planner.training import Batch, Training
+from parallel.shipped import shipped_folder
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = Path(__file__).with_name("published_rows.yaml")
 
 
@@ -50,7 +50,7 @@ class Row:
 
 @lru_cache
 def shape_of(model: str) -> ModelShape:
-    path = ROOT / "configs" / "models" / f"{model}.json"
+    path = shipped_folder("models") / f"{model}.json"
     return from_config(json.loads(path.read_text()), name=model, source=path)
 
 
