@@ -22,7 +22,7 @@ from checkpoints_convert.conversion_plan import check_dtype, check_space, finger
 from checkpoints_convert.copying import Meter, ProgressFunction, bytes_of, no_garbage_collection, row_blocks, run_in_threads
 from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.extra_state import extra_state_keys
-from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
+from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_architecture, read_config
 from checkpoints_convert.journal import Journal
 from checkpoints_convert.manifest import MANIFEST_FILE, Manifest, TensorRecord, read_manifest
 from checkpoints_convert.mapping import TIED_COPIES, Parameter, check_hf_tensors, parameters, torch_dist_key
@@ -70,7 +70,7 @@ def hf_to_megatron(
     check_apart(source, destination)
     if force:
         check_replaceable(destination)
-    architecture = Architecture.from_config(read_config(source), source=source / "config.json")
+    architecture = read_architecture(source)
     with SafetensorsReader(source) as reader:
         specs = {name: reader.spec(name) for name in reader.names}
         copies = check_hf_tensors(architecture, {name: spec.shape for name, spec in specs.items()}, source=source)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
+from checkpoints_convert.adapters import refuse_adapter
+
+_CLASS_NAMES: Mapping[str, str] = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+MODEL_TYPES = tuple(_CLASS_NAMES)
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")  # dtypes.py has the torch dtypes; this file does without torch
 
@@ -82,6 +85,8 @@ class Architecture:
         """
         read = _Reader(config, str(source))
         model_type = read.choice("model_type", MODEL_TYPES)
+        if config.get("architectures") not in (None, [_CLASS_NAMES[model_type]]):
+            raise read.error("architectures", f"[{_CLASS_NAMES[model_type]!r}] (another class has another head, or none)")
         for key, inert in _INERT_VALUES.items():
             if key in config and config[key] not in inert:
                 raise read.error(key, f"{inert[0]!r} (anything else is another architecture)")
@@ -117,6 +122,11 @@ class Architecture:
                 raise read.error("num_experts_per_tok", f"at most the number of experts, {num_experts}")
             moe_intermediate_size = read.positive_int("moe_intermediate_size")
             norm_topk_prob = read.boolean("norm_topk_prob")
+            if num_experts_per_tok == 1 and norm_topk_prob:
+                # Megatron-Core has no such router.
+                raise read.error(
+                    "num_experts_per_tok", "at least 2, as norm_topk_prob gives a single expert weight 1 and its router no gradient"
+                )
 
         return cls(
             model_type=model_type,
@@ -154,7 +164,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_architecture(directory: str | Path) -> Architecture:
-    """The Architecture of a Hugging Face model folder. Raises ValueError as Architecture.from_config does."""
+    """The Architecture of a Hugging Face model folder. Raises ValueError as Architecture.from_config and refuse_adapter do."""
+    refuse_adapter(Path(directory))
     return Architecture.from_config(read_config(directory), source=Path(directory) / "config.json")
 
 

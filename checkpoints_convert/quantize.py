@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.atomic_directory import check_apart, check_replaceable, new_directory
-from checkpoints_convert.hf_config import Architecture, config_with_both_spellings, read_config
+from checkpoints_convert.hf_config import config_with_both_spellings, read_architecture, read_config
 from checkpoints_convert.logit_error import LogitError, LogitErrorSum
 from checkpoints_convert.mapping import check_hf_tensors
 from checkpoints_convert.quantized_weights import Format, WeightError, check_quantized
@@ -85,7 +85,7 @@ def quantize_checkpoint(
     if replace:
         check_replaceable(destination)
     config = read_config(source)
-    architecture = Architecture.from_config(config, source=source / "config.json")
+    architecture = read_architecture(source)
     for name, prompts in (("calibration", calibration), ("measured", measured)):
         if not prompts or not all(prompts):
             raise ValueError(f"{source}: {name} prompts: {len(prompts)}, one may be empty; expected at least one, each with tokens")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints_convert.hf_config import Architecture, read_architecture
+from checkpoints_convert.servable import refuse_tied_experts
 from megatron_minpro.cluster.facts import Finding, NodeReport
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.sources import load_prompts
@@ -33,6 +34,7 @@ def check_settings(config: RunConfig) -> Architecture | None:
     check_server_options(config)
     architecture = _known_architecture(config)
     if architecture is not None:
+        refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
         config.layout.check_model(architecture)
         prompt = max(config.prompts.max_prompt_tokens, config.evaluation.prompts.max_prompt_tokens)
         if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:

@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints_convert.checkpoint_location import CheckpointLocation
 from checkpoints_convert.policy_folder import load_tokenizer
+from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.wrappers import WRAPPERS, wrap
@@ -67,6 +68,8 @@ def plan(request: EvaluationRequest) -> Plan:
     out = Path("evaluation" if request.out is None else request.out).absolute()
     served_only = request.serving.api == "chat" and not Path(request.checkpoint).exists()
     location = None if served_only else find_checkpoint(Path(request.checkpoint).absolute(), config=request.config)
+    if location is not None and not request.serving.endpoints:
+        refuse_unservable(location.model)
     if request.style not in (*WRAPPERS, BARE):
         raise ValueError(f"--style {request.style}: expected one of {', '.join((*WRAPPERS, BARE))}")
     sampling = SamplingParams(

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
+from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.config import RunConfig
 from megatron_minpro.run.run_folder import ENDPOINTS_FILE
 from parallel.capabilities import detect
@@ -22,9 +23,10 @@ _CHECK_EVERY_S = 1.0
 def server_settings(config: RunConfig, *, first_gpu: int) -> ServerSettings:
     """What every server of the run has in common. first_gpu: the first device that belongs to servers.
 
-    Raises ValueError when the model folder or a key file is missing.
+    Raises ValueError when the model folder or a key file is missing, or SGLang would serve another model than the folder's.
     """
     rollout = config.rollout
+    refuse_unservable(Path(config.model.path))
     return ServerSettings(
         model_path=Path(config.model.path),
         device=detect().device_type,

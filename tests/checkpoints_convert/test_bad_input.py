@@ -166,6 +166,18 @@ SPOILED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "quantized already": (edit_config(quantization_config={"quant_method": "fp8"}), ("config.json", "quantization_config")),
     "shared experts": (edit_config(shared_expert_intermediate_size=64), ("config.json", "shared_expert_intermediate_size is 64")),
     "layers of several kinds": (edit_config(mlp_only_layers=[0]), ("config.json", "mlp_only_layers is [0]")),
+    "a classifier": (
+        edit_config(architectures=["Qwen3MoeForSequenceClassification"]),
+        ("config.json", "architectures is ['Qwen3MoeForSequenceClassification']", "expected ['Qwen3MoeForCausalLM']"),
+    ),
+    "an encoder": (edit_config(architectures=["Qwen3MoeModel"]), ("config.json", "architectures is ['Qwen3MoeModel']")),
+    "an adapter beside the weights": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"),
+        ("adapter_model.safetensors: an adapter", "merge the adapter"),
+    ),
+    "an adapter's settings alone": (lambda f: (f / "adapter_config.json").write_text("{}"), ("adapter_config.json: an adapter",)),
+    "one expert per token, renormalised": (edit_config(num_experts_per_tok=1), ("config.json", "num_experts_per_tok is 1", "at least 2")),
+    "tokenizer settings cut off": (lambda f: (f / "tokenizer_config.json").write_text("{"), ("tokenizer_config.json", "not valid JSON")),
     "tied, with a head of its own": (edit_config(tie_word_embeddings=True), ("lm_head.weight", "model.embed_tokens.weight")),
 }
 

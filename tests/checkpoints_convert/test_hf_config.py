@@ -107,6 +107,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (MOE_4, {"num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
     (MOE_4, {"norm_topk_prob": None}, "norm_topk_prob is None"),
     (DENSE_5, {"num_experts": 4}, "num_experts is 4"),
+    (MOE_4, {"num_experts_per_tok": 1}, "num_experts_per_tok is 1; expected at least 2, as norm_topk_prob"),
+    (MOE_4, {"architectures": ["Qwen3ForCausalLM"]}, "architectures is ['Qwen3ForCausalLM']; expected ['Qwen3MoeForCausalLM']"),
+    (DENSE_5, {"architectures": ["Qwen3ForTokenClassification"]}, "architectures is ['Qwen3ForTokenClassification']"),
+    (DENSE_5, {"architectures": []}, "architectures is []"),
     (DENSE_5, {"head_dim": None}, "head_dim is None"),
     (MOE_4, {"dtype": "float32"}, "dtype is 'float32'; expected torch_dtype = 'bfloat16'"),
     (MOE_4, {"torch_dtype": "float64"}, "torch_dtype is 'float64'"),
@@ -128,6 +132,11 @@ def test_another_architecture_is_refused_in_one_line_with_source_key_and_value(
         Architecture.from_config(config | change, source="models/x/config.json")
     text = str(error.value)
     assert text.startswith(f"models/x/config.json: {message}") and "; expected " in text and "\n" not in text
+
+
+def test_one_expert_per_token_without_renormalising_is_a_model_like_any_other() -> None:
+    read = Architecture.from_config(MOE_4 | {"num_experts_per_tok": 1, "norm_topk_prob": False}, source="config.json")
+    assert (read.num_experts_per_tok, read.norm_topk_prob) == (1, False)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\x00"], ids=["absent", "cut off", "a list", "not text"])

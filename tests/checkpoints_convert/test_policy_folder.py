@@ -112,6 +112,31 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (tmp_path / "policy/model.safetensors").read_bytes() != before
 
 
+def test_a_tokenizer_made_here_is_written_in_the_words_of_both_transformers(tmp_path: Path, chain_tokenizer: Any) -> None:
+    from transformers import AutoTokenizer
+
+    chain_tokenizer.save_pretrained(tmp_path / "made")
+    files = companion_files(tmp_path / "made")
+    written = json.loads(files["tokenizer_config.json"])
+    # transformers 4 has no class TokenizersBackend and takes extra_special_tokens for a dictionary of named tokens.
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in written
+    assert written["additional_special_tokens"][:3] == ["<|user|>", "<|assistant|>", "<|system|>"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert companion_files(tmp_path) == files
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.all_special_tokens == chain_tokenizer.all_special_tokens
+    text = "<|user|> 1 + 2 <|assistant|> 3 <|end|>"
+    assert read(text)["input_ids"] == chain_tokenizer(text)["input_ids"]
+    assert read.decode(read(text)["input_ids"], skip_special_tokens=True) == "1 + 2 3"
+    assert read.chat_template == chain_tokenizer.chat_template and read.eos_token == "<|end|>"
+
+
+def test_a_published_tokenizers_settings_stay_as_they_are(assets: Path) -> None:
+    folder = assets / "models/qwen3_30b_a3b"
+    assert companion_files(folder)["tokenizer_config.json"] == (folder / "tokenizer_config.json").read_bytes()
+
+
 def test_an_export_keeps_config_and_tokenizer_of_the_model_it_came_from(tmp_path: Path, chain_tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 

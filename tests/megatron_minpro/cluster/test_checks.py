@@ -44,6 +44,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         checks.check_settings(tiny(tmp_path))
 
 
+def test_experts_with_a_tied_head_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    # SGLang would sample from a head of random numbers.
+    with pytest.raises(ValueError, match=r"^model\.path .*/model: tie_word_embeddings is True in a qwen3_moe model; expected False"):
+        checks.check_settings(tiny(tmp_path, "model.warm_up.architecture.tie_word_embeddings=true"))
+
+
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -99,6 +99,27 @@ def test_wrong_input_is_one_line(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen3_moe", "tie_word_embeddings": True}, "model/config.json: tie_word_embeddings is True in a qwen3_moe model"),
+        (
+            {"architectures": ["Qwen3ForSequenceClassification"]},
+            "model/config.json: architectures is ['Qwen3ForSequenceClassification']; expected a model that generates text",
+        ),
+        ({}, "model/adapter_model.safetensors: an adapter, which is not read"),
+    ],
+)
+def test_a_model_that_would_be_served_as_another_is_refused_also_by_a_dry_run(
+    change: dict[str, Any], message: str, model: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "qwen3", "max_position_embeddings": 40960, "tie_word_embeddings": True, **change}
+    (model / "config.json").write_text(json.dumps(config))
+    if not change:
+        (model / "adapter_model.safetensors").write_bytes(b"")
+    assert message in refused(capsys, model, "--benchmarks", own, "--out", tmp_path / "out", "--dry-run")
+
+
 def test_responses_longer_than_the_model_are_refused_also_by_a_dry_run(
     model: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,18 @@ def test_server_settings_are_those_of_the_configuration(model_folder: Path) -> N
     assert (settings.host, settings.deterministic, settings.options) == ("127.0.0.1", False, {"chunked_prefill_size": 512})
 
 
+def test_a_folder_that_sglang_would_serve_as_another_model_is_refused(model_folder: Path) -> None:
+    config = load_config(TINY, [f"model.path={model_folder}"])
+    (model_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model/adapter_config\.json: an adapter, which is not read; expected a folder of whole weights"):
+        server_settings(config, first_gpu=0)
+    (model_folder / "adapter_config.json").unlink()
+    fields = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"config\.json: tie_word_embeddings is True in a qwen3_moe model; expected False \(SGLang"):
+        server_settings(config, first_gpu=0)
+
+
 def version_or_none(endpoint: str) -> str | None:
     try:
         return sglang_control.weight_version(endpoint, key=None, timeout_s=10.0)
