@@ -55,7 +55,7 @@ def row_blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def equal_bits(first: Tensor, second: Tensor) -> bool:

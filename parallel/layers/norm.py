@@ -22,7 +22,8 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # finalize_model_grads sums marked gradients over tensor-parallel ranks: each saw only its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel
+        marked: Any = self.weight
+        marked.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)

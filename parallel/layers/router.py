@@ -103,9 +103,9 @@ def follow_packing(module: torch.nn.Module) -> None:
             layer.register_forward_hook(_take_back)
 
 
-def _hand_over(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layer.mlp.router.packed = kwargs["packed_seq_params"]
 
 
-def _take_back(layer: torch.nn.Module, *_: Any) -> None:
+def _take_back(layer: Any, *_: Any) -> None:
     layer.mlp.router.packed = None

@@ -11,7 +11,7 @@ import datetime
 import ipaddress
 import socket
 import threading
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,13 @@ from rollout.loopback import LOOPBACK_INTERFACE
 
 Backend = Literal["gloo", "nccl"]
 _DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
+
+
+class _Broadcaster(Protocol):
+    """What both backends can do; torch's stubs leave out `broadcast`."""
+
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> dist.Work: ...
+    def abort(self) -> None: ...
 
 
 class BroadcastGroup:
@@ -53,7 +60,7 @@ class BroadcastGroup:
             master_listen_fd=listener.detach(),
         )
         self._store: dist.Store | None = None
-        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        self._group: _Broadcaster | None = None
 
     @property
     def port(self) -> int:
@@ -74,18 +81,15 @@ class BroadcastGroup:
         store = dist.PrefixStore(self.name, counted)
         self._store = dist.PrefixStore(f"{_DEVICE_TYPE[self.backend]}/", dist.PrefixStore(f"{self.name}/", store))
         if self.backend == "gloo":
-            gloo = dist.ProcessGroupGloo._Options()
-            gloo._timeout = self._timeout
-            gloo._devices = [
-                dist.ProcessGroupGloo.create_device(interface=LOOPBACK_INTERFACE)
-                if self._is_local
-                else dist.ProcessGroupGloo.create_default_device()
-            ]
-            self._group = dist.ProcessGroupGloo(self._store, 0, self.world_size, gloo)
+            gloo: Any = dist.ProcessGroupGloo  # torch's stubs know neither its _Options nor the constructor that takes them
+            gloo_options = gloo._Options()
+            gloo_options._timeout = self._timeout
+            gloo_options._devices = [gloo.create_device(interface=LOOPBACK_INTERFACE) if self._is_local else gloo.create_default_device()]
+            self._group = gloo(self._store, 0, self.world_size, gloo_options)
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            self._group = dist.ProcessGroupNCCL(self._store, 0, self.world_size, options)
+            self._group = cast(_Broadcaster, dist.ProcessGroupNCCL(self._store, 0, self.world_size, options))
 
     def broadcast(self, tensor: Tensor) -> dist.Work:
         """Start sending `tensor` (contiguous, on `device`) to all members."""

@@ -131,7 +131,7 @@ def _filled_up(tensor: Tensor, *, dim: int, multiple: int) -> Tensor:
 
 def _update(hasher: hashlib._Hash, tensor: Tensor) -> hashlib._Hash:
     if tensor.numel():
-        hasher.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher
 
 
