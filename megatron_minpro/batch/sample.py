@@ -9,29 +9,30 @@ import torch
 from torch import Tensor
 
 from parallel.packing import TokenSequence
+from rollout.records import VersionSpan
 
-# What a sample holds per token. 12 bytes a token once it is scored: batches wait on every rank.
-STREAMS = {
-    "token_ids": torch.int32,
-    "engine_logprobs": torch.float32,
-    "behaviour_logprobs": torch.float32,
-    "correction_weights": torch.float32,
-}
+# What a sample holds per token of the sequence, and per token that the model wrote. A scored response costs 13 bytes a token: batches
+# wait on every rank.
+SEQUENCE_STREAMS = {"token_ids": torch.int32, "loss_mask": torch.bool}
+RESPONSE_STREAMS = {"engine_logprobs": torch.float32, "behaviour_logprobs": torch.float32, "correction_weights": torch.float32}
+STREAMS = SEQUENCE_STREAMS | RESPONSE_STREAMS
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Sample:
-    """One response to one prompt. P prompt tokens, R response tokens. Tensors lie on the CPU and are never written to.
+    """One response to one prompt, which may be a conversation with tools.
+
+    L tokens, of which the model wrote R; only these are trained. Tensors lie on the CPU and are never written to.
 
     Raises ValueError naming the sample and the field for a stream of another dtype or length.
     """
 
     sample_id: str
-    token_ids: Tensor  # int32 [P + R]
-    prompt_tokens: int
+    token_ids: Tensor  # int32 [L], prompt first
+    loss_mask: Tensor  # bool [L]: True for the R tokens that the model wrote
     engine_logprobs: Tensor  # fp32 [R], as the server scored its own tokens
     behaviour_logprobs: Tensor | None  # fp32 [R] under the weights that sampled them; None until scored
-    policy_versions: tuple[int, int]  # oldest and newest weights used while decoding
+    version_spans: tuple[VersionSpan, ...]  # weights that sampled the R tokens; start and end count these alone
     finish_reason: str
     reward: float
     correct: bool
@@ -43,34 +44,43 @@ class Sample:
             stream = getattr(self, name)
             if stream is not None and (stream.dtype != dtype or stream.dim() != 1):
                 raise ValueError(f"{self.sample_id}: {name} is {stream.dtype} {list(stream.shape)}, expected {dtype} with one axis")
-        num_response = len(self.token_ids) - self.prompt_tokens
-        if self.prompt_tokens < 1 or num_response < 1:
-            raise ValueError(
-                f"{self.sample_id}: {self.prompt_tokens} prompt and {num_response} response tokens, expected at least 1 of each"
-            )
-        for name in ("engine_logprobs", "behaviour_logprobs", "correction_weights"):
+        if len(self.loss_mask) != len(self.token_ids):
+            raise ValueError(f"{self.sample_id}: loss_mask has {len(self.loss_mask)} entries for {len(self.token_ids)} tokens")
+        num_response = int(self.loss_mask.sum())
+        if not num_response or self.loss_mask[0]:
+            raise ValueError(f"{self.sample_id}: loss_mask must be False for the first token and True for at least one other")
+        for name in RESPONSE_STREAMS:
             values = getattr(self, name)
             if values is not None and len(values) != num_response:
                 raise ValueError(f"{self.sample_id}: {len(values)} {name} for {num_response} response tokens")
+        covered = [position for span in self.version_spans for position in (span.start, span.end)]
+        if covered[:1] != [0] or covered[-1:] != [num_response] or covered[1:-1:2] != covered[2::2]:
+            raise ValueError(f"{self.sample_id}: version_spans {covered} do not cover {num_response} response tokens one after the other")
 
     @property
-    def response_token_ids(self) -> Tensor:
-        return self.token_ids[self.prompt_tokens :]
+    def num_response_tokens(self) -> int:
+        """Tokens that the model wrote."""
+        return len(self.engine_logprobs)
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """Oldest and newest weights used while decoding."""
+        versions = [span.policy_version for span in self.version_spans]
+        return min(versions), max(versions)
 
     def scored_with(self, logprobs: Tensor) -> Sample:
-        """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [P + R - 1] on logit positions."""
-        # A copy: a view would keep the scores of all prompts of the batch alive.
-        return replace(self, behaviour_logprobs=logprobs[self.prompt_tokens - 1 :].clone())
+        """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [L - 1] on logit positions."""
+        return replace(self, behaviour_logprobs=logprobs[self._scored_positions()])
 
     def sequence(self) -> TokenSequence:
         """The sequence alone, for scoring."""
-        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._loss_mask(), streams={})
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._scored_positions(), streams={})
 
     def training_sequence(self) -> TokenSequence:
         """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler)."""
         if self.behaviour_logprobs is None:
             raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
-        mask = self._loss_mask()
+        mask = self._scored_positions()
         behaviour = torch.zeros(len(mask), dtype=torch.float32)
         behaviour[mask] = self.behaviour_logprobs
         advantages = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))
@@ -80,11 +90,9 @@ class Sample:
             streams["correction_weights"][mask] = self.correction_weights
         return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams)
 
-    def _loss_mask(self) -> Tensor:
-        # Logit position p scores token p + 1, so the first response token is scored by the last prompt position.
-        mask = torch.zeros(len(self.token_ids) - 1, dtype=torch.bool)
-        mask[self.prompt_tokens - 1 :] = True
-        return mask
+    def _scored_positions(self) -> Tensor:
+        # Logit position p scores token p + 1, so the first token of an answer is scored by the position before it.
+        return self.loss_mask[1:]
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -113,7 +121,7 @@ class RolloutBatch:
 
     @property
     def num_response_tokens(self) -> int:
-        return sum(len(sample.token_ids) - sample.prompt_tokens for sample in self.samples)
+        return sum(sample.num_response_tokens for sample in self.samples)
 
     def scored_with(self, logprobs: Sequence[Tensor]) -> RolloutBatch:
         """The same batch with the trainer's log-probs of every sample as behaviour log-probs."""

@@ -6,20 +6,21 @@ The per-token streams of all samples are joined end to end, one tensor per strea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_minpro.batch.sample import STREAMS, RolloutBatch, Sample
+from megatron_minpro.batch.sample import SEQUENCE_STREAMS, STREAMS, RolloutBatch, Sample
+from rollout.records import VersionSpan
 
-_SCALARS = tuple(field.name for field in fields(Sample) if field.name not in STREAMS)
+_SCALARS = tuple(field.name for field in fields(Sample) if field.name not in (*STREAMS, "version_spans"))
 
 
 def pack(batch: RolloutBatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record (JSON's types) and the joined streams: token_ids int32 [all tokens], the others fp32 [all response tokens].
+    """The record (JSON's types) and the joined streams: token_ids and loss_mask [all tokens], the others [all response tokens].
 
     A stream that the batch does not have yet, or not at all, is absent. Raises ValueError naming a sample that has one which others lack.
     """
@@ -33,11 +34,23 @@ def pack(batch: RolloutBatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "policy_version": batch.policy_version,
         "group_size": batch.group_size,
         "streams": present,
-        "samples": [
-            {**{name: getattr(sample, name) for name in _SCALARS}, "num_tokens": len(sample.token_ids)} for sample in batch.samples
-        ],
+        "samples": [_record(sample) for sample in batch.samples],
     }
     return record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present}
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    return {
+        **{name: getattr(sample, name) for name in _SCALARS},
+        "version_spans": [asdict(span) for span in sample.version_spans],
+        "num_tokens": len(sample.token_ids),
+        "num_response_tokens": sample.num_response_tokens,
+    }
+
+
+def _lengths(record: Mapping[str, Any], stream: str) -> list[int]:
+    key = "num_tokens" if stream in SEQUENCE_STREAMS else "num_response_tokens"
+    return [fields[key] for fields in record["samples"]]
 
 
 def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutBatch:
@@ -45,14 +58,14 @@ def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutB
     samples = record["samples"]
     parts: dict[str, Any] = {}
     for name in record["streams"]:
-        lengths = [fields["num_tokens"] - (0 if name == "token_ids" else fields["prompt_tokens"]) for fields in samples]
+        lengths = _lengths(record, name)
         if len(streams[name]) != sum(lengths):
             raise ValueError(f"{name}: {len(streams[name])} tokens, expected {sum(lengths)}")
         parts[name] = streams[name].split(lengths)
 
     def sample(number: int) -> Sample:
         values = {name: samples[number][name] for name in _SCALARS}
-        values["policy_versions"] = tuple(values["policy_versions"])  # JSON makes a list of it
+        values["version_spans"] = tuple(VersionSpan(**span) for span in samples[number]["version_spans"])
         values |= {name: parts[name][number] if name in parts else None for name in STREAMS}
         return Sample(**values)
 
@@ -72,9 +85,7 @@ def broadcast(batch: RolloutBatch | None, *, group: dist.ProcessGroup) -> Rollou
     record = box[0]
     assert record is not None, "rank 0 gives the batch"
     if batch is None:
-        tokens = sum(fields["num_tokens"] for fields in record["samples"])
-        responses = tokens - sum(fields["prompt_tokens"] for fields in record["samples"])
-        streams = {name: torch.empty(tokens if name == "token_ids" else responses, dtype=STREAMS[name]) for name in record["streams"]}
+        streams = {name: torch.empty(sum(_lengths(record, name)), dtype=STREAMS[name]) for name in record["streams"]}
     for name in record["streams"]:
         dist.broadcast(streams[name], src=0, group=group)
     return batch if batch is not None else unpack(record, streams)

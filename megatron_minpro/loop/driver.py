@@ -130,7 +130,7 @@ def _records(sampled: Sampled) -> list[RolloutRecord]:
             advantage=sample.advantage,
             policy_version=sample.policy_versions[1],
             finish_reason=sample.finish_reason,
-            num_response_tokens=len(sample.response_token_ids),
+            num_response_tokens=sample.num_response_tokens,
             dropped=None if number < num_trained else "dynamic sampling: its group's responses are all equal",
         )
         for number, (response, sample) in enumerate(zip(sampled.responses, (*sampled.batch.samples, *sampled.dropped), strict=True))

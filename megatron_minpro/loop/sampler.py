@@ -203,15 +203,16 @@ class Sampler:
 
 def _sample(sample_id: str, response: JudgedResponse, advantage: float) -> Sample:
     generation = response.generation
-    versions = [span.policy_version for span in generation.version_spans]
+    num_prompt = len(generation.prompt_token_ids)
+    token_ids = torch.tensor(generation.prompt_token_ids + generation.response_token_ids, dtype=torch.int32)
     return Sample(
         sample_id=sample_id,
-        token_ids=torch.tensor(generation.prompt_token_ids + generation.response_token_ids, dtype=torch.int32),
-        prompt_tokens=len(generation.prompt_token_ids),
+        token_ids=token_ids,
+        loss_mask=torch.arange(len(token_ids)) >= num_prompt,
         # SGLang computes them in float32 and writes every digit: no bit is lost here.
         engine_logprobs=torch.tensor(generation.engine_logprobs, dtype=torch.float32),
         behaviour_logprobs=None,
-        policy_versions=(min(versions), max(versions)),
+        version_spans=generation.version_spans,
         finish_reason=generation.finish_reason,
         reward=response.result.reward,
         correct=response.result.correct,

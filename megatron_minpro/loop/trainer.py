@@ -292,7 +292,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
 
 def sampling_metrics(samples: Sequence[Sample], *, group_size: int) -> dict[str, float]:
     """Means over whole groups of responses, dropped ones included: how good the policy that sampled them is, whatever is trained."""
-    tokens = sum(len(sample.response_token_ids) for sample in samples)
+    tokens = sum(sample.num_response_tokens for sample in samples)
     rewards = torch.tensor([sample.reward for sample in samples]).view(-1, group_size)
     return {
         "reward": float(rewards.mean()),

@@ -23,6 +23,7 @@ from megatron_minpro.run.run_state import RunCounters
 from parallel import process_groups
 from parallel.actor import MegatronActor
 from parallel.capabilities import detect
+from rollout.records import VersionSpan
 
 SHAPE = {
     "vocab_size": 4096,
@@ -115,10 +116,10 @@ def _batch(step: int) -> RolloutBatch:
         Sample(
             sample_id=f"step{step}-{number}",
             token_ids=torch.randint(0, SHAPE["vocab_size"], (1100,), dtype=torch.int32),
-            prompt_tokens=100,
+            loss_mask=torch.arange(1100) >= 100,
             engine_logprobs=-torch.rand(1000),
             behaviour_logprobs=-torch.rand(1000),
-            policy_versions=(0, 0),
+            version_spans=(VersionSpan(policy_version=0, start=0, end=1000),),
             finish_reason="stop",
             reward=0.0,
             correct=False,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_minpro.batch.sample import STREAMS, RolloutBatch, Sample
+from rollout.records import VersionSpan
 
 
 def content(batches: Sequence[RolloutBatch]) -> list[Any]:
@@ -50,10 +51,10 @@ def make_sample() -> Callable[..., Sample]:
         values: dict[str, Any] = {
             "sample_id": f"sample-{number}",
             "token_ids": (*range(3), *range(10 * number, 10 * number + response)),
-            "prompt_tokens": 3,
+            "loss_mask": (False,) * 3 + (True,) * response,
             "engine_logprobs": tuple(-0.1 * (t + 1) - number for t in range(response)),
             "behaviour_logprobs": tuple(-0.3 * (t + 1) - number for t in range(response)),
-            "policy_versions": (version, version),
+            "version_spans": (VersionSpan(policy_version=version, start=0, end=response),),
             "finish_reason": "stop",
             "reward": float(number % 2),
             "correct": number % 2 == 1,

@@ -11,16 +11,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_minpro.batch.sample import RolloutBatch, Sample
+from rollout.records import VersionSpan
 
 Make = Callable[..., Sample]
 MakeBatch = Callable[..., RolloutBatch]
 
 
+def spans(*described: tuple[int, int, int]) -> tuple[VersionSpan, ...]:
+    return tuple(VersionSpan(policy_version=version, start=start, end=end) for version, start, end in described)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt_tokens": 0}, "0 prompt and 5 response tokens, expected at least 1 of each"),
-        ({"prompt_tokens": 5}, "5 prompt and 0 response tokens, expected at least 1 of each"),
+        ({"loss_mask": (True,) * 5}, "loss_mask must be False for the first token and True for at least one other"),
+        ({"loss_mask": (False,) * 5}, "loss_mask must be False for the first token and True for at least one other"),
+        ({"loss_mask": (False, True)}, "loss_mask has 2 entries for 5 tokens"),
+        ({"loss_mask": (False, False, True, True, True)}, "2 engine_logprobs for 3 response tokens"),
+        ({"version_spans": spans((4, 0, 1))}, r"version_spans \[0, 1\] do not cover 2 response tokens one after the other"),
+        (
+            {"version_spans": spans((4, 0, 1), (4, 0, 2))},
+            r"version_spans \[0, 1, 0, 2\] do not cover 2 response tokens",
+        ),
+        ({"version_spans": ()}, r"version_spans \[\] do not cover 2 response tokens one after the other"),
         ({"engine_logprobs": (-1.0,)}, "1 engine_logprobs for 2 response tokens"),
         ({"behaviour_logprobs": (-1.0, -2.0, -3.0)}, "3 behaviour_logprobs for 2 response tokens"),
         ({"token_ids": torch.arange(5)}, r"token_ids is torch.int64 \[5\], expected torch.int32 with one axis"),
@@ -29,13 +42,13 @@ MakeBatch = Callable[..., RolloutBatch]
     ],
 )
 def test_a_sample_whose_lengths_disagree_is_refused(make_sample: Make, fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^sample-0: {message}$"):
+    with pytest.raises(ValueError, match=f"^sample-0: {message}"):
         make_sample(0, **fields)
 
 
 def test_scores_lie_on_the_positions_that_predict_response_tokens(make_sample: Make) -> None:
     sample = make_sample(4, response=3, behaviour_logprobs=None, advantage=-0.5)
-    assert sample.response_token_ids.tolist() == [40, 41, 42]
+    assert sample.num_response_tokens == 3
     scored = sample.scored_with(torch.tensor([-9.0, -8.0, -1.0, -2.0, -3.0]))  # tokens 1..5, of which 3..5 are the response
     assert scored.behaviour_logprobs is not None and scored.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0]
     sequence = scored.training_sequence()
@@ -43,6 +56,28 @@ def test_scores_lie_on_the_positions_that_predict_response_tokens(make_sample: M
     assert sequence.loss_mask.tolist() == [False, False, True, True, True]
     assert sequence.streams["behaviour_logprobs"].tolist() == [0.0, 0.0, -1.0, -2.0, -3.0]
     assert sequence.streams["advantages"].tolist() == [0.0, 0.0, -0.5, -0.5, -0.5]
+
+
+def test_a_conversation_scores_and_trains_the_models_tokens_alone(make_sample: Make) -> None:
+    # Prompt 1 2, the model says 3 4, a tool says 5, the model says 6, a tool has the last word, 7.
+    sample = make_sample(
+        0,
+        token_ids=(1, 2, 3, 4, 5, 6, 7),
+        loss_mask=(False, False, True, True, False, True, False),
+        engine_logprobs=(-0.25, -0.5, -0.75),
+        behaviour_logprobs=None,
+        version_spans=spans((8, 0, 2), (9, 2, 3)),
+        advantage=2.0,
+        correction_weights=(0.5, 1.0, 1.5),
+    )
+    assert (sample.num_response_tokens, sample.policy_versions) == (3, (8, 9))
+    assert sample.sequence().loss_mask.tolist() == [False, True, True, False, True, False]
+    scored = sample.scored_with(torch.tensor([-9.0, -1.0, -2.0, -8.0, -3.0, -7.0]))
+    assert scored.behaviour_logprobs is not None and scored.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0]
+    streams = scored.training_sequence().streams
+    assert streams["behaviour_logprobs"].tolist() == [0.0, -1.0, -2.0, 0.0, -3.0, 0.0]
+    assert streams["advantages"].tolist() == [0.0, 2.0, 2.0, 0.0, 2.0, 0.0]
+    assert streams["correction_weights"].tolist() == [0.0, 0.5, 1.0, 0.0, 1.5, 0.0]
 
 
 def test_a_sample_that_was_never_scored_cannot_be_trained(make_sample: Make) -> None:
@@ -55,7 +90,7 @@ def test_a_sample_that_was_never_scored_cannot_be_trained(make_sample: Make) -> 
 def test_a_batch_that_mixes_policy_versions_is_refused(make_batch: MakeBatch, make_sample: Make) -> None:
     samples = make_batch(0, version=3).samples
     for versions in ((2, 3), (3, 4), (4, 4)):
-        changed = (*samples[:-1], replace(samples[-1], policy_versions=versions))
+        changed = (*samples[:-1], replace(samples[-1], version_spans=spans((versions[0], 0, 1), (versions[1], 1, 2))))
         with pytest.raises(ValueError, match=r"^sample-3: sampled under policy versions \(., .\), expected 3 throughout$"):
             RolloutBatch(sampled_at_step=0, policy_version=3, group_size=2, samples=changed)
 

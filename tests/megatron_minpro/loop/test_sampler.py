@@ -127,7 +127,7 @@ def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> N
     assert [sample.advantage for sample in by_prompt[11]] == [-1.0, 0.0, 1.0]
     assert [sample.correct for sample in by_prompt[11]] == [False, False, True]
     for sample in batch.samples:
-        assert (sample.prompt_tokens, sample.behaviour_logprobs) == (2, None)
+        assert (sample.loss_mask.tolist(), sample.behaviour_logprobs) == ([False, False, True, True, True], None)
         assert sample.engine_logprobs.tolist() == torch.tensor([-0.1, -0.2, -0.3]).tolist()
         assert sample.policy_versions == (4, 4)
     assert [sample.finish_reason for sample in batch.samples] == ["length", "stop", "stop"] * 2
@@ -136,7 +136,7 @@ def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> N
 def test_what_people_read_is_in_the_order_of_the_samples() -> None:
     sampled = make_sampler(Client(), SecondWord()).sample(0, policy_version=4)
     for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True):
-        assert response.text.startswith(f"{sample.token_ids[0]} {sample.response_token_ids[1]}")
+        assert response.text.startswith(f"{sample.token_ids[0]} {sample.token_ids[3]}")
         assert (response.result.reward, response.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
 
 
@@ -158,7 +158,7 @@ def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() 
 def test_the_token_that_ended_a_response_is_trained_but_not_graded() -> None:
     reward = SecondWord()
     sampled = make_sampler(Client(), reward).sample(0, policy_version=4)
-    assert all(sample.response_token_ids[-1] == 99 for sample in sampled.batch.samples)
+    assert all(sample.token_ids[-1] == 99 for sample in sampled.batch.samples)
     assert [text.split()[2:] for text in reward.texts] == [[]] * 6
 
 

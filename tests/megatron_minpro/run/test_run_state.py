@@ -21,6 +21,7 @@ from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.run_state import RunCounters, latest_checkpoint
+from rollout.records import VersionSpan
 from tests.megatron_minpro.conftest import content
 
 MakeBatch = Callable[..., RolloutBatch]
@@ -102,6 +103,8 @@ def awkward_batch(make_batch: MakeBatch, step: int) -> RolloutBatch:
         replace(
             sample,
             token_ids=torch.tensor((151_935, 0, 2, *range(n + 1)), dtype=torch.int32),
+            loss_mask=torch.tensor([False] * 3 + [True] * (n + 1)),
+            version_spans=(VersionSpan(policy_version=16 * step, start=0, end=n + 1),),
             engine_logprobs=numbers[: n + 1],
             behaviour_logprobs=numbers[: n + 1] / 7,
             advantage=0.1 * n - 1 / 3,
@@ -123,7 +126,7 @@ def test_a_saved_run_comes_back_bit_for_bit(one_rank_group: dist.ProcessGroup, m
     assert found.counters == RunCounters(next_step=5, trained_batches=4, seconds={"sample": 0.1})
     assert found.cursor == {"epoch": 1, "position": 7}
     assert content(found.waiting) == content(waiting)
-    assert all(type(value) is tuple for batch in found.waiting for sample in batch.samples for value in [sample.policy_versions])
+    assert all(type(value) is tuple for batch in found.waiting for sample in batch.samples for value in [sample.version_spans])
 
 
 def test_correction_weights_come_back_bit_for_bit_or_not_at_all(
