@@ -37,7 +37,7 @@ def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="a Hugging Face folder with weights and tokenizer")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="the quantized folder to write")],
     number_format: Annotated[Format, typer.Option("--format", help="fp8 runs on a CPU; nvfp4 needs CUDA")],
-    prompts: Annotated[Path, typer.Option(help="calibration prompts, .jsonl or .parquet")],
+    prompts: Annotated[Path, typer.Option(help="calibration prompts, .jsonl, .jsonl.gz, .json or .parquet")],
     field: Annotated[str, typer.Option(help="dotted path to the prompt in a row: a text, or a list of chat messages")],
     held_out: Annotated[
         int | None,
@@ -88,12 +88,12 @@ def quantize(
 
 def _tokenized(source: Path, prompts: Path, field: str, max_tokens: int) -> list[list[int]]:
     from checkpoints_convert.policy_folder import load_tokenizer
-    from megatron_minpro.data.sources import read_field, read_rows
+    from megatron_minpro.data.rows import check_file, read_rows
+    from megatron_minpro.data.sources import read_field
 
     if not source.is_dir():
         raise ValueError(f"{source}: no such directory; expected a Hugging Face model folder")
-    if prompts.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--prompts {prompts}: expected a .jsonl or .parquet file")
+    check_file(str(prompts), key="--prompts")
     tokenizer = load_tokenizer(source)
     result = []
     for where, row in read_rows(str(prompts), {}):

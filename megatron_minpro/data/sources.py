@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_minpro.batch.prompt import Message, Prompt
 from megatron_minpro.data.prompts import PromptList, PromptReport, PromptSource, encode_conversations
+from megatron_minpro.data.rows import is_source_of_rows, read_rows, source_name
 from megatron_minpro.data.wrappers import BARE, WRAPPERS, unwrap
 from megatron_minpro.registry import nearest
 from megatron_minpro.rewards.answers import as_integer, last_boxed
@@ -51,9 +49,6 @@ PRESETS = {
 # Called as generator(tokenizer, **options).
 GENERATORS: dict[str, Callable[..., PromptSource]] = {"arithmetic_chains": ArithmeticChains}
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_LOAD_DATASET_OPTIONS = ("split", "name", "revision")
-
 
 def load_prompts(
     *,
@@ -70,7 +65,7 @@ def load_prompts(
     """Read a prompt source, clean it, apply the chat template.
 
     tokenizer: a transformers tokenizer with a chat template.
-    source: the name of a generator, a path ending in .jsonl or .parquet, or a Hugging Face dataset ("owner/name").
+    source: the name of a generator, a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset ("owner/name").
     max_prompt_tokens: longer prompts (template included) are dropped and counted; from a generator they are an error.
     options: the generator's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
     preset: a key of PRESETS, the layout of a well-known data set; the four arguments below override its values.
@@ -100,6 +95,11 @@ def load_prompts(
         return _generate(tokenizer, source, options, max_prompt_tokens)
 
     question_field, answer_field, answer_format, wrapper = _layout(source, preset, question_field, answer_field, answer_format, wrapper)
+    if not is_source_of_rows(source):
+        raise ValueError(
+            f"prompts.source = {source!r} is not a .jsonl, .jsonl.gz, .json or .parquet file, not a Hugging Face dataset (owner/name) "
+            f"and not a generator ({nearest(source, GENERATORS)})"
+        )
     rows = read_rows(source, options)
     return _build(
         rows,
@@ -189,69 +189,6 @@ def _layout(
     return question_field, answer_field, answer_format, text
 
 
-def read_rows(source: str, options: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) pairs, one after the other: a file may hold millions. `where` names the row in error messages."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".parquet"):
-        if options:
-            raise ValueError(f"prompts.options {sorted(options)} have no meaning for a file ({source}); remove them")
-        if not path.is_file():
-            raise ValueError(f"prompts.source = {source!r}: no such file")
-        return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    if not _HUB_NAME.fullmatch(source):
-        raise ValueError(
-            f"prompts.source = {source!r} is not a .jsonl or .parquet file, not a Hugging Face dataset (owner/name) "
-            f"and not a generator ({nearest(source, GENERATORS)})"
-        )
-    return _read_hub(source, options)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is a {type(row).__name__}, expected a JSON object")
-            yield f"{path}: line {number}", row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow  # here: not needed by generators and JSON lines, and slow to import
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _read_hub(source: str, options: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for key in options:
-        if key not in _LOAD_DATASET_OPTIONS:
-            raise ValueError(f"prompts.options: {key!r} is unknown for a Hugging Face dataset; {nearest(key, _LOAD_DATASET_OPTIONS)}")
-    if "split" not in options:
-        raise ValueError(f"prompts.options.split is needed to read the Hugging Face dataset {source!r} (e.g. split: train)")
-    import datasets  # here: takes seconds to import
-
-    try:
-        dataset = datasets.load_dataset(source, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"prompts.source = {source!r} with options {options}: {reason}") from error
-    for number, row in enumerate(dataset):
-        yield f"{source}: row {number}", row
-
-
 def field_text(value: Any, path: str, *, where: str) -> str:
     """A question or an answer as text; null becomes "". Integral floats lose their ".0" (AMC23 stores 27.0 for 27).
 
@@ -286,7 +223,7 @@ def _build(
     wrapper: str,
     max_prompt_tokens: int,
 ) -> tuple[PromptList, PromptReport]:
-    name = Path(source).stem if Path(source).suffix in (".jsonl", ".parquet") else source
+    name = source_name(source)
     num_rows = empty = wrapped = 0
     first: dict[str, _Question] = {}
     labels: dict[str, dict[int | str, Any]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_minpro.data.rows import is_file, is_source_of_rows, source_name
 from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
 from megatron_minpro.evaluation.request import BenchmarkChoice
 from megatron_minpro.registry import nearest
@@ -98,7 +99,7 @@ _ALIASES = {"minerva": "minerva_math", "olympiad": "olympiadbench", "math-500": 
 
 
 def choose_benchmarks(choice: BenchmarkChoice) -> list[Benchmark]:
-    """The named benchmarks, in order. A name is one of the seven, the path of a .jsonl or .parquet file, or a Hugging Face data set.
+    """The named benchmarks, in order. A name is one of the seven, a .jsonl, .jsonl.gz, .json or .parquet file, or a data set.
 
     Raises ValueError for an unknown name, a name given twice and an unknown answer format.
     """
@@ -108,10 +109,10 @@ def choose_benchmarks(choice: BenchmarkChoice) -> list[Benchmark]:
     for given in choice.benchmarks:
         known = BENCHMARKS.get(_ALIASES.get(given.lower(), given.lower()))
         if known is None:
-            if "/" not in given and Path(given).suffix not in (".jsonl", ".parquet"):
+            if not is_source_of_rows(given):
                 raise ValueError(
                     f"--benchmarks: {given!r} is unknown; {nearest(given, BENCHMARKS)}; "
-                    "or a .jsonl or .parquet file, or owner/name of a data set"
+                    "or a .jsonl, .jsonl.gz, .json or .parquet file, or owner/name of a data set"
                 )
             known = Benchmark(
                 name=_file_name(given),
@@ -132,13 +133,13 @@ def choose_benchmarks(choice: BenchmarkChoice) -> list[Benchmark]:
 
 
 def locate(benchmark: Benchmark, data: Path | None) -> tuple[str, dict[str, str]]:
-    """Source and options for prompt_sources.read_rows.
+    """Source and options for read_rows.
 
     data: a folder with NAME/test.jsonl, data/eval/NAME/test.jsonl or NAME.jsonl; None: the Hugging Face hub, for sets that it has in the
     declared layout. Raises ValueError naming what was looked for.
     """
     if benchmark.source is not None:
-        if Path(benchmark.source).suffix in (".jsonl", ".parquet"):
+        if is_file(benchmark.source):
             return benchmark.source, {}
         return benchmark.source, {"split": "test" if benchmark.split is None else benchmark.split}
     if data is not None:
@@ -159,5 +160,4 @@ def locate(benchmark: Benchmark, data: Path | None) -> tuple[str, dict[str, str]
 
 def _file_name(given: str) -> str:
     """A name for files and tables: of a path its stem, of a data set both parts."""
-    stem = Path(given).stem if Path(given).suffix in (".jsonl", ".parquet") else given.replace("/", "_")
-    return re.sub(r"[^\w.-]", "_", stem)
+    return re.sub(r"[^\w.-]", "_", source_name(given))

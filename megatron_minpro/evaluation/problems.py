@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.data.sources import ANSWER_FORMATS, field_text, read_field, read_rows
+from megatron_minpro.data.rows import read_rows
+from megatron_minpro.data.sources import ANSWER_FORMATS, field_text, read_field
 from megatron_minpro.evaluation.benchmarks import Benchmark, locate
 from megatron_minpro.rewards.answers import Tolerance
 
@@ -38,7 +39,7 @@ def read_problems(benchmark: Benchmark, *, data: Path | None, limit: int | None)
     """
     source, options = locate(benchmark, data)
     problems = []
-    for number, (where, row) in enumerate(islice(read_rows(source, options), limit)):
+    for number, (where, row) in enumerate(islice(read_rows(source, options, key="--benchmarks"), limit)):
         question = field_text(read_field(row, benchmark.question_field, where=where), benchmark.question_field, where=where)
         stored = field_text(read_field(row, benchmark.answer_field, where=where), benchmark.answer_field, where=where)
         label = ANSWER_FORMATS[benchmark.answer_format](stored)

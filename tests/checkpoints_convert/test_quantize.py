@@ -222,7 +222,7 @@ def test_absent_modelopt_is_named_with_its_remedy(
         ({"--field": "task.words"}, "field 'task.words' is missing"),
         ({"--field": "task"}, "prompts.jsonl: line 1: task is a dict; expected a text or a list of chat messages"),
         ({"--prompts": "absent.jsonl"}, "absent.jsonl': no such file"),
-        ({"--prompts": "notes.txt"}, "expected a .jsonl or .parquet file"),
+        ({"--prompts": "notes.txt"}, ".txt is not read; expected a .jsonl, .jsonl.gz, .json or .parquet file"),
         ({"--held-out": "10"}, "--held-out 10, but"),
         ({"--format": "int3"}, "int3"),
         ({"SRC": "absent"}, "absent: no such directory"),
