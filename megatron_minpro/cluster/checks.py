@@ -16,6 +16,7 @@ from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.run import base_model
 from megatron_minpro.run.serving import check_server_options
+from megatron_minpro.tracking.tracker import make_tracker
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.model import check_machine_options
@@ -28,10 +29,13 @@ MIN_FREE_GIB = 1.0
 def check_settings(config: RunConfig) -> Architecture | None:
     """Everything that needs neither the machine nor the prompts. The model's architecture, None where it is not known yet.
 
-    Raises ValueError for a layout that the model does not fit, responses longer than its positions, unknown Megatron or SGLang options.
+    Raises ValueError for a layout that the model does not fit, responses longer than its positions, unknown Megatron or SGLang options,
+    a tracker that cannot be made.
     """
     check_option_names(config.megatron)
     check_server_options(config)
+    for tracker in config.tracking.trackers:
+        make_tracker(tracker, config.run_dir)
     architecture = _known_architecture(config)
     if architecture is not None:
         refuse_tied_experts(architecture, source=f"model.path {config.model.path}")

@@ -18,6 +18,7 @@ from megatron_minpro.config.sections import (
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
+    TrackerConfig,
     TrackingConfig,
     WarmUpConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "TrackerConfig",
     "TrackingConfig",
     "WarmUpConfig",
     "dump_config",

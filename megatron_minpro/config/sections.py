@@ -278,10 +278,25 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept; older ones are deleted")
 
 
+class TrackerConfig(Choice):
+    """One place that the run's numbers go to, beside metrics.jsonl. A name alone stands for {name: ...} without options."""
+
+    name: str = Field(description="tensorboard, wandb, or package.module:function")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class TrackingConfig(Section):
     """What is written down while the run goes."""
 
-    tensorboard: bool = Field(default=True, description="event files in RUN/tensorboard")
+    trackers: tuple[TrackerConfig, ...] = Field(
+        default=(TrackerConfig(name="tensorboard"),),
+        strict=False,
+        description="where metrics go beside metrics.jsonl: tensorboard, wandb, {name: package.module:function, option: ...}; may be []",
+    )
     keep_rollouts: bool = Field(default=True, description="every sampled response as readable JSON lines in RUN/rollouts")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_minpro.evaluation.pass_at_k import Estimator, bootstrap_interval, pass_at_k_values
 from megatron_minpro.evaluation.results import read_counts
 from megatron_minpro.evaluation.scores import CONFIDENCE, ESTIMATORS, NUM_RESAMPLES, SEED, Counts
 from megatron_minpro.evaluation.settings import EvaluationSettings
 from megatron_minpro.evaluation.tables import Table, markdown_table
+from megatron_minpro.report.pass_at_k import Estimator, bootstrap_interval, pass_at_k_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,23 +7,23 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from megatron_minpro.evaluation.pass_at_k import PassAtK
 from megatron_minpro.evaluation.scores import Counts, pass_at_k_table
-from megatron_minpro.report import plots
+from megatron_minpro.report.pass_at_k import PassAtK
+from megatron_minpro.report.style import COLOURS, save, set_powers_of_two, set_title, style
 
 
 def plot_curves(path: Path, runs: Mapping[str, Sequence[Counts]]) -> None:
     """runs: name -> the counts of its benchmarks. Benchmarks that not every run has are drawn for those that have them."""
     names = list(dict.fromkeys(counts.benchmark for benchmarks in runs.values() for counts in benchmarks))
-    with plt.rc_context(plots.STYLE):
+    with style():
         columns = min(len(names), 4)
         lines = -(-len(names) // columns)
         figure, panels = plt.subplots(lines, columns, figsize=(4.2 * columns + 0.6, 3.6 * lines + 0.4), squeeze=False)
         for panel, name in zip(panels.flat, names, strict=False):
-            for colour, (run, benchmarks) in zip(plots.COLOURS, runs.items(), strict=False):
+            for colour, (run, benchmarks) in zip(COLOURS, runs.items(), strict=False):
                 for counts in benchmarks:
                     if counts.benchmark == name:
-                        panel.set_title(counts.title, loc="left", fontsize=11)
+                        set_title(panel, counts.title)
                         _draw(panel, pass_at_k_table(counts), colour=colour, label=run if len(runs) > 1 else "")
             panel.set_ylim(0.0, 1.02)
             panel.set_xlabel("k")
@@ -32,7 +32,7 @@ def plot_curves(path: Path, runs: Mapping[str, Sequence[Counts]]) -> None:
         for panel in panels.flat[len(names) :]:
             panel.set_visible(False)
         figure.tight_layout()
-        plots.save(figure, path)
+        save(figure, path)
 
 
 def _draw(panel: plt.Axes, entries: Sequence[PassAtK], *, colour: str, label: str) -> None:
@@ -51,5 +51,4 @@ def _draw(panel: plt.Axes, entries: Sequence[PassAtK], *, colour: str, label: st
         )
         if estimator == "unbiased":
             panel.fill_between(ks, [entry.low for entry in chosen], [entry.high for entry in chosen], color=colour, alpha=0.15, linewidth=0)
-    panel.set_xscale("log", base=2)
-    panel.set_xticks([entry.k for entry in entries], [str(entry.k) for entry in entries])
+    set_powers_of_two(panel, [entry.k for entry in entries])

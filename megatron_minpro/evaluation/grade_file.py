@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_minpro.evaluation.grading import Grade, Grader
-from megatron_minpro.evaluation.json_lines import JsonLines, read_json_lines
 from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Key, Response, read_responses
+from megatron_minpro.tracking.json_lines import JsonLines, read_json_lines
 
 _BATCH = 128  # responses read and graded at once
 _POLL_S = 0.1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_minpro.evaluation.json_lines import JsonLines, read_json_lines
+from megatron_minpro.tracking.json_lines import JsonLines, read_json_lines
 
 Key = tuple[str, int]  # problem_id, sample
 

@@ -12,11 +12,11 @@ from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.grade_file import read_grades
 from megatron_minpro.evaluation.grading import disagreements
-from megatron_minpro.evaluation.json_lines import read_json_lines
 from megatron_minpro.evaluation.problems import load_problems
 from megatron_minpro.evaluation.scores import CONFIDENCE, NUM_RESAMPLES, SEED, Counts, Incomplete, as_json, average_pass_at_1, count
 from megatron_minpro.evaluation.settings import EvaluationSettings, read_settings
 from megatron_minpro.evaluation.tables import curves_table, disagreements_table, scores_table, write_table
+from megatron_minpro.tracking.json_lines import read_json_lines
 
 
 def read_counts(out: Path, *, announce: Callable[[str], None]) -> tuple[EvaluationSettings, list[Counts]]:

@@ -15,7 +15,6 @@ from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.endpoints import Wanted
 from megatron_minpro.evaluation.grade_file import GradeFile, GradingThread
 from megatron_minpro.evaluation.grading import make_grader
-from megatron_minpro.evaluation.json_lines import JsonLines
 from megatron_minpro.evaluation.plan import Plan, wrapped
 from megatron_minpro.evaluation.problems import Problem, load_problems, write_problems
 from megatron_minpro.evaluation.progress import EvaluationProgress
@@ -23,6 +22,7 @@ from megatron_minpro.evaluation.responses import Response, ResponseStore
 from megatron_minpro.evaluation.results import write_report
 from megatron_minpro.evaluation.settings import SETTINGS_FILE, GradingSettings, merged, read_settings, write_settings
 from megatron_minpro.evaluation.sources import open_source
+from megatron_minpro.tracking.json_lines import JsonLines
 
 
 def evaluate(plan: Plan, *, announce: Callable[[str], None]) -> dict[str, Any]:

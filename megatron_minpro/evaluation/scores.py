@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from megatron_minpro.evaluation.grade_file import read_grades
-from megatron_minpro.evaluation.pass_at_k import (
+from megatron_minpro.evaluation.problems import Problem
+from megatron_minpro.evaluation.responses import read_responses
+from megatron_minpro.report.pass_at_k import (
     Estimator,
     PassAtK,
     bootstrap_means,
     estimate_pass_at_k,
     pass_at_k_values,
     percentile_interval,
+    powers_of_two,
 )
-from megatron_minpro.evaluation.problems import Problem
-from megatron_minpro.evaluation.responses import read_responses
 
 ESTIMATORS: tuple[Estimator, ...] = ("unbiased", "bootstrap")
 CONFIDENCE, NUM_RESAMPLES, SEED = 0.95, 10_000, 0
@@ -44,8 +45,7 @@ class Counts:
     @property
     def ks(self) -> list[int]:
         """1, 2, 4, ... 128, as far as every problem has the samples for it."""
-        most = min(_LARGEST_K, *self.num_samples, _LARGEST_K)
-        return [2**power for power in range(most.bit_length()) if 2**power <= most]
+        return powers_of_two(min(_LARGEST_K, *self.num_samples))
 
 
 class Incomplete(ValueError):

@@ -20,7 +20,9 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.loop import held_out
 from megatron_minpro.loop.sampler import Sampled, Sampler
 from megatron_minpro.rewards.reward import Reward
-from megatron_minpro.tracking.metrics_file import MetricsWriter, Progress, RolloutLog, RolloutRecord, write_progress
+from megatron_minpro.tracking.progress import Progress, write_progress
+from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
+from megatron_minpro.tracking.tracker import RunTracker
 from rollout.client import GenerationClient
 from rollout.sglang.control import ServerRefused
 from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
@@ -43,7 +45,7 @@ class RunDriver:
     end_ids: tuple[int, ...]
     reward: Reward
     held_out_prompts: list[Prompt]
-    metrics: MetricsWriter
+    tracker: RunTracker
     rollouts: RolloutLog | None
     trained_batches: int = 0
     published_to: tuple[str, ...] = ()
@@ -87,9 +89,9 @@ class RunDriver:
 
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
         """One line of metrics."""
-        self.metrics.write(step, metrics)
-        self.trained_batches = int(metrics["trained_batches"])
-        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name))
+        self.tracker.log(step, metrics)
+        self.trained_batches = int(metrics["total/batches_trained"])
+        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         """Measure held-out pass@k, keep it as evaluation_<label>.json."""

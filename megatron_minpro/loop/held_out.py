@@ -8,8 +8,8 @@ from typing import Any
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import EvaluationConfig
 from megatron_minpro.data.sources import load_prompts
-from megatron_minpro.evaluation.pass_at_k import unbiased_pass_at_k
 from megatron_minpro.loop.sampler import judge_responses
+from megatron_minpro.report.pass_at_k import mean_pass_at_k, powers_of_two
 from megatron_minpro.rewards.reward import Reward
 from rollout.client import GenerationClient
 from rollout.records import SamplingParams
@@ -62,5 +62,5 @@ def measure(
         sum(response.result.correct for response in responses[start : start + num_samples])
         for start in range(0, len(responses), num_samples)
     ]
-    ks = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
-    return {f"pass_at_{k}": sum(unbiased_pass_at_k(num_samples, count, k) for count in correct) / len(correct) for k in ks}
+    sampled = [num_samples] * len(correct)
+    return {f"pass_at_{k}": mean_pass_at_k(sampled, correct, k=k, estimator="unbiased") for k in powers_of_two(num_samples)}

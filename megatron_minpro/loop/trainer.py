@@ -105,7 +105,7 @@ def _train(run: TrainingRun) -> bool:
         counters.next_step = step + 1
         for phase, seconds in timer.seconds.items():
             counters.seconds[phase] = counters.seconds.get(phase, 0.0) + seconds
-            metrics[f"seconds/{phase}"] = seconds
+            metrics[f"time/{phase}"] = seconds
         finish_step(run, step, due, metrics)
         done = counters.next_step == last_step
         if config.evaluation.every and counters.next_step % config.evaluation.every == 0 and not done:
@@ -134,11 +134,11 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
     if sampled is not None:
         metrics |= sampling_metrics((*batch.samples, *sampled.dropped), group_size=batch.group_size)
         if run.config.rollout.dynamic_sampling is not None:
-            metrics |= {"sampling_rounds": sampled.rounds, "equal_groups": sampled.equal_groups, "responses_dropped": num_dropped}
+            metrics |= {"rollout/rounds": sampled.rounds, "rollout/equal_groups": sampled.equal_groups, "rollout/dropped": num_dropped}
         metrics |= sampled.servers
         timer.split("sample", "reward", sampled.reward_s)
         errors = sum(response.result.error is not None for response in sampled.responses)
-        metrics["reward_errors"] = errors
+        metrics["reward/errors"] = errors
         if errors:
             log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(sampled.responses))
     run.counters.rollouts_sampled += len(batch.samples) + num_dropped
@@ -149,7 +149,7 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
     trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])
     gap = (engine - trainer).abs()
     check_gap(run.config, gap)
-    metrics |= {"engine_logprob_gap_mean": float(gap.mean()), "engine_logprob_gap_max": float(gap.max())}
+    metrics |= {"engine_logprob_gap/mean": float(gap.mean()), "engine_logprob_gap/max": float(gap.max())}
     if run.config.behaviour_logprobs == "engine":
         return batch.scored_by_engine()
     if run.config.corrections.active:
@@ -201,14 +201,14 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
     counters.tokens_trained += tokens
     metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
     metrics |= {
-        "loss": sum(report.loss for report in reports) / len(reports),
-        "grad_norm": sum(report.grad_norm for report in reports) / len(reports),
-        "learning_rate": reports[-1].learning_rate,
-        "lag_min": min(lags),
-        "lag_max": max(lags),
-        "trained_from_step": batch.sampled_at_step,
-        "trained_reward": sum(sample.reward for sample in batch.samples) / len(batch.samples),
-        "trained_tokens": tokens,
+        "loss/total": sum(report.loss for report in reports) / len(reports),
+        "update/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "update/learning_rate": reports[-1].learning_rate,
+        "batch/lag_min": min(lags),
+        "batch/lag_max": max(lags),
+        "batch/sampled_at_step": batch.sampled_at_step,
+        "reward/trained": sum(sample.reward for sample in batch.samples) / len(batch.samples),
+        "batch/tokens": tokens,
     }
     if not run.idle_clip_reported and (warning := idle_clip(metrics)) is not None:
         log.warning("batch of step %d: %s", batch.sampled_at_step, warning)
@@ -272,19 +272,19 @@ def evaluate(run: TrainingRun, label: str) -> None:
 
 
 def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metrics: dict[str, float]) -> None:
-    """Write the step's metrics down. Throughput counts response tokens sampled and trained over the whole step."""
+    """Write the step's metrics down. Throughput counts a response token once, in the step that trains it."""
     counters = run.counters
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-    tokens = metrics.get("response_tokens", 0.0) + metrics.get("trained_tokens", 0.0)
+    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+    tokens = metrics.get("batch/tokens", 0.0)
     metrics |= {
-        "policy_version": run.actor.policy_version,
-        "trained_batches": counters.trained_batches,
-        "batches_waiting": len(run.buffer),
-        "rollouts_sampled": counters.rollouts_sampled,
-        "rollouts_trained": counters.rollouts_trained,
-        "rollouts_dropped": counters.rollouts_dropped,
-        "seconds/step": seconds,
-        "tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
+        "policy/version": run.actor.policy_version,
+        "total/batches_trained": counters.trained_batches,
+        "batch/waiting": len(run.buffer),
+        "total/rollouts_sampled": counters.rollouts_sampled,
+        "total/rollouts_trained": counters.rollouts_trained,
+        "total/rollouts_dropped": counters.rollouts_dropped,
+        "time/step": seconds,
+        "throughput/tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
     }
     if run.driver is not None:
         run.driver.record(step, metrics, trained)
@@ -295,12 +295,12 @@ def sampling_metrics(samples: Sequence[Sample], *, group_size: int) -> dict[str,
     tokens = sum(sample.num_response_tokens for sample in samples)
     rewards = torch.tensor([sample.reward for sample in samples]).view(-1, group_size)
     return {
-        "reward": float(rewards.mean()),
-        "correct": sum(sample.correct for sample in samples) / len(samples),
-        "zero_variance_groups": float((rewards == rewards[:, :1]).all(1).float().mean()),
-        "response_tokens": tokens,
-        "response_length": tokens / len(samples),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "reward/sampled": float(rewards.mean()),
+        "reward/correct": sum(sample.correct for sample in samples) / len(samples),
+        "reward/zero_variance_groups": float((rewards == rewards[:, :1]).all(1).float().mean()),
+        "rollout/tokens": tokens,
+        "rollout/length": tokens / len(samples),
+        "rollout/truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
     }
 
 
@@ -317,7 +317,8 @@ def make_loss_function(objective: Objective, statistics: torch.Tensor | None = N
     def loss_fn(local: LocalTokens) -> LossOutput:
         out = objective(token_batch(local), statistics)
         entropy = local.entropy_T[local.loss_mask_T]
-        return LossOutput(loss=out.loss, metrics={**out.metrics, "entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])})
+        entropy_and_count = torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])
+        return LossOutput(loss=out.loss, metrics={**out.metrics, "policy/entropy": entropy_and_count})
 
     return loss_fn
 

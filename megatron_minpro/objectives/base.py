@@ -104,7 +104,7 @@ class ObjectiveOutput:
     weights_T: Tensor  # fp32, detached: d loss / d logprobs_T = -weights_T * advantages_T / divisor, corrections included; 0 if masked
     metrics: dict[
         str, Tensor
-    ]  # float64; [2] = (sum, count), or [B] = counts of the fixed bins of metrics.py where the key ends in _histogram
+    ]  # float64; [2] = (sum, count), or [B] = counts of the fixed bins of metrics.py where the key ends in /histogram
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,10 +76,10 @@ def correct(batch: RolloutBatch, corrections: CorrectionsConfig) -> tuple[Rollou
     )
     tokens = batch.num_response_tokens
     metrics = {
-        "correction_weight": sum(float(found.weights_R.sum()) for found in corrected) / tokens,
-        "correction_truncated_fraction": sum(int(found.truncated_R.sum()) for found in corrected) / tokens,
-        "correction_masked_fraction": sum(int(found.masked_R.sum()) for found in corrected) / tokens,
-        "correction_rejected_responses": sum(found.rejected for found in corrected),
+        "correction/weight": sum(float(found.weights_R.sum()) for found in corrected) / tokens,
+        "correction/truncated": sum(int(found.truncated_R.sum()) for found in corrected) / tokens,
+        "correction/masked": sum(int(found.masked_R.sum()) for found in corrected) / tokens,
+        "correction/rejected": sum(found.rejected for found in corrected),
     }
     return replace(batch, samples=samples), metrics
 

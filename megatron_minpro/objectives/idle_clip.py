@@ -14,11 +14,11 @@ def idle_clip(metrics: Mapping[str, float | None]) -> str | None:
 
     metrics: of one global step, names as in metrics.jsonl. None when all is well.
     """
-    lag = metrics.get("lag_max")
-    if metrics.get("unit_ratio_fraction") != 1.0 or not lag:
+    lag = metrics.get("batch/lag_max")
+    if metrics.get("ratio/unit") != 1.0 or not lag:
         return None
     return (
         f"every ratio is 1 although the policy was up to {lag:.0f} updates ahead of the one that sampled: the clip never acts. Check that "
-        "behaviour log-probs are kept from the sampling weights and not computed anew, that grad_norm is not 0, and that the learning "
-        "rate is large enough to move weights of model.dtype"
+        "behaviour log-probs are kept from the sampling weights and not computed anew, that update/grad_norm is not 0, and that the "
+        "learning rate is large enough to move weights of model.dtype"
     )

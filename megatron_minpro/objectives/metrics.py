@@ -1,7 +1,7 @@
 """What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
 
-A metric is float64, [2] = (sum, count), or [NUM_BINS] = counts per bin where its name ends in `_histogram`. `finalize_metrics` makes
-means and quantiles of the totals. Shapes: T local packed tokens.
+A metric is float64, [2] = (sum, count), or [NUM_BINS] = counts per bin where its name ends in `/histogram`. `finalize_metrics` makes
+means and quantiles of the totals. megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, ratio
 # A log ratio within this is that of a ratio of 1: log-probs down to -20 carry fp32 errors of 2e-6 and more when packed differently.
 UNIT_LOG_RATIO = 1e-5
 
-HISTOGRAM_SUFFIX = "_histogram"
+HISTOGRAM_SUFFIX = "/histogram"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 # Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
@@ -40,8 +40,8 @@ def token_metrics(
     """Metrics of one micro-batch, over its trained tokens.
 
     hard_T: tokens whose gradient a clip, a gate or a filter made 0. soft_T: tokens whose weight was bounded but not made 0.
-    policy_loss has the denominator (local trained tokens / global_tokens), which is 1 over a mini-batch: its mean is the loss per
-    mini-batch. kl_to_behaviour is the estimator k3 = rho - 1 - log rho of KL(pi_old || pi_theta), whose samples come from pi_old
+    loss/policy has the denominator (local trained tokens / global_tokens), which is 1 over a mini-batch: its mean is the loss per
+    mini-batch. policy/kl_to_behaviour is the estimator k3 = rho - 1 - log rho of KL(pi_old || pi_theta), whose samples come from pi_old
     (Schulman, "Approximating KL divergence", 2020). Ratios in metrics are held within exp(+-20).
     """
     mask_T = batch.loss_mask_T
@@ -54,20 +54,20 @@ def token_metrics(
     ratio_T = ratio(d_T.double())
     bounded_T = d_T.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {
-        "ratio": mean_of(ratio_T),
-        "log_ratio": mean_of(d_T),
-        "log_ratio_squared": mean_of(d_T.double().square()),
-        "unit_ratio_fraction": mean_of(d_T.abs() <= UNIT_LOG_RATIO),
-        "prefix_min_ratio": mean_of(ratio(prefix_min_T.double())),
-        "weight": mean_of(weights_T),
-        "weight_squared": mean_of(weights_T.double().square()),
-        "hard_clip_fraction": mean_of(hard_T),
-        "soft_clip_fraction": mean_of(soft_T),
-        "advantage": mean_of(batch.advantages_T),
-        "kl_to_behaviour": mean_of(torch.expm1(bounded_T) - bounded_T),
-        "policy_loss": torch.stack([loss.double(), count / batch.global_tokens]),
-        "log_ratio_histogram": histogram(d_T, mask_T),
-        "prefix_min_histogram": histogram(prefix_min_T, mask_T),
+        "ratio/mean": mean_of(ratio_T),
+        "log_ratio/mean": mean_of(d_T),
+        "log_ratio/mean_square": mean_of(d_T.double().square()),
+        "ratio/unit": mean_of(d_T.abs() <= UNIT_LOG_RATIO),
+        "prefix_min/mean": mean_of(ratio(prefix_min_T.double())),
+        "weight/mean": mean_of(weights_T),
+        "weight/mean_square": mean_of(weights_T.double().square()),
+        "clip/hard": mean_of(hard_T),
+        "clip/soft": mean_of(soft_T),
+        "advantage/mean": mean_of(batch.advantages_T),
+        "policy/kl_to_behaviour": mean_of(torch.expm1(bounded_T) - bounded_T),
+        "loss/policy": torch.stack([loss.double(), count / batch.global_tokens]),
+        "log_ratio/histogram": histogram(d_T, mask_T),
+        "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
     }
 
 
@@ -88,8 +88,8 @@ def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of the (sum, count) pairs under their names, quantiles of the histograms as name/p01 ... name/p99, and
-    effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, and
+    weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
 
     A metric without any token is NaN, never 0. Raises ValueError for a shape that is neither.
     """
@@ -103,9 +103,9 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
             final[name] = total / count if count else math.nan
         else:
             raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {HISTOGRAM_SUFFIX!r}")
-    if "weight" in final and "weight_squared" in final:
-        mean_square = final["weight_squared"]
-        final["effective_sample_size"] = final["weight"] ** 2 / mean_square if mean_square else math.nan
+    if "weight/mean" in final and "weight/mean_square" in final:
+        mean_square = final["weight/mean_square"]
+        final["weight/effective_sample_size"] = final["weight/mean"] ** 2 / mean_square if mean_square else math.nan
     return final
 
 

@@ -1,1 +1,1 @@
-"""What a finished run shows: plots, summary.json, one paragraph."""
+"""What a run achieved: summary.json, pictures, pass@k. Pure functions of numbers; run/finished.py reads a run folder for them."""

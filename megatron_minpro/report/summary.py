@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.tracking.metrics_table import HEADLINE
 
 SUMMARY_FILE = "summary.json"
 _REWARD_WINDOW = 5  # steps: one batch alone is too noisy to stand for a beginning or an end
@@ -29,27 +30,33 @@ def build_summary(
 ) -> dict[str, Any]:
     """The contents of summary.json.
 
-    metrics: the lines of metrics.jsonl, one per global step (names: megatron_minpro.tracking.metrics_file).
-    updates: optimizer steps over the whole run, resumed parts included. rollouts_*: responses, likewise, sampled = trained + lost +
-    dropped. seconds: wall time by phase.
-    evaluation_*: e.g. {"pass_at_1": 0.34, "pass_at_8": 0.71}; every key appears with _before and _after.
-    reward_first and reward_last are means over the first and last reward_window sampled batches; lag_min and lag_max are over the batches
-    trained after the ramp (from the staleness-th on), None when there is none; global_steps counts trained batches.
-    Raises ValueError when no batch was trained.
+    reward_first and reward_last are means of reward/trained over the first and last reward_window batches. lag_min and lag_max are over
+    the batches trained after the ramp (from the staleness-th on), None when there is none. global_steps counts trained batches.
+    tokens_per_second counts every trained response token once, over the wall time of all steps.
+
+    Args:
+        metrics: the lines of metrics.jsonl, one per global step; metrics_table.py explains the names.
+        staleness: of the run.
+        updates: optimizer steps over the whole run, resumed parts included.
+        rollouts_sampled: responses over the whole run; sampled = trained + lost + dropped.
+        rollouts_trained: of these, trained.
+        rollouts_lost: of these, sampled again after an interruption.
+        rollouts_dropped: of these, dropped by dynamic sampling.
+        seconds: wall time by phase.
+        evaluation_before: such as {"pass_at_1": 0.34, "pass_at_8": 0.71}; every key appears with _before and _after. {} without evaluation.
+        evaluation_after: the same, after training.
+
+    Raises:
+        ValueError: no batch was trained, or the two evaluations measured different things.
     """
-    rewards = _known(metrics, "reward")
-    trained = [line for line in metrics if line.get("lag_min") is not None]
-    if not rewards or not trained:
-        raise ValueError(
-            f"summary: expected at least one sampled and one trained batch, the metrics hold {len(rewards)} and {len(trained)}"
-        )
+    trained = [line for line in metrics if line.get("batch/lag_min") is not None]
+    rewards = _known(trained, HEADLINE)
+    if not rewards:
+        raise ValueError("summary: expected at least one trained batch, the metrics hold none")
     window = min(_REWARD_WINDOW, max(1, len(rewards) // 2))  # the two ends never share a batch
     after_ramp = trained[staleness:]
-    timed = [line for line in metrics if line.get("seconds/step") is not None and line.get("tokens_per_second") is not None]
-    step_seconds = math.fsum(_known(timed, "seconds/step"))
-    tokens = math.fsum(
-        speed * duration for speed, duration in zip(_known(timed, "tokens_per_second"), _known(timed, "seconds/step"), strict=True)
-    )
+    step_seconds = math.fsum(_known(metrics, "time/step"))
+    tokens = math.fsum(_known(metrics, "batch/tokens"))
     return {
         "reward_first": math.fsum(rewards[:window]) / window,
         "reward_last": math.fsum(rewards[-window:]) / window,
@@ -57,8 +64,8 @@ def build_summary(
         **_before_and_after(evaluation_before, evaluation_after),
         "global_steps": len(trained),
         "updates": updates,
-        "lag_min": min(_known(after_ramp, "lag_min"), default=None),
-        "lag_max": max(_known(after_ramp, "lag_max"), default=None),
+        "lag_min": min(_known(after_ramp, "batch/lag_min"), default=None),
+        "lag_max": max(_known(after_ramp, "batch/lag_max"), default=None),
         "rollouts_sampled": rollouts_sampled,
         "rollouts_trained": rollouts_trained,
         "rollouts_lost": rollouts_lost,
@@ -68,8 +75,8 @@ def build_summary(
     }
 
 
-def _known(metrics: Sequence[Mapping[str, float | None]], key: str) -> list[float]:
-    return [value for line in metrics if (value := line.get(key)) is not None]
+def _known(metrics: Sequence[Mapping[str, float | None]], name: str) -> list[float]:
+    return [value for line in metrics if (value := line.get(name)) is not None]
 
 
 def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

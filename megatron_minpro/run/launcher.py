@@ -20,9 +20,9 @@ from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
 from megatron_minpro.cluster.checks import check_machine, check_model, check_prompts, check_settings
 from megatron_minpro.config import RunConfig, dump_config
-from megatron_minpro.report.run_report import stopped, write_report
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
+from megatron_minpro.run.finished import stopped, write_report
 from megatron_minpro.run.ranks import start_ranks
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
@@ -37,7 +37,7 @@ from megatron_minpro.run.run_folder import (
 from megatron_minpro.run.run_state import latest_checkpoint, read_state, refuse_unusable
 from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
-from megatron_minpro.tracking.metrics_file import PROGRESS_FILE, Progress, write_progress
+from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
 from rollout.loopback import is_loopback
 from rollout.processes import ManagedProcess

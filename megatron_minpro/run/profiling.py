@@ -81,8 +81,8 @@ def write_phases(config: RunConfig, run_dir: Path, metrics: Sequence[Mapping[str
     lines = [line for line in metrics if steps[0] <= (line["global_step"] or 0) <= steps[1]]
     if not lines:
         return f"profile.steps = {config.profile.steps}: the run had no such step, nothing was traced."
-    seconds = {phase: _mean(lines, f"seconds/{phase}") for phase in _PHASES}
-    length = _mean([line for line in metrics if line.get("response_length")], "response_length")
+    seconds = {phase: _mean(lines, f"time/{phase}") for phase in _PHASES}
+    length = _mean([line for line in metrics if line.get("rollout/length")], "rollout/length")
     try:
         hardware = hardware_of_device(detect().device_name)
     except ValueError as error:  # said in the table's place: the run itself is done and fine

@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.tracking.metrics_file import METRICS_FILE, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, read_metrics
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
+from megatron_minpro.tracking.tensorboard import TENSORBOARD_FOLDER
+from megatron_minpro.tracking.wandb import WANDB_FOLDER
 
 CONFIG_FILE = "config.yaml"  # the resolved configuration
 ENDPOINTS_FILE = "endpoints.json"  # addresses of the rollout servers, once they answer
@@ -24,10 +27,10 @@ def forget_unfinished_attempt(run_dir: Path) -> None:
 
     What it had sampled is lost, and that is all that is remembered of it.
     """
-    counted = [int(line.get("rollouts_sampled") or 0) for line in read_metrics(run_dir / METRICS_FILE)]  # with those lost before
+    counted = [int(line.get("total/rollouts_sampled") or 0) for line in read_metrics(run_dir / METRICS_FILE)]  # with those lost before
     if counted:
         write_atomically(run_dir / LOST_FILE, f"{max(counted)}\n")
     for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
         path.unlink(missing_ok=True)
-    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER):
+    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, WANDB_FOLDER):
         shutil.rmtree(run_dir / name, ignore_errors=True)

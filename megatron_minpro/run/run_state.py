@@ -73,7 +73,7 @@ class RunCounters:
         metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
         """
         kept = self.rollouts_sampled - self.rollouts_lost
-        sampled = max((int(line.get("rollouts_sampled") or 0) for line in metrics), default=0)
+        sampled = max((int(line.get("total/rollouts_sampled") or 0) for line in metrics), default=0)
         self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
         self.rollouts_sampled = kept + self.rollouts_lost
 

@@ -41,6 +41,7 @@ from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import make_reward
 from megatron_minpro.run import base_model, run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
+from megatron_minpro.run.finished import summarise
 from megatron_minpro.run.profiling import StepProfiler
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
@@ -53,7 +54,10 @@ from megatron_minpro.run.run_folder import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
-from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsWriter, Progress, RolloutLog, read_metrics, write_progress
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from megatron_minpro.tracking.progress import Progress, write_progress
+from megatron_minpro.tracking.rollout_log import RolloutLog
+from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
@@ -150,11 +154,12 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         else:
             take_part(tensors)
     if driver is not None:
-        driver.metrics.close()
         driver.reward.close()
         driver.weight_sync.close()
         result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        driver.tracker.finish(summarise(config, run_dir, counters.seconds) if complete else result)
+        driver.heartbeat("done" if complete else "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +206,10 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     reward = make_reward(config.reward.name, **config.reward.options)
     held_out = held_out_prompts(config.evaluation, tokenizer)
     count_lost(run_dir, counters)
-    metrics = MetricsWriter(run_dir, tensorboard=config.tracking.tensorboard)
+    metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)
+    tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers])
+    tracker.start(config.model_dump(mode="json"))
     rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
     if rollouts is not None:
         rollouts.truncate_after(counters.next_step - 1)
@@ -246,7 +253,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         end_ids=end_ids,
         reward=reward,
         held_out_prompts=held_out,
-        metrics=metrics,
+        tracker=tracker,
         rollouts=rollouts,
         trained_batches=counters.trained_batches,
     )

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_minpro.report.plots import COLOURS, STYLE, save
+from megatron_minpro.report.style import COLOURS, GREY, save, set_powers_of_two, set_title, style
 from megatron_minpro.scaling.rows import Row
 from megatron_minpro.scaling.tables import efficiency, memory_of, pairs, series
 from parallel.planner.hardware import Hardware
@@ -24,7 +24,7 @@ def plot_study(folder: Path, rows: Sequence[Row], hardware: Hardware) -> list[Pa
     target = folder / "plots"
     target.mkdir(exist_ok=True)
     usable = [row for row in rows if row.step_s is not None]
-    with plt.rc_context(STYLE):
+    with style():
         figures = {
             "throughput": _curves(rows, hardware, relative=False),
             "efficiency": _curves(rows, hardware, relative=True),
@@ -54,16 +54,15 @@ def _curves(rows: Sequence[Row], hardware: Hardware, *, relative: bool) -> Figur
         plt.close(figure)
         return None
     sizes = sorted({row.ep for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    set_powers_of_two(axes, sizes)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("expert parallelism")
     axes.set_ylabel("throughput per rank, of the smallest layout's" if relative else "tokens/s per rank")
     etp = max(row.etp or 1 for row in rows)
     boundary = hardware.nvlink_domain / etp
     if sizes[0] <= boundary < sizes[-1]:
-        axes.axvline(boundary * 2**0.5, color="#8a8f98", linestyle=":", linewidth=1.5, label=f"node boundary ({hardware.name})")
-    axes.set_title(rows[0].model, loc="left", fontsize=11, color="#333333")
+        axes.axvline(boundary * 2**0.5, color=GREY, linestyle=":", linewidth=1.5, label=f"node boundary ({hardware.name})")
+    set_title(axes, rows[0].model)
     axes.legend(fontsize=9)
     return figure
 
@@ -89,7 +88,7 @@ def _finish(axes: Axes, rows: Sequence[Row], *, label: str) -> None:
     axes.set_xticks(range(len(rows)), _names(rows), fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel(label)
-    axes.set_title(rows[0].model, loc="left", fontsize=11, color="#333333")
+    set_title(axes, rows[0].model)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -156,7 +155,7 @@ def _parity(rows: Sequence[Row]) -> Figure | None:
     values = [value for plan, row in found for value in (plan.step_s, row.step_s) if value is not None]
     ends = [0.7 * min(values), 1.4 * max(values)]
     axes.plot(ends, ends, color="#333333", linewidth=1)
-    axes.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="#8a8f98", alpha=0.15, label="25 %")
+    axes.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color=GREY, alpha=0.15, label="25 %")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured s of a step", ylabel="predicted s of a step")
     axes.legend(fontsize=9)
     return figure

@@ -5,7 +5,6 @@ On a terminal it repaints itself; anywhere else it prints one plain line per glo
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -20,7 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_minpro.objectives.idle_clip import idle_clip
-from megatron_minpro.tracking.metrics_file import METRICS_FILE, Progress, read_progress
+from megatron_minpro.tracking.json_lines import read_json_lines
+from megatron_minpro.tracking.metrics_file import METRICS_FILE
+from megatron_minpro.tracking.metrics_table import HEADLINE
+from megatron_minpro.tracking.progress import Progress, read_progress
 
 Metrics = Mapping[str, float | None]
 
@@ -40,11 +42,11 @@ class Column:
 
 
 COLUMNS = (
-    Column("reward", ("reward",), ".3f"),
-    Column("prefix min", ("prefix_min_ratio",), ".3f"),
-    Column("clipped", ("hard_clip_fraction", "soft_clip_fraction"), ".2%"),
-    Column("entropy", ("entropy",), ".3f"),
-    Column("tokens/s", ("tokens_per_second",), ",.0f"),
+    Column("reward", (HEADLINE,), ".3f"),
+    Column("prefix min", ("prefix_min/mean",), ".3f"),
+    Column("clipped", ("clip/hard", "clip/soft"), ".2%"),
+    Column("entropy", ("policy/entropy",), ".3f"),
+    Column("tokens/s", ("throughput/tokens_per_second",), ",.0f"),
 )
 STEP_PHASES = ("sample", "reward", "score", "update", "sync")
 _NUM_RECENT = 20  # steps that the time left is estimated from
@@ -64,12 +66,10 @@ class MetricsTail:
             return []
         if self._path.stat().st_size < self._offset:
             self._offset = 0
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            content = file.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        found = list(read_json_lines(self._path, start=self._offset))
+        if found:
+            self._offset = found[-1][0]
+        return [line for _, line in found]
 
 
 class Console:
@@ -128,8 +128,8 @@ class Console:
         step = int(line["global_step"] or 0)
         # Steps that only sample (the first) or only train (the last) lack some numbers: keep showing the latest known ones.
         self._latest = {**self._latest, **line}
-        self._steps_done = int(line.get("trained_batches") or 0)
-        seconds = line.get("seconds/step")
+        self._steps_done = int(line.get("total/batches_trained") or 0)
+        seconds = line.get("time/step")
         if seconds is not None:
             self._step_seconds = [*self._step_seconds[-(_NUM_RECENT - 1) :], seconds]
         if self._resumed_from is not None and step <= self._resumed_from:
@@ -179,13 +179,13 @@ class Console:
 
 
 def _lag(line: Metrics) -> str:
-    low, high = line.get("lag_min"), line.get("lag_max")
+    low, high = line.get("batch/lag_min"), line.get("batch/lag_max")
     return "-" if low is None or high is None else f"{low:.0f}-{high:.0f}"
 
 
 def _phases(line: Metrics) -> dict[str, float]:
     """Phase -> seconds, the whole step left out."""
-    found = {key.removeprefix("seconds/"): value for key, value in line.items() if key.startswith("seconds/") and key != "seconds/step"}
+    found = {key.removeprefix("time/"): value for key, value in line.items() if key.startswith("time/") and key != "time/step"}
     return {phase: seconds for phase, seconds in found.items() if seconds is not None}
 
 

@@ -97,7 +97,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(rows: list[dict[str, Any]], *, but: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Metrics that a repeated run must repeat: all but wall times and how the servers fared, and `but` what a test says differs."""
-    changing = ("seconds/", "servers/", "tokens_per_second", *but)
+    changing = ("time/", "servers/", "throughput/", *but)
     return [{key: value for key, value in row.items() if not key.startswith(changing)} for row in rows]
 
 

@@ -41,10 +41,10 @@ def test_two_global_steps_on_dapo_math_17k(minpro: Callable[..., Command], asset
     for record in records:
         assert record["reward"] == pytest.approx(-max(0, record["num_response_tokens"] - 16) / 16)
     rows = metrics_of(run_dir)
-    sampled = [row for row in rows if "sampling_rounds" in row]
-    assert [(row["sampling_rounds"], row["equal_groups"], row["responses_dropped"]) for row in sampled] == [(2, 4, 16)] * 2
+    sampled = [row for row in rows if "rollout/rounds" in row]
+    assert [(row["rollout/rounds"], row["rollout/equal_groups"], row["rollout/dropped"]) for row in sampled] == [(2, 4, 16)] * 2
     # float32 on both sides: the same probabilities up to rounding.
-    assert [row["correction_weight"] for row in sampled] == pytest.approx([1.0, 1.0], abs=1e-3)
-    entropies = [row["entropy"] for row in rows if "entropy" in row]
+    assert [row["correction/weight"] for row in sampled] == pytest.approx([1.0, 1.0], abs=1e-3)
+    entropies = [row["policy/entropy"] for row in rows if "policy/entropy" in row]
     # A random model over V tokens is nearly uniform: ln 151,936 = 11.93.
     assert entropies and all(entropy == pytest.approx(11.93, abs=0.05) for entropy in entropies)

@@ -77,13 +77,13 @@ def test_a_killed_run_continues_to_the_undisturbed_result_bit_for_bit(
     assert code == 0
 
     rows, undisturbed = metrics_of(run_dir), finished_run["metrics"]
-    assert without_times(rows, but=("rollouts_sampled",)) == without_times(undisturbed, but=("rollouts_sampled",))
+    assert without_times(rows, but=("total/rollouts_sampled",)) == without_times(undisturbed, but=("total/rollouts_sampled",))
     ours, theirs = (load_file(folder / "policy/model.safetensors") for folder in (run_dir, finished_run["dir"]))
     assert sorted(ours) == sorted(theirs)
     assert all((ours[tensor] == theirs[tensor]).all() for tensor in theirs)
     for measured in ("evaluation_before.json", "evaluation_after.json"):
         assert json.loads((run_dir / measured).read_text()) == json.loads((finished_run["dir"] / measured).read_text())
-    trained_from = [row["trained_from_step"] for row in rows if row.get("trained_from_step") is not None]
+    trained_from = [row["batch/sampled_at_step"] for row in rows if row.get("batch/sampled_at_step") is not None]
     assert trained_from == list(range(5)), "every batch once, none twice"
     counted, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, finished_run["dir"]))
     assert counted["rollouts_trained"] == expected["rollouts_trained"] == expected["rollouts_sampled"]

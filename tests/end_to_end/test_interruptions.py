@@ -89,7 +89,10 @@ def test_a_run_that_loses_all_servers_saves_its_last_step_and_continues_from_the
     code, _, err = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}", "--resume", "must").wait()
     assert code == 0, err
     rows = metrics_of(run_dir)
-    assert without_times(rows) == without_times(finished_run["metrics"]) and rows[-1]["rollouts_sampled"] == rows[-1]["rollouts_trained"]
+    assert (
+        without_times(rows) == without_times(finished_run["metrics"])
+        and rows[-1]["total/rollouts_sampled"] == rows[-1]["total/rollouts_trained"]
+    )
 
 
 @pytest.mark.parametrize("victim", ["rank", "server that may not be restarted", "launcher"])

@@ -31,14 +31,14 @@ def test_summary_counts_every_rollout_once_and_has_all_keys(finished_run: dict[s
 def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run: dict[str, Any]) -> None:
     rows = finished_run["metrics"]
     assert [row["global_step"] for row in rows] == list(range(STEPS + STALENESS))
-    assert [row.get("trained_from_step") for row in rows] == [None, None, 0, 1, 2, 3, 4]
-    lags = [(row["lag_min"], row["lag_max"]) for row in rows[STALENESS:]]
+    assert [row.get("batch/sampled_at_step") for row in rows] == [None, None, 0, 1, 2, 3, 4]
+    lags = [(row["batch/lag_min"], row["batch/lag_max"]) for row in rows[STALENESS:]]
     assert lags == [(0, 3), (4, 7), (8, 11), (8, 11), (8, 11)]
-    assert [row["policy_version"] for row in rows] == [0, 0, 4, 8, 12, 16, 20]
+    assert [row["policy/version"] for row in rows] == [0, 0, 4, 8, 12, 16, 20]
 
 
 def test_server_and_trainer_score_the_same_tokens_alike(finished_run: dict[str, Any]) -> None:
-    gaps = [row["engine_logprob_gap_mean"] for row in finished_run["metrics"] if "engine_logprob_gap_mean" in row]
+    gaps = [row["engine_logprob_gap/mean"] for row in finished_run["metrics"] if "engine_logprob_gap/mean" in row]
     assert len(gaps) == STEPS
     # fp32 on both sides, sums in another order. The mean, as a tie of two experts' gates may send one token elsewhere.
     assert max(gaps) < 1e-5
@@ -50,7 +50,7 @@ def test_kept_rollouts_can_be_read_and_carry_their_version(finished_run: dict[st
         assert len(records) == RESPONSES
         assert {record["policy_version"] for record in records} == {version}
         mean = sum(record["reward"] for record in records) / len(records)
-        assert finished_run["metrics"][step]["reward"] == pytest.approx(mean)
+        assert finished_run["metrics"][step]["reward/sampled"] == pytest.approx(mean)
 
 
 def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_run: dict[str, Any], short_run_settings: list[str]) -> None:
@@ -91,7 +91,7 @@ def test_traced_steps_name_their_phases_on_every_rank_and_stand_beside_a_predict
         assert "global step 5" not in names
     table = (folder / "phases.md").read_text()
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in table.splitlines() if "|" in line}
-    measured = [row["seconds/update"] for row in finished_run["metrics"][3:5]]
+    measured = [row["time/update"] for row in finished_run["metrics"][3:5]]
     assert float(rows["update"][0]) == pytest.approx(sum(measured) / 2, rel=0.01)
     assert float(rows["update"][1]) > 0 and rows["sample"][1] == "-"  # the planner knows no CPU server
     assert "Traces and predictions" in " ".join(finished_run["out"].split())

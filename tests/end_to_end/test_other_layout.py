@@ -15,8 +15,16 @@ pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(600)]
 
 # What one update computes from its batch. The batch itself is the same as long as it was sampled before the run moved; later ones come from
 # weights that differ in their last bits, where one other token makes another response and another reward.
-OF_A_BATCH = ("loss", "grad_norm", "entropy", "trained_reward", "prefix_min_ratio", "hard_clip_fraction", "soft_clip_fraction")
-EXACT = ("trained_tokens", "trained_from_step", "lag_min", "lag_max", "policy_version", "learning_rate", "rollouts_trained")
+OF_A_BATCH = ("loss/total", "update/grad_norm", "policy/entropy", "reward/trained", "prefix_min/mean", "clip/hard", "clip/soft")
+EXACT = (
+    "batch/tokens",
+    "batch/sampled_at_step",
+    "batch/lag_min",
+    "batch/lag_max",
+    "policy/version",
+    "update/learning_rate",
+    "total/rollouts_trained",
+)
 
 
 def test_a_run_resumed_with_pipeline_stages_in_place_of_expert_ranks_continues_within_1e_5(
@@ -37,4 +45,4 @@ def test_a_run_resumed_with_pipeline_stages_in_place_of_expert_ranks_continues_w
             {name: expected[name] for name in OF_A_BATCH if name in expected}, rel=1e-5, abs=1e-7
         )
     assert len(rows) == len(undisturbed)
-    assert rows[6]["trained_from_step"] == 4
+    assert rows[6]["batch/sampled_at_step"] == 4

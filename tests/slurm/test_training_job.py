@@ -68,7 +68,7 @@ def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(jobs: Jobs, undist
     jobs.cluster.until(lambda: jobs.cluster.job(job_id).restarts == 1, "the requeue", timeout_s=60)
     jobs.cluster.bring_node_back(1)
     jobs.finish("node_down", job_id)
-    sampled = ("rollouts_sampled",)  # counts what the lost steps had sampled as well
+    sampled = ("total/rollouts_sampled",)  # counts what the lost steps had sampled as well
     assert without_times(jobs.metrics("node_down"), but=sampled) == without_times(undisturbed, but=sampled)
     summary = json.loads((jobs.run_dir("node_down") / "summary.json").read_text())
     assert summary["rollouts_trained"] == RESPONSES

@@ -73,7 +73,7 @@ class FakeActor:
             learning_rate=learning_rate,
             policy_version=self.policy_version,
             num_tokens=tokens,
-            metrics={"entropy": torch.tensor([float(self.policy_version), 1.0]), "unit_ratio_fraction": self.unit_ratios},
+            metrics={"policy/entropy": torch.tensor([float(self.policy_version), 1.0]), "ratio/unit": self.unit_ratios},
         )
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -210,7 +210,7 @@ def test_corrections_compare_the_server_with_the_trainer_at_sampling_time_and_le
     assert corrected.actor.corrections == pytest.approx([1.5, 1 / 16] * 32), "also for batches that waited while the weights moved"
     assert corrected.actor.trained == plain.actor.trained
     line = dict(corrected.driver.lines)[1]
-    assert (line["correction_weight"], line["correction_truncated_fraction"]) == (pytest.approx((1.5 + 1 / 16) / 2), 0.5)
+    assert (line["correction/weight"], line["correction/truncated"]) == (pytest.approx((1.5 + 1 / 16) / 2), 0.5)
     assert not [name for _, line in plain.driver.lines for name in line if name.startswith("correction")]
 
 
@@ -222,11 +222,11 @@ def test_dropped_responses_are_counted_and_seen_in_the_sampling_metrics(one_rank
     counters = diary.run.counters
     assert (counters.rollouts_sampled, counters.rollouts_trained, counters.rollouts_dropped) == (32, 16, 16)
     first, later, last = (dict(diary.driver.lines)[step] for step in (0, 2, 5))
-    assert (first["responses_dropped"], first["sampling_rounds"], first["equal_groups"]) == (4, 2, 1)
-    assert (first["zero_variance_groups"], first["response_tokens"]) == (1.0, 16)
+    assert (first["rollout/dropped"], first["rollout/rounds"], first["rollout/equal_groups"]) == (4, 2, 1)
+    assert (first["reward/zero_variance_groups"], first["rollout/tokens"]) == (1.0, 16)
     waiting = 2 * 4  # the batches of steps 1 and 2
-    assert later["rollouts_sampled"] == later["rollouts_trained"] + waiting + later["rollouts_dropped"] == 24
-    assert last["rollouts_sampled"] == last["rollouts_trained"] + last["rollouts_dropped"] == 32
+    assert later["total/rollouts_sampled"] == later["total/rollouts_trained"] + waiting + later["total/rollouts_dropped"] == 24
+    assert last["total/rollouts_sampled"] == last["total/rollouts_trained"] + last["total/rollouts_dropped"] == 32
 
 
 def test_ratios_of_one_at_a_lag_are_warned_of_once(
@@ -246,16 +246,16 @@ def test_metrics_of_a_step_by_hand(one_rank_group: dist.ProcessGroup, make_batch
     diary = Diary(small_config(), one_rank_group, make_batch)
     trainer.train(diary.run)
     lines = dict(diary.driver.lines)
-    assert "loss" not in lines[1] and "reward" not in lines[4]
-    assert (lines[3]["lag_min"], lines[3]["lag_max"], lines[3]["trained_from_step"]) == (2, 3, 1)
-    assert (lines[5]["lag_min"], lines[5]["lag_max"]) == (4, 5)
-    assert (lines[3]["loss"], lines[3]["entropy"], lines[3]["grad_norm"]) == (3.5, 3.5, 0.5)
-    assert (lines[3]["batches_waiting"], lines[3]["policy_version"], lines[3]["trained_tokens"]) == (2, 4, 16)
+    assert "loss/total" not in lines[1] and "reward/sampled" not in lines[4]
+    assert (lines[3]["batch/lag_min"], lines[3]["batch/lag_max"], lines[3]["batch/sampled_at_step"]) == (2, 3, 1)
+    assert (lines[5]["batch/lag_min"], lines[5]["batch/lag_max"]) == (4, 5)
+    assert (lines[3]["loss/total"], lines[3]["policy/entropy"], lines[3]["update/grad_norm"]) == (3.5, 3.5, 0.5)
+    assert (lines[3]["batch/waiting"], lines[3]["policy/version"], lines[3]["batch/tokens"]) == (2, 4, 16)
     # Engine log-probs are -0.1 (t + 1) - n for sample n; the actor says -1/8 at version 0.
     gaps = [abs(-0.1 * (t + 1) - n + 1 / 8) for n in range(8) for t in range(2)]
-    assert lines[0]["engine_logprob_gap_mean"] == pytest.approx(sum(gaps) / len(gaps))
-    assert lines[0]["engine_logprob_gap_max"] == pytest.approx(max(gaps))
-    assert lines[0]["seconds/step"] == pytest.approx(lines[0]["seconds/sample"] + lines[0]["seconds/score"])
+    assert lines[0]["engine_logprob_gap/mean"] == pytest.approx(sum(gaps) / len(gaps))
+    assert lines[0]["engine_logprob_gap/max"] == pytest.approx(max(gaps))
+    assert lines[0]["time/step"] == pytest.approx(lines[0]["time/sample"] + lines[0]["time/score"])
 
 
 def test_a_lag_other_than_promised_stops_the_run(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
@@ -453,12 +453,12 @@ def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
     )
     assert trainer.sampling_metrics(samples, group_size=2) == pytest.approx(
         {
-            "reward": 0.5,
-            "correct": 0.5,
-            "zero_variance_groups": 2 / 3,
-            "response_tokens": 30,
-            "response_length": 5.0,
-            "truncated": 1 / 3,
+            "reward/sampled": 0.5,
+            "reward/correct": 0.5,
+            "reward/zero_variance_groups": 2 / 3,
+            "rollout/tokens": 30,
+            "rollout/length": 5.0,
+            "rollout/truncated": 1 / 3,
         }
     )
 
@@ -476,7 +476,7 @@ def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -
         global_sequences=2,
     )
     out = trainer.make_loss_function(make_objective("reinforce"))(local)
-    assert out.metrics["entropy"].tolist() == [0.75, 2.0]
+    assert out.metrics["policy/entropy"].tolist() == [0.75, 2.0]
     # On policy every weight is 1: loss = -sum(A log pi) / 4.
     assert float(out.loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
     out.loss.backward()

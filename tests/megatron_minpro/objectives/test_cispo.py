@@ -42,4 +42,4 @@ def test_the_scale_has_no_default_and_is_positive() -> None:
 def test_reinforce_bounds_nothing(cases, run_objective) -> None:
     ran = run_objective(make_objective("reinforce"), cases.of_ratios([0.1, 1.0, 9.0]))
     assert ran.weights[0].tolist() == [1.0, 1.0, 1.0]
-    assert ran.metrics["soft_clip_fraction"].tolist() == ran.metrics["hard_clip_fraction"].tolist() == [0.0, 3.0]
+    assert ran.metrics["clip/soft"].tolist() == ran.metrics["clip/hard"].tolist() == [0.0, 3.0]

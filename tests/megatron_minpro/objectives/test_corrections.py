@@ -77,10 +77,10 @@ def test_a_batch_keeps_its_weights_and_tells_how_many_it_changed(make_sample: Ma
     expected = [[0.0, 0.0, 0.0], [1.0, 1.0], [1.0], [0.0, 1.0, 1.0, 1.0]]
     assert [sample.correction_weights.tolist() for sample in corrected.samples] == expected
     assert metrics == {
-        "correction_weight": pytest.approx(6 / 10),
-        "correction_truncated_fraction": 2 / 10,
-        "correction_masked_fraction": 2 / 10,
-        "correction_rejected_responses": 1,
+        "correction/weight": pytest.approx(6 / 10),
+        "correction/truncated": 2 / 10,
+        "correction/masked": 2 / 10,
+        "correction/rejected": 1,
     }
     for sample, before in zip(corrected.samples, batch.samples, strict=True):
         assert sample.behaviour_logprobs is before.behaviour_logprobs, "pi_old is not touched"

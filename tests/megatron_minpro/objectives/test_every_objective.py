@@ -77,7 +77,7 @@ def test_correction_weights_multiply_weight_gradient_and_loss_of_each_token_and_
             only[s][t] = 1.0
             alone += float(corrected.corrections[s][t]) * run_objective(objective, replace(plain, corrections=only)).loss
     assert after.loss == pytest.approx(alone, rel=1e-5, abs=1e-6)
-    weighted = {"weight", "weight_squared", "policy_loss"}
+    weighted = {"weight/mean", "weight/mean_square", "loss/policy"}
     for name in before.metrics.keys() - weighted:
         torch.testing.assert_close(after.metrics[name], before.metrics[name], rtol=0, atol=0)
 
@@ -110,9 +110,9 @@ def test_on_policy_the_gradient_is_reinforce_and_nothing_is_clipped(objective, c
     for weights, mask in zip(ran.weights, case.masks, strict=True):
         assert torch.equal(weights, weight * mask.float())
     count = float(case.num_tokens)
-    assert ran.metrics["hard_clip_fraction"].tolist() == ran.metrics["soft_clip_fraction"].tolist() == [0.0, count]
-    assert ran.metrics["unit_ratio_fraction"].tolist() == ran.metrics["ratio"].tolist() == [count, count]
-    assert ran.metrics["kl_to_behaviour"].tolist() == [0.0, count]
+    assert ran.metrics["clip/hard"].tolist() == ran.metrics["clip/soft"].tolist() == [0.0, count]
+    assert ran.metrics["ratio/unit"].tolist() == ran.metrics["ratio/mean"].tolist() == [count, count]
+    assert ran.metrics["policy/kl_to_behaviour"].tolist() == [0.0, count]
 
 
 @every_objective

@@ -15,8 +15,8 @@ def test_gates_by_hand(cases, run_objective) -> None:
     ran = run_objective(make_objective("grpo"), cases.of_ratios(ratios, advantages))
     torch.testing.assert_close(ran.weights[0], torch.tensor([1.1, 0.0, 0.7, 1.3, 0.0, 1.0]), rtol=1e-6, atol=0)
     assert ran.loss == pytest.approx(-(1.1 + 1.28 + 0.7 - 2 * 1.3 - 2 * 0.8 - 2.0) / 6, rel=1e-6)
-    assert finalize_metrics(ran.metrics)["hard_clip_fraction"] == pytest.approx(2 / 6)
-    assert finalize_metrics(ran.metrics)["soft_clip_fraction"] == 0.0
+    assert finalize_metrics(ran.metrics)["clip/hard"] == pytest.approx(2 / 6)
+    assert finalize_metrics(ran.metrics)["clip/soft"] == 0.0
 
 
 def test_dual_clip_bounds_bad_tokens_only_and_is_off_by_default(cases, run_objective) -> None:
@@ -44,4 +44,4 @@ def test_a_log_ratio_beyond_twenty_is_held_there_without_gradient(cases, run_obj
     ran = run_objective(make_objective("grpo"), cases.of_ratios([math.exp(25.0), math.exp(19.0)], -1.0))
     torch.testing.assert_close(ran.weights[0], torch.tensor([0.0, math.exp(19.0)]), rtol=1e-5, atol=0)
     assert ran.loss == pytest.approx((math.exp(20.0) + math.exp(19.0)) / 2, rel=1e-5)
-    assert finalize_metrics(ran.metrics)["hard_clip_fraction"] == 0.5
+    assert finalize_metrics(ran.metrics)["clip/hard"] == 0.5

@@ -10,11 +10,11 @@ from megatron_minpro.objectives.idle_clip import idle_clip
 @pytest.mark.parametrize(
     ("metrics", "warned"),
     [
-        ({"unit_ratio_fraction": 1.0, "lag_max": 15}, True),
-        ({"unit_ratio_fraction": 1.0, "lag_max": 0}, False),  # on-policy, one update a step: as it should be
-        ({"unit_ratio_fraction": 0.9999, "lag_max": 15}, False),
-        ({"unit_ratio_fraction": None, "lag_max": 15}, False),  # no trained token
-        ({"reward": 0.5}, False),  # a step that only samples
+        ({"ratio/unit": 1.0, "batch/lag_max": 15}, True),
+        ({"ratio/unit": 1.0, "batch/lag_max": 0}, False),  # on-policy, one update a step: as it should be
+        ({"ratio/unit": 0.9999, "batch/lag_max": 15}, False),
+        ({"ratio/unit": None, "batch/lag_max": 15}, False),  # no trained token
+        ({"reward/sampled": 0.5}, False),  # a step that only samples
     ],
 )
 def test_all_ratios_one_at_a_lag_are_suspicious(metrics: dict[str, float | None], warned: bool) -> None:

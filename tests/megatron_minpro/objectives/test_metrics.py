@@ -31,8 +31,8 @@ def test_quantiles_are_those_of_the_sample_up_to_a_bin(scale: float) -> None:
 
 def test_empty_sums_are_nan_and_never_zero() -> None:
     empty = torch.zeros(2, dtype=torch.float64)
-    final = finalize_metrics({"weight": empty, "weight_squared": empty, "log_ratio_histogram": torch.zeros(NUM_BINS)})
-    assert all(math.isnan(value) for value in final.values()) and "effective_sample_size" in final
+    final = finalize_metrics({"weight/mean": empty, "weight/mean_square": empty, "log_ratio/histogram": torch.zeros(NUM_BINS)})
+    assert all(math.isnan(value) for value in final.values()) and "weight/effective_sample_size" in final
 
 
 def test_metrics_add_up_and_refuse_to_mix() -> None:
@@ -46,27 +46,27 @@ def test_metrics_add_up_and_refuse_to_mix() -> None:
 
 def test_a_ratio_of_one_up_to_rounding_counts_as_one(cases, run_objective) -> None:
     case = cases.of_ratios([1.0, math.exp(5e-6), math.exp(-5e-6), math.exp(2e-5), math.exp(-2e-5), 2.0])
-    assert run_objective(make_objective("minpro"), case).metrics["unit_ratio_fraction"].tolist() == [3.0, 6.0]
+    assert run_objective(make_objective("minpro"), case).metrics["ratio/unit"].tolist() == [3.0, 6.0]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.known)
 def test_every_objective_reports_the_same_list(name: str, cases, run_objective) -> None:
     objective = make_objective(name, **({"scale": 1.0} if name == "scaled_cispo" else {}))
-    quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
+    quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "log_prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
     assert finalize_metrics(run_objective(objective, cases.random(0)).metrics).keys() == quantiles | {
-        "ratio",
-        "log_ratio",
-        "log_ratio_squared",
-        "unit_ratio_fraction",
-        "prefix_min_ratio",
-        "weight",
-        "weight_squared",
-        "effective_sample_size",
-        "hard_clip_fraction",
-        "soft_clip_fraction",
-        "advantage",
-        "kl_to_behaviour",
-        "policy_loss",
+        "ratio/mean",
+        "log_ratio/mean",
+        "log_ratio/mean_square",
+        "ratio/unit",
+        "prefix_min/mean",
+        "weight/mean",
+        "weight/mean_square",
+        "weight/effective_sample_size",
+        "clip/hard",
+        "clip/soft",
+        "advantage/mean",
+        "policy/kl_to_behaviour",
+        "loss/policy",
     }
 
 
@@ -74,6 +74,6 @@ def test_quantiles_of_log_ratio_and_prefix_min_by_hand(cases, run_objective) -> 
     """Ratios 1/8, 2, 4, 8, ...: the smallest earlier ratio is 1 once and 1/8 ever after."""
     final = finalize_metrics(run_objective(make_objective("minpro"), cases.of_ratios([0.125, *[2.0] * 50, *[4.0] * 49])).metrics)
     bin_width = 10 ** (1 / 16)
-    for name, ratio in (("prefix_min/p05", 0.125), ("prefix_min/p95", 0.125), ("log_ratio/p25", 2.0), ("log_ratio/p75", 4.0)):
+    for name, ratio in (("log_prefix_min/p05", 0.125), ("log_prefix_min/p95", 0.125), ("log_ratio/p25", 2.0), ("log_ratio/p75", 4.0)):
         assert math.log(ratio) / final[name] == pytest.approx(1.0, abs=bin_width - 1), name
-    assert final["prefix_min_ratio"] == pytest.approx((1 + 99 / 8) / 100)
+    assert final["prefix_min/mean"] == pytest.approx((1 + 99 / 8) / 100)

@@ -62,7 +62,7 @@ def test_m2po_drops_the_largest_until_the_budget_is_met(cases, run_objective, ru
     weights = torch.where(keep, d.exp(), 0.0)
     torch.testing.assert_close(weights_at(ran, places), weights, rtol=1e-5, atol=1e-7)
     assert ran.loss == pytest.approx(loss_of(case, -weights * a * logprobs_at(case, places), places), rel=1e-5, abs=1e-6)
-    assert ran.metrics["hard_clip_fraction"].tolist() == [int((~keep).sum()), len(d)]
+    assert ran.metrics["clip/hard"].tolist() == [int((~keep).sum()), len(d)]
 
 
 def test_m2po_official_bound_is_the_winsorized_budget(cases, run_objective) -> None:
@@ -95,7 +95,7 @@ def test_m2po_tokens_without_an_advantage_or_a_drift_are_not_harmful(cases, run_
 def test_m2po_within_the_budget_drops_nothing(cases, run_objective) -> None:
     case = cases.random(4, 0.01)
     for rule in ("paper", "official", "second_moment_all"):
-        assert run_objective(make_objective("m2po", rule=rule), case).metrics["hard_clip_fraction"][0] == 0
+        assert run_objective(make_objective("m2po", rule=rule), case).metrics["clip/hard"][0] == 0
 
 
 def test_m2po_over_the_budget_everywhere_keeps_the_smallest_under_second_moment_all(cases, run_objective) -> None:
@@ -121,14 +121,14 @@ def test_prefix_filter_drops_the_lowest_prefixes_of_the_whole_mini_batch(cases, 
     ran = run_objective(make_objective("prefix_filter", fraction=fraction), case, micro_batches)
     torch.testing.assert_close(weights_at(ran, places), expected, rtol=1e-5, atol=1e-7)
     assert ran.loss == pytest.approx(loss_of(case, -expected * a * logprobs_at(case, places), places), rel=1e-5, abs=1e-6)
-    assert ran.metrics["hard_clip_fraction"].tolist() == [len(dropped), len(d)]
+    assert ran.metrics["clip/hard"].tolist() == [len(dropped), len(d)]
 
 
 def test_a_token_that_is_dropped_is_not_also_counted_as_bounded(cases, run_objective) -> None:
     # Prefix products 0.001, 0.006, 6, 6: the first two are dropped, of the others the third is bounded to 5.
     ran = run_objective(make_objective("prefix_filter", fraction=0.5), cases.of_ratios([0.001, 6.0, 1000.0, 1.0]))
     assert ran.weights[0].tolist() == pytest.approx([0.0, 0.0, 5.0, 1.0])
-    assert (ran.metrics["hard_clip_fraction"].tolist(), ran.metrics["soft_clip_fraction"].tolist()) == ([2.0, 4.0], [1.0, 4.0])
+    assert (ran.metrics["clip/hard"].tolist(), ran.metrics["clip/soft"].tolist()) == ([2.0, 4.0], [1.0, 4.0])
 
 
 def test_statistics_must_be_handed_back_and_only_where_they_are_needed(cases) -> None:

@@ -55,11 +55,11 @@ def test_a_tool_span_is_transparent(cases, run_objective) -> None:
 def test_metrics_by_hand(cases, run_objective) -> None:
     ran = run_objective(make_objective("minpro"), cases.of_ratios([2, 3, 1.5, 0.5, 4]))
     final = finalize_metrics(ran.metrics)
-    assert final["ratio"] == pytest.approx(11 / 5, rel=1e-6)
-    assert final["prefix_min_ratio"] == pytest.approx((1 + 2 + 2 + 1.5 + 0.5) / 5, rel=1e-6)
-    assert final["weight"] == pytest.approx(12.75 / 5, rel=1e-6)
-    assert final["soft_clip_fraction"] == pytest.approx(1 / 5) and final["hard_clip_fraction"] == 0.0
-    assert final["effective_sample_size"] == pytest.approx(12.75**2 / (5 * (4 + 25 + 9 + 0.5625 + 4)), rel=1e-6)
-    assert final["kl_to_behaviour"] == pytest.approx(sum(r - 1 - math.log(r) for r in (2, 3, 1.5, 0.5, 4)) / 5, rel=1e-6)
-    assert final["policy_loss"] == pytest.approx(ran.loss, rel=1e-6)
-    assert ran.metrics["log_ratio_histogram"].sum() == ran.metrics["prefix_min_histogram"].sum() == 5
+    assert final["ratio/mean"] == pytest.approx(11 / 5, rel=1e-6)
+    assert final["prefix_min/mean"] == pytest.approx((1 + 2 + 2 + 1.5 + 0.5) / 5, rel=1e-6)
+    assert final["weight/mean"] == pytest.approx(12.75 / 5, rel=1e-6)
+    assert final["clip/soft"] == pytest.approx(1 / 5) and final["clip/hard"] == 0.0
+    assert final["weight/effective_sample_size"] == pytest.approx(12.75**2 / (5 * (4 + 25 + 9 + 0.5625 + 4)), rel=1e-6)
+    assert final["policy/kl_to_behaviour"] == pytest.approx(sum(r - 1 - math.log(r) for r in (2, 3, 1.5, 0.5, 4)) / 5, rel=1e-6)
+    assert final["loss/policy"] == pytest.approx(ran.loss, rel=1e-6)
+    assert ran.metrics["log_ratio/histogram"].sum() == ran.metrics["log_prefix_min/histogram"].sum() == 5

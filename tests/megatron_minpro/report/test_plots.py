@@ -16,8 +16,8 @@ def test_a_moving_average_never_looks_ahead() -> None:
 
 
 def test_three_pictures_are_drawn_and_can_be_opened(tmp_path: Path) -> None:
-    metrics = [{"global_step": step, "reward": step / 40, "entropy": 1.0 - step / 80} for step in range(40)]
-    metrics.append({"global_step": 40, "lag_min": 32})  # a step that only trains
+    metrics = [{"global_step": step, "reward/trained": step / 40, "policy/entropy": 1.0 - step / 80} for step in range(40)]
+    metrics.append({"global_step": 40, "batch/waiting": 2})  # a step that only samples
     before, after = {"pass_at_1": 0.34, "pass_at_8": 0.71}, {"pass_at_1": 0.86, "pass_at_8": 0.99}
     paths = plot_run(tmp_path, metrics, title="tiny", evaluation_before=before, evaluation_after=after)
     assert [path.name for path in paths] == ["reward.png", "entropy.png", "pass_at_k.png"]
@@ -28,5 +28,7 @@ def test_three_pictures_are_drawn_and_can_be_opened(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_data_is_not_drawn(tmp_path: Path) -> None:
-    paths = plot_run(tmp_path, [{"global_step": 0, "reward": 0.5, "entropy": None}], title="x", evaluation_before={}, evaluation_after={})
+    paths = plot_run(
+        tmp_path, [{"global_step": 0, "reward/trained": 0.5, "policy/entropy": None}], title="x", evaluation_before={}, evaluation_after={}
+    )
     assert [path.name for path in paths] == ["reward.png"]

@@ -115,12 +115,12 @@ def test_what_an_earlier_attempt_left_is_kept_exactly_when_it_is_continued(confi
 def test_what_attempts_before_the_first_checkpoint_sampled_counts_as_lost(config: RunConfig) -> None:
     launcher.prepare_run_folder(config, resume="auto")
     metrics, lost = config.run_dir / "metrics.jsonl", config.run_dir / "rollouts_lost.json"
-    metrics.write_text('{"global_step": 0, "rollouts_sampled": 32}\n{"global_step": 1, "rollouts_sampled": 64}\n')
+    metrics.write_text('{"global_step": 0, "total/rollouts_sampled": 32}\n{"global_step": 1, "total/rollouts_sampled": 64}\n')
     launcher.prepare_run_folder(config, resume="auto")
     assert (metrics.exists(), lost.read_text()) == (False, "64\n")
     launcher.prepare_run_folder(config, resume="auto")
     assert lost.read_text() == "64\n", "an attempt that finished no step sampled nothing that is known of"
-    metrics.write_text('{"global_step": 0, "rollouts_sampled": 96}\n')  # its counters began with the 64
+    metrics.write_text('{"global_step": 0, "total/rollouts_sampled": 96}\n')  # its counters began with the 64
     launcher.prepare_run_folder(config, resume="auto")
     assert lost.read_text() == "96\n"
 

@@ -61,7 +61,7 @@ def test_without_steps_nothing_is_written(tmp_path: Path) -> None:
 def test_measured_phases_stand_beside_predicted_ones(tmp_path: Path) -> None:
     config = load_config(CONFIG, ["profile.steps=1-2", f"model.path={tmp_path / 'absent'}"])
     (tmp_path / "profile").mkdir()
-    lines = [{"global_step": float(step), "seconds/update": float(step), "response_length": 20.0} for step in range(4)]
+    lines = [{"global_step": float(step), "time/update": float(step), "rollout/length": 20.0} for step in range(4)]
     said = write_phases(config, tmp_path, lines)
     table = (tmp_path / "profile/phases.md").read_text()
     [row] = [line for line in table.splitlines() if line.startswith("| update")]

@@ -325,10 +325,11 @@ def test_what_an_attempt_sampled_after_its_checkpoint_is_counted_as_lost() -> No
         """As every attempt reads them from the one checkpoint."""
         return RunCounters(rollouts_sampled=64, rollouts_trained=32)
 
-    until_checkpoint = [{"global_step": 0, "rollouts_sampled": 32.0}, {"global_step": 1, "rollouts_sampled": 64.0}]
+    until_checkpoint = [{"global_step": 0, "total/rollouts_sampled": 32.0}, {"global_step": 1, "total/rollouts_sampled": 64.0}]
     counters = resumed()
     counters.count_lost(
-        [*until_checkpoint, {"global_step": 2, "rollouts_sampled": 96.0}, {"global_step": 3, "rollouts_sampled": None}], recorded=0
+        [*until_checkpoint, {"global_step": 2, "total/rollouts_sampled": 96.0}, {"global_step": 3, "total/rollouts_sampled": None}],
+        recorded=0,
     )
     assert (counters.rollouts_sampled, counters.rollouts_lost, counters.rollouts_trained) == (96, 32, 32)
 
@@ -337,5 +338,5 @@ def test_what_an_attempt_sampled_after_its_checkpoint_is_counted_as_lost() -> No
     assert (counters.rollouts_sampled, counters.rollouts_lost) == (96, 32)
 
     counters = resumed()  # this one sampled two batches (64 + 32 lost + 64) and was killed as well
-    counters.count_lost([*until_checkpoint, {"global_step": 3, "rollouts_sampled": 160.0}], recorded=32)
+    counters.count_lost([*until_checkpoint, {"global_step": 3, "total/rollouts_sampled": 160.0}], recorded=32)
     assert (counters.rollouts_sampled, counters.rollouts_lost) == (160, 96)

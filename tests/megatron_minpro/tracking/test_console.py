@@ -6,20 +6,21 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 
 from megatron_minpro.tracking.console import Console, MetricsTail
-from megatron_minpro.tracking.metrics_file import MetricsWriter, Progress, write_progress
+from megatron_minpro.tracking.metrics_file import MetricsFile
+from megatron_minpro.tracking.progress import Progress, write_progress
 
 STEP = {
-    "reward": 0.3125,
-    "prefix_min_ratio": 0.875,
-    "hard_clip_fraction": 0.01,
-    "soft_clip_fraction": 0.02,
-    "entropy": 0.5,
-    "lag_min": 32,
-    "lag_max": 47,
-    "tokens_per_second": 1234.5,
-    "seconds/sample": 2.0,
-    "seconds/update": 1.0,
-    "seconds/step": 3.0,
+    "reward/trained": 0.3125,
+    "prefix_min/mean": 0.875,
+    "clip/hard": 0.01,
+    "clip/soft": 0.02,
+    "policy/entropy": 0.5,
+    "batch/lag_min": 32,
+    "batch/lag_max": 47,
+    "throughput/tokens_per_second": 1234.5,
+    "time/sample": 2.0,
+    "time/update": 1.0,
+    "time/step": 3.0,
 }
 
 
@@ -30,10 +31,10 @@ def plain() -> tuple[RichConsole, io.StringIO]:
 
 def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path) -> None:
     rich, out = plain()
-    with MetricsWriter(tmp_path, tensorboard=False) as writer, Console(tmp_path, num_global_steps=40, name="run", out=rich) as console:
+    with MetricsFile(tmp_path) as file, Console(tmp_path, num_global_steps=40, name="run", out=rich) as console:
         console.refresh()
-        writer.write(0, {"reward": 0.25, "trained_batches": 0, "seconds/step": 1.0})
-        writer.write(1, {**STEP, "trained_batches": 1})
+        file.log(0, {"reward/trained": 0.25, "total/batches_trained": 0, "time/step": 1.0})
+        file.log(1, {**STEP, "total/batches_trained": 1})
         console.refresh()
         console.refresh()
     lines = out.getvalue().splitlines()
@@ -55,18 +56,18 @@ def test_without_a_terminal_a_phase_outside_the_steps_is_told_once(tmp_path: Pat
 
 def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
     rich, out = plain()
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsFile(tmp_path) as file:
         for step in range(3):
-            writer.write(step, {**STEP, "trained_batches": step + 1})
+            file.log(step, {**STEP, "total/batches_trained": step + 1})
     with Console(tmp_path, num_global_steps=3, name="run", resumed_from=1, out=rich):
         pass
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["trained 3/3"]
 
 
 def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_attempts_steps(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsFile(tmp_path) as file:
         for step in range(3):
-            writer.write(step, {**STEP, "unit_ratio_fraction": 1.0})
+            file.log(step, {**STEP, "ratio/unit": 1.0})
     for resumed_from, told in ((None, ["warning: global step 0"]), (0, ["warning: global step 1"]), (2, [])):
         rich, out = plain()
         with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, out=rich):
@@ -77,8 +78,8 @@ def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_
 def test_on_a_terminal_the_numbers_the_bar_and_the_time_left_are_shown(tmp_path: Path) -> None:
     out = io.StringIO()
     rich = RichConsole(file=out, force_terminal=True, width=140)
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.write(0, {**STEP, "trained_batches": 10})
+    with MetricsFile(tmp_path) as file:
+        file.log(0, {**STEP, "total/batches_trained": 10})
     write_progress(tmp_path, Progress(phase="update", global_step=10))
     with Console(tmp_path, num_global_steps=40, name="tiny", out=rich) as console:
         console.log("a line that stays")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ class JsonLines:
     """Appends to a file, and reads it while it grows. One writer at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes the file; an unfinished last line (of a killed writer) is cut off. torn_lines: 1 if there was one, else 0."""
+        """Open or make the file. An unfinished last line (of a killed writer) is cut off; torn_lines is 1 if there was one, else 0."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
@@ -24,10 +24,15 @@ class JsonLines:
         if self.torn_lines:
             self._file.truncate(whole)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """One line, handed to the operating system before this returns: a kill of this process loses nothing."""
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line and hand it to the operating system before this returns: a kill of this process loses nothing."""
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
+
+    def cut(self, size: int) -> None:
+        """Forget everything behind byte `size`, which must be the end of a line; see `read_json_lines`."""
+        self._file.truncate(size)
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush to the disk and close. Calling it again does nothing."""
@@ -37,9 +42,12 @@ class JsonLines:
 
 
 def read_json_lines(path: Path, *, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset behind the line, record) of the complete lines from byte `start` on; an unfinished last line is left out.
+    """(offset behind the line, record) of the complete lines from byte `start` on.
 
-    Raises ValueError naming file and line for anything that is not a JSON object.
+    An unfinished last line is left out. A file that does not exist has no lines.
+
+    Raises:
+        ValueError: a line is not a JSON object. The message names file and line.
     """
     if not path.exists():
         return
@@ -52,11 +60,17 @@ def read_json_lines(path: Path, *, start: int = 0) -> Iterator[tuple[int, dict[s
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}: the line at byte {offset} is not JSON: {error}") from error
+                raise ValueError(f"{path}:{line_number(path, offset)}: expected one JSON object per line ({error})") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}: the line at byte {offset} is a {type(record).__name__}, expected a JSON object")
+                raise ValueError(f"{path}:{line_number(path, offset)}: expected a JSON object, found a {type(record).__name__}")
             offset += len(line)
             yield offset, record
+
+
+def line_number(path: Path, offset: int) -> int:
+    """The number, from 1, of the line that begins at byte `offset`. Reads the file up to there: for error messages."""
+    with path.open("rb") as file:
+        return 1 + file.read(offset).count(b"\n")
 
 
 def _end_of_last_line(path: Path) -> int:

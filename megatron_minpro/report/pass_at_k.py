@@ -1,4 +1,4 @@
-"""pass@k from n samples per problem, two estimators, with an interval over problems."""
+"""pass@k from n samples per problem, two estimators, with an interval over problems. Held-out measurements and evaluations use it."""
 
 from __future__ import annotations
 
@@ -87,6 +87,17 @@ def estimate_pass_at_k(
         confidence=confidence,
         num_problems=len(values_P),
     )
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... up to `largest`: the ks that are measured."""
+    return [2**power for power in range(largest.bit_length()) if 2**power <= largest]
+
+
+def mean_pass_at_k(num_samples: Sequence[int], num_correct: Sequence[int], *, k: int, estimator: Estimator) -> float:
+    """Mean over problems; one entry per problem. Raises ValueError for impossible counts."""
+    values_P = pass_at_k_values(num_samples, num_correct, k=k, estimator=estimator)
+    return math.fsum(values_P) / len(values_P)
 
 
 def pass_at_k_values(num_samples: Sequence[int], num_correct: Sequence[int], *, k: int, estimator: Estimator) -> np.ndarray:

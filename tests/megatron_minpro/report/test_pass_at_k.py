@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_minpro.evaluation.pass_at_k import bootstrap_interval, bootstrap_pass_at_k, estimate_pass_at_k, unbiased_pass_at_k
+from megatron_minpro.report.pass_at_k import bootstrap_interval, bootstrap_pass_at_k, estimate_pass_at_k, unbiased_pass_at_k
 
 
 @pytest.mark.parametrize(

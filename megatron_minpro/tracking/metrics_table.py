@@ -1,0 +1,196 @@
+"""Every metric of a run: its name, its unit, what it means, how its parts become one number, and which file computes it.
+
+A metric that is not declared here ends the run with an error. README.md beside this file is made from this table:
+
+    python -m megatron_minpro.tracking.metrics_reference
+
+A name is group/metric. `log_ratio/...` and `log_prefix_min/...` are natural logarithms; `ratio/...` and `prefix_min/...` are ratios.
+A plug-in may log names of its own under `custom/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_minpro.registry import nearest
+
+HEADLINE = "reward/trained"  # the curve of the MinPRO paper: reward of the batch that is trained
+CUSTOM = "custom/"
+
+
+class Combined(StrEnum):
+    """How the parts of a metric become one number. The text is what the reference page says."""
+
+    TOKEN_MEAN = "sums and token counts are added over ranks, micro-batches and updates; the value is sum / count"
+    QUANTILE = "histogram counts are added over ranks, micro-batches and updates; the value is a quantile of the total"
+    DERIVED = "computed from other metrics of the same step"
+    UPDATE_MEAN = "the same on all ranks; mean over the step's updates"
+    UPDATE_MIN = "the same on all ranks; smallest of the step's updates"
+    UPDATE_MAX = "the same on all ranks; largest of the step's updates"
+    UPDATE_LAST = "the same on all ranks; value of the step's last update"
+    BATCH_MEAN = "rank 0 sees the whole batch; mean over it"
+    BATCH_MAX = "rank 0 sees the whole batch; largest value in it"
+    BATCH_SUM = "rank 0 sees the whole batch; sum over it"
+    RUN_TOTAL = "counted since the run began, earlier attempts included"
+    NOW = "value at the end of the step"
+    WALL = "wall time on rank 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    unit: str
+    meaning: str
+    combined: Combined
+    source: str  # the file that computes it
+
+
+def _metric(name: str, unit: str, combined: Combined, source: str, meaning: str) -> Metric:
+    return Metric(name=name, unit=unit, meaning=meaning, combined=combined, source=source)
+
+
+def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]:
+    return [
+        _metric(f"{group}/p{percent:02d}", unit, Combined.QUANTILE, source, f"{percent}% of the trained tokens lie below it: {meaning}")
+        for percent in (1, 5, 25, 50, 75, 95, 99)
+    ]
+
+
+_TRAINER = "loop/trainer.py"
+_OBJECTIVES = "objectives/metrics.py"
+_CORRECTIONS = "objectives/corrections.py"
+_SERVERS = "rollout/client.py"
+
+METRICS: tuple[Metric, ...] = (
+    _metric("reward/trained", "reward", Combined.BATCH_MEAN, _TRAINER, "mean reward of the batch trained in this step; the headline curve"),
+    _metric(
+        "reward/sampled",
+        "reward",
+        Combined.BATCH_MEAN,
+        _TRAINER,
+        "mean reward of all responses sampled in this step, also of those that dynamic sampling drops",
+    ),
+    _metric("reward/correct", "fraction", Combined.BATCH_MEAN, _TRAINER, "sampled responses that are judged correct"),
+    _metric("reward/errors", "responses", Combined.BATCH_SUM, _TRAINER, "sampled responses that could not be graded; they count as wrong"),
+    _metric(
+        "reward/zero_variance_groups",
+        "fraction",
+        Combined.BATCH_MEAN,
+        _TRAINER,
+        "sampled groups whose rewards are all equal; they teach nothing",
+    ),
+    _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _TRAINER, "response tokens sampled in this step"),
+    _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _TRAINER, "length of a sampled response"),
+    _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _TRAINER, "sampled responses cut at rollout.max_new_tokens"),
+    _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, "loop/sampler.py", "times that dynamic sampling asked for responses"),
+    _metric(
+        "rollout/equal_groups",
+        "groups",
+        Combined.BATCH_SUM,
+        "loop/sampler.py",
+        "equal groups that dynamic sampling had to keep in the batch",
+    ),
+    _metric("rollout/dropped", "responses", Combined.BATCH_SUM, "loop/sampler.py", "responses that dynamic sampling dropped in this step"),
+    _metric("servers/used", "servers", Combined.BATCH_SUM, _SERVERS, "servers that gave at least one response"),
+    _metric("servers/retries", "responses", Combined.BATCH_SUM, _SERVERS, "responses that were asked for again after a failure"),
+    _metric("servers/restarts", "restarts", Combined.BATCH_SUM, "loop/driver.py", "servers that were started again since the last step"),
+    _metric(
+        "engine_logprob_gap/mean",
+        "nats",
+        Combined.BATCH_MEAN,
+        _TRAINER,
+        "mean |server's log-prob - trainer's log-prob| of a sampled token under the same weights; rollout.max_logprob_gap is its limit",
+    ),
+    _metric("engine_logprob_gap/max", "nats", Combined.BATCH_MAX, _TRAINER, "the largest such difference of one token"),
+    _metric("correction/weight", "ratio", Combined.BATCH_MEAN, _CORRECTIONS, "weight of a sampled token, see corrections"),
+    _metric("correction/truncated", "fraction", Combined.BATCH_MEAN, _CORRECTIONS, "sampled tokens whose weight truncated_is cut"),
+    _metric("correction/masked", "fraction", Combined.BATCH_MEAN, _CORRECTIONS, "sampled tokens to which masked_is gave weight 0"),
+    _metric("correction/rejected", "responses", Combined.BATCH_SUM, _CORRECTIONS, "sampled responses to which rejection gave weight 0"),
+    _metric(
+        "batch/lag_min",
+        "updates",
+        Combined.UPDATE_MIN,
+        _TRAINER,
+        "policy lag: optimizer steps between the weights that sampled the batch and the weights its first mini-batch met",
+    ),
+    _metric("batch/lag_max", "updates", Combined.UPDATE_MAX, _TRAINER, "the same for the batch's last mini-batch"),
+    _metric("batch/sampled_at_step", "step", Combined.NOW, _TRAINER, "global step in which the batch trained now was sampled"),
+    _metric("batch/tokens", "tokens", Combined.BATCH_SUM, _TRAINER, "response tokens trained in this step"),
+    _metric("batch/waiting", "batches", Combined.NOW, _TRAINER, "batches that are sampled and not trained yet"),
+    _metric("ratio/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "rho = pi_theta / pi_old of a trained token"),
+    _metric("ratio/unit", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens with |log rho| <= 1e-5; 1 at a lag is an error"),
+    _metric("log_ratio/mean", "nats", Combined.TOKEN_MEAN, _OBJECTIVES, "log rho"),
+    _metric("log_ratio/mean_square", "nats^2", Combined.TOKEN_MEAN, _OBJECTIVES, "(log rho)^2"),
+    *_quantiles("log_ratio", "nats", _OBJECTIVES, "log rho"),
+    _metric(
+        "prefix_min/mean",
+        "ratio",
+        Combined.TOKEN_MEAN,
+        _OBJECTIVES,
+        "smallest rho among the earlier tokens of the response; 1 for the first token",
+    ),
+    *_quantiles("log_prefix_min", "nats", _OBJECTIVES, "log of the smallest rho among the earlier tokens"),
+    _metric("weight/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "weight of a token's policy gradient"),
+    _metric("weight/mean_square", "ratio^2", Combined.TOKEN_MEAN, _OBJECTIVES, "square of that weight"),
+    _metric(
+        "weight/effective_sample_size",
+        "fraction",
+        Combined.DERIVED,
+        _OBJECTIVES,
+        "mean^2 / mean_square: the share of tokens that would do as well with equal weights (Kish, 1965)",
+    ),
+    _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
+    _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),
+    _metric("advantage/mean", "reward", Combined.TOKEN_MEAN, _OBJECTIVES, "advantage of a trained token"),
+    _metric("policy/version", "updates", Combined.NOW, _TRAINER, "optimizer steps applied since the base model"),
+    _metric("policy/entropy", "nats", Combined.TOKEN_MEAN, _TRAINER, "entropy of the next-token distribution at a trained token"),
+    _metric(
+        "policy/kl_to_behaviour",
+        "nats",
+        Combined.TOKEN_MEAN,
+        _OBJECTIVES,
+        "estimate of KL(pi_old || pi_theta) per token: rho - 1 - log rho (Schulman's k3)",
+    ),
+    _metric("loss/policy", "loss", Combined.TOKEN_MEAN, _OBJECTIVES, "the objective's loss per mini-batch"),
+    _metric("loss/total", "loss", Combined.UPDATE_MEAN, "parallel/actor.py", "loss that was differentiated"),
+    _metric("update/grad_norm", "norm", Combined.UPDATE_MEAN, "parallel/actor.py", "global gradient norm before clipping"),
+    _metric("update/learning_rate", "rate", Combined.UPDATE_LAST, _TRAINER, "learning rate"),
+    _metric("total/batches_trained", "batches", Combined.RUN_TOTAL, _TRAINER, "batches trained so far"),
+    _metric("total/rollouts_sampled", "responses", Combined.RUN_TOTAL, _TRAINER, "responses sampled so far"),
+    _metric("total/rollouts_trained", "responses", Combined.RUN_TOTAL, _TRAINER, "responses trained so far"),
+    _metric("total/rollouts_dropped", "responses", Combined.RUN_TOTAL, _TRAINER, "responses that dynamic sampling dropped so far"),
+    _metric("time/sample", "s", Combined.WALL, _TRAINER, "waiting for the servers' responses"),
+    _metric("time/reward", "s", Combined.WALL, _TRAINER, "judging responses"),
+    _metric("time/score", "s", Combined.WALL, _TRAINER, "log-probs under the weights that sampled, corrections included"),
+    _metric("time/update", "s", Combined.WALL, _TRAINER, "optimizer steps"),
+    _metric("time/sync", "s", Combined.WALL, _TRAINER, "new weights into the servers"),
+    _metric("time/step", "s", Combined.WALL, _TRAINER, "sum of the phases above"),
+    _metric(
+        "throughput/tokens_per_second",
+        "tokens/s",
+        Combined.DERIVED,
+        _TRAINER,
+        "batch/tokens / time/step: a response token counts once, in the step that trains it",
+    ),
+)
+
+_NAMES = frozenset(metric.name for metric in METRICS)
+
+
+def check_declared(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is neither in the table nor under custom/. The message suggests the nearest name."""
+    for name in names:
+        if name not in _NAMES and not name.startswith(CUSTOM):
+            raise ValueError(
+                f"metric {name!r} is not declared in megatron_minpro/tracking/metrics_table.py; {_near(name)}, or a name under {CUSTOM}"
+            )
+
+
+def _near(name: str) -> str:
+    group, slash, _ = name.partition("/")
+    same_group = [known for known in sorted(_NAMES) if slash and known.startswith(f"{group}/")]
+    return nearest(name, same_group or sorted(_NAMES))

@@ -1,0 +1,50 @@
+"""RUN_DIR/rollouts/step_000012.jsonl: every response sampled in a global step, for people to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from checkpoints_convert.atomic_files import write_atomically
+
+ROLLOUTS_FOLDER = "rollouts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRecord:
+    """One response as a person wants to read it."""
+
+    prompt_id: str
+    prompt: str
+    response: str
+    answer: str  # the label
+    extracted: str | None  # the answer found in the response
+    error: str | None  # why grading failed; the response then counts as wrong
+    reward: float
+    advantage: float
+    policy_version: int  # newest weights that sampled it
+    finish_reason: str
+    num_response_tokens: int
+    dropped: str | None  # why it is not trained; None when it is
+
+
+class RolloutLog:
+    """Keeps one file per global step."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._folder = Path(run_dir) / ROLLOUTS_FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, global_step: int, records: Iterable[RolloutRecord]) -> Path:
+        """Write one step's file, whole or not at all. A file of that step is replaced."""
+        path = self._folder / f"step_{global_step:06d}.jsonl"
+        write_atomically(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), durable=False)
+        return path
+
+    def truncate_after(self, global_step: int) -> None:
+        """Delete the files of every later step."""
+        for path in self._folder.glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > global_step:
+                path.unlink()

@@ -1,0 +1,96 @@
+"""Where a run's numbers go: metrics.jsonl always, and the trackers that tracking.trackers names.
+
+A tracker of your own is a class or function `package.module:name`. It is called with the run folder and its options, and returns an
+object with the three methods of `Tracker`. The checks before a run make it too, so it begins its work in `start`. Only rank 0 starts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from megatron_minpro.config import TrackerConfig
+from megatron_minpro.registry import PlugIns
+from megatron_minpro.tracking.metrics_file import MetricsFile
+from megatron_minpro.tracking.metrics_table import check_declared
+
+TRACKERS = PlugIns(
+    setting="tracking.trackers",
+    options="tracking.trackers",
+    known={
+        "tensorboard": "megatron_minpro.tracking.tensorboard:TensorBoard",
+        "wandb": "megatron_minpro.tracking.wandb:Wandb",
+    },
+)
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """One place that a run's numbers go to."""
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Called once, before the first step of an attempt. config: the resolved configuration as plain values."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called once per global step, in order. A resumed attempt begins after the step of its checkpoint.
+
+        Args:
+            step: the global step, from 0.
+            metrics: names of metrics_table.py; finite numbers only.
+        """
+        ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Called once when the attempt ends well. summary: what summary.json says, or where a stopped run stands."""
+        ...
+
+
+def make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
+    """The tracker that one entry of tracking.trackers names.
+
+    Raises:
+        PlugInError: there is no such tracker, it does not take the options, or it refuses them.
+    """
+    factory = TRACKERS.find(config.name, config.options, passed=1)
+    try:
+        tracker = factory(run_dir, **config.options)
+    except ValueError as error:
+        raise TRACKERS.refused(config.name, error) from error
+    if not isinstance(tracker, Tracker):
+        raise TRACKERS.refused(config.name, TypeError(f"made a {type(tracker).__name__}, expected an object with start, log and finish"))
+    return tracker
+
+
+class RunTracker:
+    """metrics.jsonl and every tracker of the run, told the same."""
+
+    def __init__(self, file: MetricsFile, trackers: Sequence[Tracker]) -> None:
+        self._file = file
+        self._trackers = trackers
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Tell all trackers that the run begins."""
+        for tracker in self._trackers:
+            tracker.start(config)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one global step. A number that is not finite becomes null in metrics.jsonl and is left out elsewhere.
+
+        Raises:
+            ValueError: a metric is not declared in metrics_table.py, or the step does not follow the last one.
+        """
+        check_declared(metrics)
+        values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.log(step, {name: finite.get(name) for name in values})
+        for tracker in self._trackers:
+            tracker.log(step, finite)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Tell all trackers how the run ended, and close the file."""
+        for tracker in self._trackers:
+            tracker.finish(summary)
+        self._file.close()

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
+
+RECORD = RolloutRecord(
+    prompt_id="p-1",
+    prompt="3 + 4 :",
+    response="3 + 4 = 7 ; ½",
+    answer="7",
+    extracted="7",
+    error=None,
+    reward=1.0,
+    advantage=0.5,
+    policy_version=16,
+    finish_reason="stop",
+    num_response_tokens=7,
+    dropped=None,
+)
+
+
+def test_rollouts_are_kept_as_readable_lines_step_by_step(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path)
+    path = log.write(12, [RECORD, RECORD])
+    assert path == tmp_path / "rollouts/step_000012.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    assert "3 + 4 = 7 ; ½" in lines[0]
+    assert RolloutRecord(**json.loads(lines[1])) == RECORD
+
+
+def test_rollouts_after_the_checkpoint_are_deleted_on_resume(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path)
+    for step in (9, 10, 11):
+        log.write(step, [RECORD])
+    log.truncate_after(9)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step_000009.jsonl"]

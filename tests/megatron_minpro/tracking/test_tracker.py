@@ -1,0 +1,167 @@
+"""metrics.jsonl and the trackers: what each is told, and how a tracker is found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_minpro.config import TrackerConfig
+from megatron_minpro.tracking.metrics_file import MetricsFile
+from megatron_minpro.tracking.tracker import RunTracker, make_tracker
+
+CONFIG = {"name": "tiny", "seed": 3}
+
+
+def tracker_of(run_dir: Path, *trackers: TrackerConfig) -> RunTracker:
+    return RunTracker(MetricsFile(run_dir), [make_tracker(tracker, run_dir) for tracker in trackers])
+
+
+def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(name)]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, TrackerConfig(name="tensorboard"))
+    tracker.start(CONFIG)
+    tracker.log(0, {"reward/trained": 0.25, "policy/entropy": math.nan})
+    tracker.log(1, {"reward/trained": 0.5})
+    tracker.finish({})
+    assert scalars(tmp_path, "reward/trained") == [(0, 0.25), (1, 0.5)]
+
+
+def test_a_resumed_run_hides_the_later_events_of_its_former_attempt(tmp_path: Path) -> None:
+    for steps, offset in ((range(4), 0.0), (range(2, 3), 20.0)):
+        tracker = RunTracker(MetricsFile(tmp_path / str(offset)), [make_tracker(TrackerConfig(name="tensorboard"), tmp_path)])
+        for step in steps:
+            tracker.log(step, {"reward/trained": step + offset})
+        tracker.finish({})
+    assert scalars(tmp_path, "reward/trained") == [(0, 0.0), (1, 1.0), (2, 22.0)]
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """Everything in the one offline file: LevelDB's log format behind a header of 7 bytes (magic and version)."""
+    from wandb.proto import wandb_internal_pb2
+
+    [path] = folder.glob("offline-run-*/run-*.wandb")
+    content, records, data, position, block = path.read_bytes(), [], b"", 7, 1 << 15
+    while position < len(content):
+        if block - position % block < 7:  # no room for a record's head: the rest of the block is empty
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(wandb_internal_pb2.Record.FromString(data))
+            data = b""
+    return records
+
+
+def items(fields: Any) -> dict[str, Any]:
+    return {"/".join(field.nested_key) or field.key: json.loads(field.value_json) for field in fields}
+
+
+def test_wandb_gets_the_same_numbers_without_a_network(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, TrackerConfig.model_validate({"name": "wandb", "mode": "offline", "project": "chains"}))
+    tracker.start(CONFIG)
+    tracker.log(0, {"reward/trained": 0.25, "policy/entropy": math.inf})
+    tracker.log(1, {"reward/trained": 0.5})
+    tracker.finish({"reward_last": 0.5})
+    records = wandb_records(tmp_path / "wandb")
+    rows = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [(row["global_step"], row["reward/trained"]) for row in rows] == [(0, 0.25), (1, 0.5)]
+    assert "policy/entropy" not in rows[0]
+    [run] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name) == ("chains", "tiny")
+    assert items(run.config.update)["seed"] == 3
+    summary = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= items(record.summary.update)
+    assert summary["reward_last"] == 0.5
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    tracker.log(0, {"policy/entropy": math.nan, "loss/total": math.inf, "batch/lag_min": 0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "global_step": 0,
+        "policy/entropy": None,
+        "loss/total": None,
+        "batch/lag_min": 0,
+    }
+
+
+def test_a_metric_that_is_not_declared_ends_the_run_before_anything_is_written(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, TrackerConfig(name="tensorboard"))
+    with pytest.raises(ValueError, match=r"^metric 'reward' is not declared"):
+        tracker.log(0, {"reward": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+class Notebook:
+    """A tracker of the user's own."""
+
+    def __init__(self, run_dir: Path, *, colour: str) -> None:
+        self.notes: list[Any] = [colour]
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self.notes.append(config["name"])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.notes.append((step, dict(metrics)))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.notes.append(summary["complete"])
+
+
+MY_TRACKERS = """
+from pathlib import Path
+
+def make(run_dir: Path, *, colour: str = "red"):
+    from tests.megatron_minpro.tracking.test_tracker import Notebook
+    return Notebook(run_dir, colour=colour)
+
+def none(run_dir):
+    return None
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_trackers.py").write_text(MY_TRACKERS)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("my_module")
+def test_a_tracker_of_the_users_own_is_told_everything(tmp_path: Path) -> None:
+    mine = make_tracker(TrackerConfig.model_validate({"name": "my_trackers:make", "colour": "blue"}), tmp_path)
+    tracker = RunTracker(MetricsFile(tmp_path / "run"), [mine])
+    tracker.start(CONFIG)
+    tracker.log(7, {"reward/trained": 0.5, "policy/entropy": math.nan})
+    tracker.finish({"complete": True})
+    assert mine.notes == ["blue", "tiny", (7, {"reward/trained": 0.5}), True]  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("my_module")
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"name": "tensorbord"}, "tracking.trackers = 'tensorbord': unknown; did you mean 'tensorboard'"),
+        ({"name": "wandb", "projct": "x"}, "tracking.trackers.projct = 'x': wandb has no such option; did you mean 'project'"),
+        ({"name": "wandb", "mode": "dry"}, "tracking.trackers = 'wandb': mode = 'dry': expected online or offline"),
+        ({"name": "my_trackers:none"}, "tracking.trackers = 'my_trackers:none': made a NoneType, expected an object with start, log"),
+    ],
+)
+def test_a_tracker_that_cannot_be_made_is_refused_with_the_reason(entry: dict[str, str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        make_tracker(TrackerConfig.model_validate(entry), tmp_path)
+    assert str(error.value).startswith(reason)
