@@ -30,7 +30,8 @@ from parallel.mcore import (
     finalize_model_grads,
     get_forward_backward_func,
 )
-from parallel.model import ABSENT_FROM_QWEN3, TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, check_options, transformer_config
+from parallel.megatron_options import check_effect, check_machine_options, check_options
+from parallel.model import ABSENT_FROM_QWEN3, TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, transformer_config
 from parallel.optimizer import (
     NOT_OFFERED,
     OPTIMIZER_FIELDS,
@@ -99,8 +100,7 @@ class UpdateReport:
 
 
 def check_option_names(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that the installed Megatron-Core does not know, naming the nearest known one, or that the actor
-    cannot honour."""
+    """Raises ValueError for an option that is unknown to the installed Megatron-Core, decided here, or not known to be harmless."""
     known = TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS
     check_options(options, known, {**ABSENT_FROM_QWEN3, **NOT_OFFERED}, section="megatron")
     check_router_options(options)
@@ -133,6 +133,8 @@ class MegatronActor:
     ) -> None:
         """Raises ValueError for a model that the layout cannot hold, and for an unknown Megatron option."""
         layout.check_model(architecture)
+        check_effect(settings.megatron_options, architecture, recompute=settings.recompute)
+        check_machine_options(settings.megatron_options, capabilities)
         self.architecture = architecture
         self.layout = layout
         self.policy_version = 0  # optimizer steps applied

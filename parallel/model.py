@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints_convert.mapping import Architecture
-from checkpoints_convert.nearest_name import did_you_mean
 from parallel.capabilities import Capabilities
 from parallel.layers.attention import PackedAttention
 from parallel.layers.experts import PackedExperts
@@ -38,6 +37,7 @@ from parallel.mcore import (
     get_num_layers_to_build,
     parallel_state,
 )
+from parallel.megatron_options import check_machine_options, check_options
 
 # What Qwen3 does not have. Some of it this project's plug-ins would leave out without a word, all of it would be another model.
 ABSENT_FROM_QWEN3: Mapping[str, Any] = {
@@ -58,29 +58,6 @@ ABSENT_FROM_QWEN3: Mapping[str, Any] = {
 TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
 
 
-def check_options(options: Mapping[str, Any], known: frozenset[str], fixed: Mapping[str, Any], *, section: str) -> None:
-    """Refuse an option that the installed Megatron-Core does not know, or that this project decides itself.
-
-    Raises ValueError naming the key and the nearest known one.
-    """
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{section}.{name}: the installed megatron-core has no such option; {did_you_mean(name, known)}")
-        if name in fixed:
-            raise ValueError(f"{section}.{name}: decided by the layout, the model or the actor (here {fixed[name]!r}); remove it")
-
-
-def check_machine_options(options: Mapping[str, Any], capabilities: Capabilities) -> None:
-    """Raises ValueError for an option that this machine cannot honour, before any process group: nothing is silently left out."""
-    for name in ("fp8", "fp4"):
-        if options.get(name) and capabilities.layer_spec != "transformer_engine":
-            raise ValueError(
-                f"megatron.{name} = {options[name]!r}: needs TransformerEngine on CUDA, here is {capabilities.describe_layers()}"
-            )
-    if options.get("moe_token_dispatcher_type") == "flex" and capabilities.device_type != "cuda":
-        raise ValueError("megatron.moe_token_dispatcher_type = 'flex': needs CUDA and DeepEP; expected alltoall or allgather on a CPU")
-
-
 def transformer_config(
     architecture: Architecture,
     layout: ParallelLayout,
@@ -90,10 +67,18 @@ def transformer_config(
     recompute: str,
     options: Mapping[str, Any],
 ) -> TransformerConfig:
-    """Megatron's model configuration. `options` may set whatever is not decided here.
+    """Megatron's model configuration.
 
-    recompute: "none", "selective" (core attention) or "full" (every layer).
-    Raises ValueError naming an unknown or already decided option.
+    Args:
+        architecture: the model.
+        layout: how it is spread over ranks.
+        capabilities: what this machine has.
+        dtype: of parameters and activations.
+        recompute: "none", "selective" (core attention) or "full" (every layer).
+        options: what the user sets besides; see megatron_options.py.
+
+    Raises:
+        ValueError: names an option that is unknown, decided here or not known to be harmless, or that this machine cannot honour.
     """
     a = architecture
     on_cpu = capabilities.device_type == "cpu"

@@ -16,7 +16,7 @@ from parallel.mcore import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from parallel.model import check_options
+from parallel.megatron_options import check_options
 
 OPTIMIZER_FIELDS = frozenset(field.name for field in dataclasses.fields(OptimizerConfig))
 

@@ -19,7 +19,7 @@ from megatron_minpro.run.serving import check_server_options
 from megatron_minpro.tracking.tracker import make_tracker
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
-from parallel.model import check_machine_options
+from parallel.megatron_options import check_effect, check_machine_options
 from rollout.sglang.environment import default_server_python
 
 MAX_CLOCK_DIFFERENCE_S = 5.0
@@ -40,6 +40,7 @@ def check_settings(config: RunConfig) -> Architecture | None:
     if architecture is not None:
         refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
         config.layout.check_model(architecture)
+        check_effect(config.megatron, architecture, recompute=config.actor.recompute)
         prompt = max(config.prompts.max_prompt_tokens, config.evaluation.prompts.max_prompt_tokens)
         if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
             raise ValueError(

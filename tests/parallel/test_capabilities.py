@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallel.capabilities import Capabilities, detect
-from parallel.model import check_machine_options
+from parallel.megatron_options import check_machine_options
 from parallel.weights import canonical_name
 
 

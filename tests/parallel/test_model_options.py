@@ -13,9 +13,10 @@ from parallel.actor import check_option_names, split_options
 from parallel.capabilities import Capabilities
 from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
-from parallel.model import transformer_config
-from parallel.optimizer import OptimizerSettings, build_optimizer
-from parallel.overlap import data_parallel_config
+from parallel.megatron_options import HARMLESS, REASONS, check_effect, check_machine_options
+from parallel.model import TRANSFORMER_FIELDS, transformer_config
+from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer
+from parallel.overlap import OVERLAP_FIELDS, data_parallel_config
 
 ON_CPU = Capabilities(
     cuda_devices=0,
@@ -118,8 +119,71 @@ def test_an_option_reaches_every_configuration_that_knows_it() -> None:
 
 def test_an_option_left_open_arrives() -> None:
     assert build().moe_aux_loss_coeff == 0.0
-    config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="seq_aux_loss", init_method_std=0.5)
-    assert (config.moe_aux_loss_coeff, config.moe_router_load_balancing_type, config.init_method_std) == (0.01, "seq_aux_loss", 0.5)
+    config = build(moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="seq_aux_loss", moe_router_dtype="fp32")
+    assert (config.moe_aux_loss_coeff, config.moe_router_load_balancing_type, config.moe_router_dtype) == (0.01, "seq_aux_loss", "fp32")
+
+
+OTHER_EXPERTS = "experts would be chosen or weighted otherwise than by the servers and in the export"
+OTHER_MODEL = "the servers and the export know no such part, so another model would be trained"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("moe_router_force_load_balancing", True, "every token would go to random experts, to other ones in every pass"),
+        ("moe_router_topk_scaling_factor", 2.5, OTHER_EXPERTS),
+        ("moe_router_num_groups", 4, OTHER_EXPERTS),
+        ("moe_router_group_topk", 2, OTHER_EXPERTS),
+        ("moe_layer_freq", 2, "all layers of this model are alike, so it does nothing here"),
+        ("moe_shared_expert_intermediate_size", 64, OTHER_MODEL),
+        ("decoupled_weight_decay", False, "without it weight decay is a part of the gradient, which is Adam and no longer AdamW"),
+        ("muon_momentum", 0.9, "the optimizer is AdamW as actor.optimizer describes it"),
+        ("init_method_std", 0.5, "weights come from model.path"),
+        ("cuda_graph_impl", "local", "packed micro-batches differ in length, and a recorded graph needs one"),
+        ("heterogeneous_block_specs", True, OTHER_MODEL),
+    ],
+)
+def test_what_would_make_another_model_is_refused_by_name(option: str, value: object, reason: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        check_option_names({option: value})  # before any process starts
+    assert str(refusal.value) == f"megatron.{option} = {value!r}: {reason}; remove it"
+
+
+def test_every_option_of_the_installed_megatron_is_known_to_be_harmless_or_refused_with_a_reason() -> None:
+    known = TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS
+    refused = set()
+    for option in known:
+        try:
+            check_option_names({option: True})
+        except ValueError as refusal:
+            assert str(refusal).startswith(f"megatron.{option}") and "\n" not in str(refusal)
+            refused.add(option)
+    value_rules = {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "bucket_size", "overlap_param_gather"}
+    assert known - refused == (HARMLESS.keys() & known) - value_rules
+    assert not set(REASONS) & set(HARMLESS)
+    assert len(known - refused) < len(known) / 4  # what nobody has read about is refused: the list does not grow with Megatron
+
+
+def test_an_option_that_would_do_nothing_is_refused_with_what_it_needs() -> None:
+    dense = dataclasses.replace(
+        MOE, model_type="qwen3", num_experts=None, num_experts_per_tok=None, moe_intermediate_size=None, norm_topk_prob=None
+    )
+    with pytest.raises(ValueError, match=r"^megatron\.moe_router_dtype = 'fp32': the model has no experts; remove it$"):
+        check_effect({"moe_router_dtype": "fp32"}, dense, recompute="none")
+    with pytest.raises(ValueError, match=r"^megatron\.fp8_recipe = 'delayed': does nothing without megatron\.fp8; set it, or remove"):
+        check_effect({"fp8_recipe": "delayed"}, MOE, recompute="none")
+    with pytest.raises(ValueError, match=r"^megatron\.pin_cpu_grads = False: does nothing without megatron\.optimizer_cpu_offload"):
+        check_effect({"pin_cpu_grads": False, "optimizer_cpu_offload": False}, MOE, recompute="none")
+    with pytest.raises(ValueError, match=r"^megatron\.recompute_modules: does nothing with actor\.recompute = 'full'; expected selective"):
+        check_effect({"recompute_modules": ["mlp"]}, MOE, recompute="full")
+    check_effect({"fp8": "hybrid", "fp8_recipe": "delayed", "recompute_modules": ["mlp"]}, MOE, recompute="selective")
+
+
+@pytest.mark.parametrize("option", ["optimizer_cpu_offload", "bias_dropout_fusion"])
+def test_what_needs_cuda_is_refused_on_a_cpu(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"^megatron\.{option} = True: needs CUDA, which this machine does not have; remove it$"):
+        check_machine_options({option: True}, ON_CPU)
+    check_machine_options({option: False}, ON_CPU)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +262,7 @@ def test_overlap_of_weights_needs_overlap_of_gradients() -> None:
 
 
 def test_options_of_model_optimizer_and_overlap_pass_the_check_of_names() -> None:
-    check_option_names({"init_method_std": 0.1, "overlap_cpu_optimizer_d2h_h2d": True, "overlap_grad_reduce": True, "bucket_size": 10})
+    check_option_names({"moe_router_dtype": "fp32", "overlap_cpu_optimizer_d2h_h2d": True, "overlap_grad_reduce": True, "bucket_size": 10})
     with pytest.raises(ValueError, match=r"^megatron\.overlap_grad_reducee: .* did you mean 'overlap_grad_reduce'"):
         check_option_names({"overlap_grad_reducee": True})
 
