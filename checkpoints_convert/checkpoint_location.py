@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints_convert.other_formats import found_instead
+
 _RUN_FILE = "run.json"
 _ACTOR = "actor"
 _POINTER = "latest"
@@ -37,6 +39,17 @@ def weights_folder(path: Path) -> Path:
     return folder / _ACTOR if (folder / _RUN_FILE).is_file() else folder
 
 
+def trained_model_type(weights: Path) -> str | None:
+    """The model type that a run's checkpoint remembers; None for a folder that is no run's."""
+    path = weights.parent / _RUN_FILE
+    if weights.name != _ACTOR or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_bytes())["model"]["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: names no model type ({type(error).__name__}: {error}); expected a run's checkpoint") from error
+
+
 def _follow(path: Path) -> Path:
     """A run folder, its checkpoints folder or the pointer -> the newest checkpoint."""
     if not path.exists():
@@ -48,7 +61,7 @@ def _follow(path: Path) -> Path:
                 raise ValueError(f"{pointer}: names {found.name!r}; expected a folder beside it")
             return found
     if not path.is_dir():
-        raise ValueError(f"{path}: is a file; expected a checkpoint folder, or a run's {_POINTER}")
+        raise ValueError(f"{path}: is a file; expected a checkpoint folder, or a run's {_POINTER}{found_instead(path)}")
     return path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.adapters import refuse_adapter
+from checkpoints_convert.other_formats import found_instead
 
 _CLASS_NAMES: Mapping[str, str] = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 MODEL_TYPES = tuple(_CLASS_NAMES)
@@ -153,7 +154,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The parsed config.json of a Hugging Face model folder. Raises ValueError naming the file when absent or not a JSON object."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a Hugging Face model folder with a config.json")
+        raise ValueError(f"{path}: no such file; expected a Hugging Face model folder with a config.json{found_instead(path.parent)}")
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_convert.checkpoint_location import trained_model_type
 from checkpoints_convert.hf_config import read_config
 from checkpoints_convert.manifest import read_manifest
 from checkpoints_convert.safetensors_io import SafetensorsReader
@@ -28,7 +29,7 @@ class Inspection:
     """Parameters are elements of the model's tensors; of a torch_dist checkpoint under all the names they are saved by."""
 
     format: str  # "huggingface" or "torch_dist"
-    model_type: str | None  # None without a config.json
+    model_type: str | None  # None where neither a config.json nor a run's checkpoint names it
     num_tensors: int
     num_parameters: int
     num_bytes: int
@@ -59,7 +60,7 @@ def inspect(directory: str | Path) -> Inspection:
         by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.num_bytes
     return Inspection(
         format="torch_dist" if is_torch_dist(directory) else "huggingface",
-        model_type=read_config(directory).get("model_type") if (directory / "config.json").is_file() else None,
+        model_type=_model_type(directory),
         num_tensors=len(tensors),
         num_parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
         num_bytes=_total(tensors),
@@ -70,6 +71,12 @@ def inspect(directory: str | Path) -> Inspection:
         has_manifest=read_manifest(directory) is not None,
         tensors=tuple(tensors),
     )
+
+
+def _model_type(directory: Path) -> str | None:
+    if (directory / "config.json").is_file():
+        return read_config(directory).get("model_type")
+    return trained_model_type(directory)
 
 
 def _summary(name: str, shape: tuple[int, ...], dtype: torch.dtype, num_chunks: int) -> TensorSummary:

@@ -16,14 +16,23 @@ from checkpoints_convert.hf_config import Architecture, config_with_both_spellin
 from checkpoints_convert.mapping import hf_shapes
 from checkpoints_convert.safetensors_io import write_checkpoint
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
 MAX_SHARD_BYTES = 4_000_000_000
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a model folder. Raises ValueError when it has no end-of-sequence token."""
+    """The transformers tokenizer of a model folder. Raises ValueError when there is none, or none with an end-of-sequence token."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"{folder}: holds no tokenizer ({_TOKENIZER_FILES[0]}); expected it beside the model's config.json")
     from transformers import AutoTokenizer  # here: seconds to import
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise many types, and Exception itself
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token")
     return tokenizer

@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoints_convert.atomic_directory import new_directory
 from checkpoints_convert.copying import bytes_of
 from checkpoints_convert.nearest_name import did_you_mean
+from checkpoints_convert.other_formats import found_instead
 from checkpoints_convert.safetensors_format import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -30,6 +31,8 @@ from checkpoints_convert.safetensors_format import (
     read_index,
 )
 
+# Computed from the configuration, and stored by some older tools: no part of the model.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _LONGEST_TRANSFER = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 
 
@@ -49,7 +52,7 @@ class SafetensorsReader:
 
     Opening reads the headers only and raises ValueError, naming file and tensor, for: no weights or both kinds of weights, a file
     that is truncated or too long, a malformed header, an index that names an absent file, or that disagrees with the files about
-    which tensor is where.
+    which tensor is where. Buffers of the rotary embedding are left out: they are no weights.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -125,7 +128,12 @@ class SafetensorsReader:
         elif index.exists():
             self._open_shards(index)
         else:
-            raise ValueError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; expected a folder with safetensors weights")
+            raise ValueError(
+                f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; expected a folder with safetensors weights"
+                f"{found_instead(self.directory)}"
+            )
+        for name in [name for name in self._locations if name.endswith(_BUFFERS)]:
+            del self._locations[name]
 
     def _open_shards(self, index: Path) -> None:
         weight_map = read_index(index).weight_map

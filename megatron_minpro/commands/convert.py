@@ -190,6 +190,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**content, "tensors": listed} if tensors else content))
         return
+    if content["model_type"] is None:
+        content["model_type"] = "not named (no config.json here)"
     for key, value in content.items():
         typer.echo(f"{key.replace('_', ' ')}: {f'{value:,}' if type(value) is int else value}")
     for tensor in listed if tensors else ():

@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints_convert.checkpoint_location import CheckpointLocation, locate_checkpoint
 from checkpoints_convert.hf_config import read_config
+from checkpoints_convert.other_formats import found_instead
 
 _CONVERSION_THREADS = 4
 _SAY_EVERY_S = 10.0
@@ -22,7 +23,7 @@ def find_checkpoint(path: Path, *, config: Path | None) -> CheckpointLocation:
         raise ValueError(f"--config {config}: {path} is no Megatron checkpoint; leave it out")
     if not (location.model / "config.json").is_file():
         expected = "--config FOLDER, the model folder that it was trained from" if megatron else "a Hugging Face or a Megatron checkpoint"
-        raise ValueError(f"{location.model}: holds no config.json, expected {expected}")
+        raise ValueError(f"{location.model}: holds no config.json, expected {expected}{found_instead(location.model)}")
     return location
 
 
