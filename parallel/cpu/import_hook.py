@@ -44,6 +44,8 @@ RULES = (
     Rule(re.compile(r"hasattr\(_C, '_cuda_setRNGState'\)"), "False", "the random state is the CPU's"),
     Rule(re.compile(r"(?m)^import triton$"), "from parallel.cpu import triton_stand_in as triton", "kernels that only CUDA tensors reach"),
     Rule(re.compile(r"(?m)^import triton\.language as tl$"), "from parallel.cpu.triton_stand_in import language as tl", "annotations"),
+    # torch.compile alone costs 1.5 s of imports in every process, and a C++ compiler where its functions are called.
+    Rule(re.compile(r"(?m)^enable_jit_fuser\(\)$"), "disable_jit_fuser()", "compiled fusions are for GPUs"),
 )
 
 # Not needed by the actor, and full of CUDA of their own.
@@ -101,6 +103,3 @@ def install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before parallel.mcore; import parallel.mcore first")
     sys.meta_path.insert(0, _Finder())
-    import megatron.core.jit
-
-    megatron.core.jit.disable_jit_fuser()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import parallel.mcore  # noqa: F401  installs the hook
 from parallel.cpu import cuda_stand_in, import_hook
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +51,13 @@ def all_names(code: object) -> list[str]:
         if hasattr(constant, "co_names"):
             found += all_names(constant)
     return found
+
+
+def test_no_function_of_megatron_waits_for_a_compiler() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    compiled = [name for name, value in vars(fused_bias_swiglu).items() if hasattr(value, "_torchdynamo_orig_callable")]
+    assert callable(fused_bias_swiglu.weighted_swiglu) and compiled == []
 
 
 def test_torch_itself_is_left_alone() -> None:
