@@ -71,7 +71,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return _fail(str(error) or type(error).__name__, code=1)
     if result == _TYPER_INTERRUPTED:
-        return _fail("interrupted", code=1)
+        print("minpro: interrupted", file=sys.stderr)  # intended, so no error
+        return 1
     return result if isinstance(result, int) else 0
 
 

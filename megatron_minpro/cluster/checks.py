@@ -41,7 +41,7 @@ def check_settings(config: RunConfig) -> Architecture | None:
         refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
         config.layout.check_model(architecture)
         check_effect(config.megatron, architecture, recompute=config.actor.recompute)
-        prompt = max(config.prompts.max_prompt_tokens, config.evaluation.prompts.max_prompt_tokens)
+        prompt = max(prompts.max_prompt_tokens for prompts in config.prompt_sections.values())
         if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
             raise ValueError(
                 f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of up to {prompt} "
@@ -90,7 +90,8 @@ def check_prompts(config: RunConfig) -> None:
     """Read both prompt sources once. Raises ValueError naming file, row and field, or the limit that leaves no prompt."""
     with base_model.tokenizer_of(config.model, config.prompts) as tokenizer:
         load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
-        held_out_prompts(config.evaluation, tokenizer)
+        if config.evaluation is not None:
+            held_out_prompts(config.evaluation, tokenizer)
 
 
 def examine_config(config: RunConfig) -> list[Finding]:
@@ -105,7 +106,7 @@ def missing_paths(config: RunConfig) -> list[str]:
     needed = [("model.path", config.model.path, config.model.warm_up is None)]
     needed += [
         (f"{section}.source", prompts.source, prompts.source.endswith((".jsonl", ".json", ".parquet")))
-        for section, prompts in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts))
+        for section, prompts in config.prompt_sections.items()
     ]
     keys = (("rollout.api_key_path", config.rollout.api_key_path), ("rollout.admin_key_path", config.rollout.admin_key_path))
     needed += [(name, path, True) for name, path in keys if path is not None]

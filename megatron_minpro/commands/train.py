@@ -87,6 +87,9 @@ def _train(options: TrainOptions, config: RunConfig) -> None:
         launcher.run(config, resume=options.resume)
     except ValueError:
         raise
+    except launcher.Interrupted as interruption:
+        typer.echo(f"minpro: {interruption}", err=True)
+        raise typer.Exit(1) from None
     except Exception as error:
         logs = config.run_dir / "logs"
         with contextlib.suppress(OSError):  # a full disk must not hide what happened

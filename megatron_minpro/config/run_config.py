@@ -33,7 +33,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run; its folder is output_dir/name")
     seed: int = Field(ge=0, description="of prompt order, sampling and dropout")
     output_dir: str = Field(default="runs", min_length=1, description="folder that holds the run folders")
-    num_global_steps: int = Field(ge=1, description="batches trained")
+    num_global_steps: int = Field(ge=1, description="batches trained; may grow when a run is continued, also a finished one")
     staleness: int = Field(ge=0, description="a batch sampled at global step k is trained at step k + staleness; 0 is on-policy")
     behaviour_logprobs: Literal["trainer", "engine"] = Field(
         description="whose log-probabilities are pi_old; trainer: computed under the sampling weights; engine: as sampled"
@@ -46,7 +46,7 @@ class RunConfig(Section):
     reward: RewardConfig = Field(description="how a response is judged")
     model: ModelConfig = Field(description="which model is trained")
     prompts: PromptsConfig = Field(description="training prompts")
-    evaluation: EvaluationConfig = Field(description="the held-out measurement")
+    evaluation: EvaluationConfig | None = Field(description="the held-out measurement; null: none")
     rollout: RolloutConfig = Field(description="where responses come from")
     actor: ActorConfig = Field(description="how the policy is updated")
     world_size: int = Field(ge=1, description="trainer ranks")
@@ -64,6 +64,7 @@ class RunConfig(Section):
         self._check_mini_batches()
         self._check_micro_batch()
         self._check_corrections()
+        self._check_behaviour()
         self._check_overlong()
         return self
 
@@ -105,6 +106,15 @@ class RunConfig(Section):
                 "the server's log-probs with the trainer's; as pi_old the server's own need no correction"
             )
 
+    def _check_behaviour(self) -> None:
+        """pi_old must be the policy that sampled."""
+        trainer, servers = self.model.dtype, self.rollout.dtype
+        if trainer != servers and self.behaviour_logprobs == "trainer" and not self.corrections.active:
+            raise ValueError(
+                f"rollout.dtype = {servers!r}: expected {trainer!r}, the model.dtype: with behaviour_logprobs = 'trainer' pi_old is not "
+                "the policy that sampled; or behaviour_logprobs = 'engine', or corrections.truncated_is, masked_is or rejection"
+            )
+
     def _check_overlong(self) -> None:
         overlong = self.reward.options.get("overlong")
         if overlong is not None and overlong["max_tokens"] > self.rollout.max_new_tokens:
@@ -127,6 +137,12 @@ class RunConfig(Section):
             etp=parallel.etp,
             sequence_parallel=parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
         )
+
+    @property
+    def prompt_sections(self) -> dict[str, PromptsConfig]:
+        """Setting -> prompts, for all that the run reads."""
+        held_out = {} if self.evaluation is None else {"evaluation.prompts": self.evaluation.prompts}
+        return {"prompts": self.prompts, **held_out}
 
     @property
     def run_dir(self) -> Path:

@@ -130,7 +130,7 @@ class PromptsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The held-out measurement of pass@1 and pass@k."""
+    """The held-out measurement of pass@1 and pass@k. `evaluation: null` switches it off."""
 
     prompts: PromptsConfig = Field(description="held-out prompts, same shape as the training prompts")
     num_prompts: int = Field(ge=1, description="the first so many prompts of the source")
@@ -201,6 +201,13 @@ class RolloutConfig(Section):
         description="further tokens that end a response, by text or id; those that the model's own files name always do",
     )
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="null: every group is trained")
+    max_logprob_gap: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest mean difference between server and trainer log-probs of the sampled tokens, under the same weights; "
+        "null: 1e-4 where both compute in float32, else 0.05",
+    )
+    logprob_gap_action: Literal["stop", "warn"] = Field(default="stop", description="what a larger gap does: stop the run, or warn once")
     host: str = Field(default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys")
     base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
     api_key_path: str | None = Field(default=None, description="one-line file with the key that every request must carry")
@@ -275,7 +282,11 @@ class CheckpointConfig(Section):
     """When the run's whole state is saved."""
 
     every: int = Field(default=10, ge=1, description="global steps between checkpoints; the last step always has one")
-    keep: int = Field(default=2, ge=1, description="newest checkpoints kept; older ones are deleted")
+    keep: int = Field(
+        default=2,
+        ge=1,
+        description="newest checkpoints kept, and the one from which a finished run can be prolonged",
+    )
 
 
 class TrackerConfig(Choice):

@@ -95,6 +95,7 @@ class RunDriver:
 
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         """Measure held-out pass@k, keep it as evaluation_<label>.json."""
+        assert self.config.evaluation is not None
         self.heartbeat(f"evaluation {label}")
         result = held_out.measure(
             self.held_out_prompts,

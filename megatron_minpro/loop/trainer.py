@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
+from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
 from megatron_minpro.loop.sampler import Sampled
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from megatron_minpro.objectives.corrections import correct
@@ -69,7 +70,7 @@ class TrainingRun:
     stop_requested: Callable[[], bool]  # asked on rank 0
     checkpoints: Checkpoints
     at_step: Callable[[int], None] = lambda step: None  # told that a global step begins
-    idle_clip_reported: bool = False
+    reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
 
 
 def train(run: TrainingRun) -> bool:
@@ -108,12 +109,14 @@ def _train(run: TrainingRun) -> bool:
             metrics[f"time/{phase}"] = seconds
         finish_step(run, step, due, metrics)
         done = counters.next_step == last_step
-        if config.evaluation.every and counters.next_step % config.evaluation.every == 0 and not done:
+        every = 0 if config.evaluation is None else config.evaluation.every
+        if every and counters.next_step % every == 0 and not done:
             evaluate(run, f"step_{counters.next_step:06d}")
         stopping, failure = share(run, (run.stop_requested(), run.checkpoints.failure()) if run.driver else None)
         if failure is not None:
             raise RuntimeError(failure)
-        if done or stopping or counters.next_step % config.checkpoint.every == 0:
+        sampling_ends = counters.next_step == config.num_global_steps  # a longer run would go on differently from here
+        if done or stopping or sampling_ends or counters.next_step % config.checkpoint.every == 0:
             start = time.perf_counter()
             run.checkpoints.save()
             counters.seconds["checkpoint"] = counters.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
@@ -148,32 +151,15 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
     engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
     trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])
     gap = (engine - trainer).abs()
-    check_gap(run.config, gap)
     metrics |= {"engine_logprob_gap/mean": float(gap.mean()), "engine_logprob_gap/max": float(gap.max())}
+    check_gap(metrics, run.config)
+    check_every_token(gap, run.config)
     if run.config.behaviour_logprobs == "engine":
         return batch.scored_by_engine()
     if run.config.corrections.active:
         scored, corrected = correct(scored, run.config.corrections)
         metrics |= corrected
     return scored
-
-
-def check_gap(config: RunConfig, gap: torch.Tensor) -> None:
-    """With debug.check_weights: raise RuntimeError when server and trainer score the sampled tokens differently.
-
-    gap: |engine - trainer| log-prob of every response token. In float32 on both sides 99 of 100 tokens must agree to 1e-4; not all:
-    where two experts' gates tie, rounding decides which one a token visits, and that token's log-prob jumps. With bf16 on either
-    side the mean difference of its arithmetic is allowed, 0.05.
-    """
-    if not config.debug.check_weights:
-        return
-    if config.model.dtype == config.rollout.dtype == "float32":
-        what, allowed = "99 of 100", 1e-4
-        found = float(gap.kthvalue(math.ceil(0.99 * len(gap))).values) if gap.isfinite().all() else math.nan
-    else:
-        what, allowed, found = "the mean", 0.05, float(gap.mean())
-    if not found <= allowed:
-        raise RuntimeError(f"debug.check_weights: server and trainer log-probs differ by {found:.3g} ({what}), allowed {allowed}")
 
 
 def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:
@@ -210,9 +196,6 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         "reward/trained": sum(sample.reward for sample in batch.samples) / len(batch.samples),
         "batch/tokens": tokens,
     }
-    if not run.idle_clip_reported and (warning := idle_clip(metrics)) is not None:
-        log.warning("batch of step %d: %s", batch.sampled_at_step, warning)
-        run.idle_clip_reported = True
 
 
 def publish(run: TrainingRun) -> str | None:
@@ -286,6 +269,10 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
         "time/step": seconds,
         "throughput/tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
     }
+    for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
+        if warning is not None and kind not in run.reported:
+            log.warning("global step %d: %s", step, warning)
+            run.reported.add(kind)
     if run.driver is not None:
         run.driver.record(step, metrics, trained)
 

@@ -45,7 +45,13 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, *, keep: int, control_group: dist.ProcessGroup, saving_group: dist.ProcessGroup) -> None:
-        """keep: how many checkpoints stay. saving_group: gloo over all ranks, used by the writing threads alone."""
+        """
+        Args:
+            directory: holds the checkpoints.
+            keep: how many checkpoints stay, and beside them the one in which sampling ends.
+            control_group: gloo over all ranks.
+            saving_group: gloo over all ranks, used by the writing threads alone.
+        """
         self._directory = directory
         self._keep = keep
         self._control_group = control_group
@@ -91,7 +97,7 @@ class CheckpointWriter:
             try:
                 write_actor(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
-                    self._finish(partial, name, state, batches)
+                    self._finish(partial, name, state, batches, end_of_sampling=f"step_{config.num_global_steps:06d}")
             except BaseException as error:  # nobody else would hear of it
                 self._failure = (
                     f"checkpoint {name} was not written, the former ones are kept: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -141,7 +147,7 @@ class CheckpointWriter:
         (partial / ACTOR_FOLDER).mkdir(parents=True)
         return True
 
-    def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch]) -> None:
+    def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch], *, end_of_sampling: str) -> None:
         records, tensors = join_batches(waiting)
         save_file(tensors, partial / WAITING_FILE)
         state = {**state, "waiting": records, "files": file_sizes(partial)}
@@ -154,4 +160,5 @@ class CheckpointWriter:
         write_atomically(self._directory / LATEST_FILE, name)
         complete = sorted(path for path in self._directory.iterdir() if _NAME.match(path.name) and path.name <= name)
         for old in complete[: -self._keep]:
-            shutil.rmtree(old)
+            if old.name != end_of_sampling:  # a finished run is prolonged from there
+                shutil.rmtree(old)

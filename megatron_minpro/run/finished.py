@@ -30,7 +30,7 @@ def report(run_dir: Path) -> str:
     config = load_config(run_dir / CONFIG_FILE, [])
     result = _read(run_dir / RESULT_FILE)
     if result is None or not result["complete"]:
-        _plot(config, run_dir)
+        _plot(config, run_dir, after={})
         state = stopped(result) if result is not None else "not at its end"
         return f"{run_dir}: {state}; the plots so far are in {run_dir / 'plots'}"
     return write_report(config, run_dir, {**result["seconds"], **(_read(run_dir / SECONDS_FILE) or {})})
@@ -49,7 +49,7 @@ def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float])
     """
     built = summarise(config, run_dir, seconds)
     summary.write_summary(run_dir, built)
-    _plot(config, run_dir)
+    _plot(config, run_dir, after=_evaluation(run_dir, "after"))
     said = summary.paragraph(built, name=config.name, objective=config.objective.name, staleness=config.staleness, run_dir=run_dir)
     if config.profile.steps is None:
         return said
@@ -79,13 +79,13 @@ def stopped(result: Mapping[str, Any]) -> str:
     return f"stopped after {result['trained_batches']} trained batches with a checkpoint; the same command continues"
 
 
-def _plot(config: RunConfig, run_dir: Path) -> None:
+def _plot(config: RunConfig, run_dir: Path, *, after: Mapping[str, float]) -> None:
     plots.plot_run(
         run_dir,
         list(read_metrics(run_dir / METRICS_FILE)),
         title=f"{config.name}: {config.objective.name}, staleness {config.staleness}",
         evaluation_before=_evaluation(run_dir, "before"),
-        evaluation_after=_evaluation(run_dir, "after"),
+        evaluation_after=after,
     )
 
 

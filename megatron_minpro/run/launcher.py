@@ -20,6 +20,8 @@ from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
 from megatron_minpro.cluster.checks import check_machine, check_model, check_prompts, check_settings
 from megatron_minpro.config import RunConfig, dump_config
+from megatron_minpro.loop.logprob_gap import gap_warning
+from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.finished import stopped, write_report
@@ -34,7 +36,7 @@ from megatron_minpro.run.run_folder import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
-from megatron_minpro.run.run_state import latest_checkpoint, read_state, refuse_unusable
+from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
 from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
@@ -68,7 +70,13 @@ def run(config: RunConfig, *, resume: str) -> Path:
         with (
             clock.written(),
             clock.phase("total"),
-            Console(run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=resumed) as console,
+            Console(
+                run_dir,
+                num_global_steps=config.num_global_steps,
+                name=config.name,
+                resumed_from=resumed,
+                alarms=(idle_clip, partial(gap_warning, config=config)),
+            ) as console,
         ):
             with clock.phase("base_model"):
                 ensure_base_model(config, console, ctrl_c)
@@ -106,7 +114,7 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
     """
     run_dir = config.run_dir
     written = run_dir / CONFIG_FILE
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    checkpoint = checkpoint_to_continue(run_dir / "checkpoints", config)
     if resume == "never" and (written.exists() or checkpoint is not None):
         raise ValueError(f"{run_dir}: holds a run already; expected a new name=... with --resume never")
     if checkpoint is not None:

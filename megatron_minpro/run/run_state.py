@@ -9,6 +9,7 @@ checkpoints/latest                          name of the newest complete director
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
@@ -41,6 +43,8 @@ FREE_TO_CHANGE = (
     "rollout.base_port",
     "rollout.endpoints",
     "rollout.host",
+    "rollout.logprob_gap_action",
+    "rollout.max_logprob_gap",
     "rollout.max_retries",
     "rollout.max_server_restarts",
     "rollout.request_timeout_s",
@@ -97,6 +101,41 @@ def latest_checkpoint(directory: Path) -> Path | None:
         raise ValueError(f"{pointer}: names {name!r}, which holds no {STATE_FILE}; expected the name of a checkpoint beside it")
     found = directory / name
     return found
+
+
+def checkpoint_to_continue(directory: Path, config: RunConfig) -> Path | None:
+    """The checkpoint from which `config` continues: the newest complete one, but for a run that was made longer.
+
+    The last `staleness` global steps of a run sample nothing. A longer run would have sampled in them, so it continues from the newest
+    checkpoint before them and ends as if it had been that long from the start. The checkpoint writer keeps that checkpoint.
+
+    Raises:
+        ValueError: `latest` names a checkpoint that is not there, or no checkpoint is early enough.
+    """
+    newest = latest_checkpoint(directory)
+    if newest is None or not _is_too_late(newest, config):
+        return newest
+    earlier = [path for path in sorted(directory.glob("step_*")) if (path / STATE_FILE).is_file() and not _is_too_late(path, config)]
+    if not earlier:
+        raise ValueError(
+            f"{directory}: num_global_steps = {config.num_global_steps}: expected a checkpoint of global step "
+            f"{read_state(newest).config.num_global_steps} or before, where the run stopped sampling; all that are kept are later"
+        )
+    return earlier[-1]
+
+
+def _is_too_late(checkpoint: Path, config: RunConfig) -> bool:
+    """Whether it was saved in a step without sampling in which `config` samples."""
+    state = read_state(checkpoint)
+    return config.num_global_steps > state.config.num_global_steps and state.counters.next_step > state.config.num_global_steps
+
+
+def forget_later(checkpoint: Path) -> None:
+    """Make `checkpoint` the newest: `latest` names it, and later ones are deleted. Where it is the newest already nothing happens."""
+    write_atomically(checkpoint.parent / LATEST_FILE, checkpoint.name)
+    for path in checkpoint.parent.glob("step_*"):
+        if path.name > checkpoint.name:
+            shutil.rmtree(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +197,20 @@ def describe_model(architecture: Architecture) -> dict[str, Any]:
 
 
 def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming the settings, when the checkpoint belongs to a run that computes something else than `config`."""
+    """Raise ValueError, naming the settings, when the checkpoint belongs to a run that computes something else than `config`.
+
+    A run may become longer: num_global_steps may grow.
+    """
+    saved = read_state(checkpoint).config
+    if config.num_global_steps < saved.num_global_steps:
+        raise ValueError(
+            f"num_global_steps = {config.num_global_steps}: {checkpoint} is of a run of {saved.num_global_steps}; a run can be prolonged, "
+            f"not shortened; expected at least {saved.num_global_steps} or a new name=..."
+        )
     differences = {
         key: values
-        for key, values in flatten_differences(read_state(checkpoint).config, config).items()
-        if not key.startswith(FREE_TO_CHANGE)
+        for key, values in flatten_differences(saved, config).items()
+        if not key.startswith((*FREE_TO_CHANGE, "num_global_steps"))
     }
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differences.items())[:5])

@@ -55,7 +55,7 @@ from megatron_minpro.run.run_folder import (
     forget_unfinished_attempt,
 )
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
-from megatron_minpro.tracking.progress import Progress, write_progress
+from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.rollout_log import RolloutLog
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
@@ -108,7 +108,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         temperature=config.rollout.temperature,  # the policy is the distribution that is sampled from
     )
     checkpoints = run_dir / "checkpoints"
-    checkpoint = run_state.latest_checkpoint(checkpoints)
+    checkpoint = _checkpoint_to_continue(checkpoints, config, groups)
     if checkpoint is None and first:
         forget_unfinished_attempt(run_dir)
     buffer = StalenessBuffer(config.staleness)
@@ -135,18 +135,20 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         at_step=profiler.at_step,
     )
     trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
-    measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
-    if not measured and checkpoint is not None:
-        raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured any more")
-    if not measured:
-        trainer.evaluate(run, "before")
+    if config.evaluation is not None:
+        measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
+        if not measured and checkpoint is not None:
+            raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured now")
+        if not measured:
+            trainer.evaluate(run, "before")
     try:
         complete = trainer.train(run)
     finally:
         writer.join()  # what was captured is complete, whatever ends this
     profiler.close()
     if complete:
-        trainer.evaluate(run, "after")
+        if config.evaluation is not None:
+            trainer.evaluate(run, "after")
         tensors = actor.export_weights()
         if driver is not None:
             driver.heartbeat("export")
@@ -159,7 +161,18 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         driver.tracker.finish(summarise(config, run_dir, counters.seconds) if complete else result)
-        driver.heartbeat("done" if complete else "stopped")
+        driver.heartbeat(DONE if complete else STOPPED)
+
+
+def _checkpoint_to_continue(checkpoints: Path, config: RunConfig, groups: ProcessGroups) -> Path | None:
+    """Rank 0's choice on every rank; later checkpoints are forgotten."""
+    chosen: list[Path | None] = [None]
+    if groups.coordinates.rank == 0:
+        chosen = [run_state.checkpoint_to_continue(checkpoints, config)]
+        if chosen[0] is not None:
+            run_state.forget_later(chosen[0])
+    dist.broadcast_object_list(chosen, src=0, group=groups.control)
+    return chosen[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +217,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     if cursor_state is not None:
         cursor.load_state(cursor_state)
     reward = make_reward(config.reward.name, **config.reward.options)
-    held_out = held_out_prompts(config.evaluation, tokenizer)
+    held_out = [] if config.evaluation is None else held_out_prompts(config.evaluation, tokenizer)
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)

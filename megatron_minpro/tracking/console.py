@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.tracking.json_lines import read_json_lines
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.metrics_table import HEADLINE
-from megatron_minpro.tracking.progress import Progress, read_progress
+from megatron_minpro.tracking.progress import ENDED_PHASES, Progress, read_progress
 
 Metrics = Mapping[str, float | None]
 
@@ -50,7 +49,7 @@ COLUMNS = (
 )
 STEP_PHASES = ("sample", "reward", "score", "update", "sync")
 _NUM_RECENT = 20  # steps that the time left is estimated from
-_STALE_AFTER_S = 60.0
+_LONG_PHASE_S = 60.0  # from then on the place of the logs is shown
 
 
 class MetricsTail:
@@ -76,11 +75,18 @@ class Console:
     """Shows run_dir as it grows. Call refresh() every half second or so; log() for lines that stay.
 
     num_global_steps: batches to train. resumed_from: lines of global steps up to this one belong to an earlier attempt and are not
-    printed again.
+    printed again. alarms: what to say of a line of metrics, None when all is well; each alarm is raised once.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, num_global_steps: int, name: str, resumed_from: int | None = None, out: RichConsole | None = None
+        self,
+        run_dir: str | Path,
+        *,
+        num_global_steps: int,
+        name: str,
+        resumed_from: int | None = None,
+        alarms: Sequence[Callable[[Metrics], str | None]] = (),
+        out: RichConsole | None = None,
     ):
         self._run_dir = Path(run_dir)
         self._num_global_steps = num_global_steps
@@ -92,7 +98,7 @@ class Console:
         self._steps_done = 0
         self._step_seconds: list[float] = []
         self._last_phase: str | None = None
-        self._idle_clip_reported = False
+        self._alarms = list(alarms)
         self._started_at = time.monotonic()
         self._live: Live | None = None
 
@@ -102,15 +108,17 @@ class Console:
             self._live.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.refresh()
         if self._live is not None:
+            self._live.update(self._render(read_progress(self._run_dir), failed=kind is not None))
             self._live.stop()
             self._live = None
 
     def log(self, text: str) -> None:
         """Print a line that stays (above the bar)."""
-        self._out.print(Text(text), soft_wrap=True)
+        # A terminal breaks lines between words; a file or pipe gets the whole line.
+        self._out.print(Text(text), soft_wrap=not self._out.is_terminal)
 
     def refresh(self) -> None:
         """Take in what the run wrote since the last call."""
@@ -136,9 +144,10 @@ class Console:
             return
         if self._live is None:
             self.log(self._plain_line(line))
-        if not self._idle_clip_reported and (warning := idle_clip(line)) is not None:
-            self.log(f"warning: global step {step}: {warning}")
-            self._idle_clip_reported = True
+        for alarm in tuple(self._alarms):
+            if (warning := alarm(line)) is not None:
+                self.log(f"warning: global step {step}: {warning}")
+                self._alarms.remove(alarm)
 
     def _plain_line(self, line: Metrics) -> str:
         parts = [f"trained {self._steps_done}/{self._num_global_steps}"]
@@ -153,8 +162,10 @@ class Console:
             return None
         return (self._num_global_steps - self._steps_done) * sum(self._step_seconds) / len(self._step_seconds)
 
-    def _render(self, progress: Progress | None) -> Group:
+    def _render(self, progress: Progress | None, *, failed: bool = False) -> Group:
         phase = "starting" if progress is None else f"{progress.phase} {progress.detail}".strip()
+        if failed and phase not in ENDED_PHASES:
+            phase = f"ended while: {phase}"
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._name, style="bold"),
@@ -165,8 +176,8 @@ class Console:
         )
         rows: list[Table | Text] = [head]
         silence_s = 0.0 if progress is None else time.time() - progress.updated_at
-        if silence_s > _STALE_AFTER_S:
-            rows.append(Text(f"no sign of life for {_clock(silence_s)}; logs are in {self._run_dir / 'logs'}", "yellow"))
+        if silence_s > _LONG_PHASE_S and phase not in ENDED_PHASES:
+            rows.append(Text(f"{phase} since {_clock(silence_s)}; logs are in {self._run_dir / 'logs'}", "yellow"))
         if self._latest:
             numbers = Table.grid(padding=(0, 3))
             numbers.add_row(*[Text(column.label, style="dim") for column in COLUMNS], Text("lag", style="dim"))

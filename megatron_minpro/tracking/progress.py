@@ -10,13 +10,15 @@ from pathlib import Path
 from checkpoints_convert.atomic_files import write_atomically
 
 PROGRESS_FILE = "progress.json"
+DONE, STOPPED = "done", "stopped"  # phases of a run that has ended
+ENDED_PHASES = (DONE, STOPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What goes on now."""
 
-    phase: str  # base model, starting servers, evaluation before, sample, update, ..., done
+    phase: str  # base model, starting servers and ranks, evaluation before, sample, update, export, done, ...
     global_step: int  # batches trained so far
     detail: str = ""  # a remark beside the phase, such as "1,200 of 1,600 steps"
     updated_at: float = 0.0  # seconds since the epoch; write_progress fills it in

@@ -28,7 +28,7 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
     interrupt(command)
     code, _, err = command.wait()
     assert code == 1
-    assert err.strip().splitlines()[-1].startswith("minpro: error: stopped after") and len(err.strip().splitlines()) == 1
+    assert err.strip().splitlines()[-1].startswith("minpro: stopped after") and len(err.strip().splitlines()) == 1
     assert command.survivors() == []
     stopped_at = len(metrics_of(run_dir))
     assert (run_dir / "checkpoints/latest").read_text() == f"step_{stopped_at:06d}"

@@ -25,6 +25,9 @@ class Launcher(ModuleType):
         self.calls: list[tuple[str, Any, Any]] = []
         self.failure = failure
 
+    class Interrupted(RuntimeError):
+        """As the launcher's."""
+
     def run(self, config: Any, *, resume: str) -> Path:
         self.calls.append(("run", config, resume))
         if self.failure is not None:
@@ -139,7 +142,13 @@ def test_wrong_input_found_by_the_launcher_is_exit_code_2(use_launcher: Any, cap
 def test_ctrl_c_is_exit_code_1(use_launcher: Any, capsys: pytest.CaptureFixture[str]) -> None:
     use_launcher(Launcher(KeyboardInterrupt()))
     assert cli.run(["train", "configs/tiny_moe_cpu.yaml"]) == 1
-    assert capsys.readouterr().err == "minpro: error: interrupted\n"
+    assert capsys.readouterr().err == "minpro: interrupted\n"
+
+
+def test_a_run_that_ctrl_c_stopped_says_so_without_calling_it_an_error(use_launcher: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    use_launcher(Launcher(Launcher.Interrupted("stopped after 3 trained batches with a checkpoint; the same command continues")))
+    assert cli.run(["train", "configs/tiny_moe_cpu.yaml"]) == 1
+    assert capsys.readouterr().err == "minpro: stopped after 3 trained batches with a checkpoint; the same command continues\n"
 
 
 def test_doctor_reports_the_pinned_versions(capsys: pytest.CaptureFixture[str]) -> None:

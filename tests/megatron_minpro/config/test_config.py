@@ -75,6 +75,21 @@ def test_rivals_have_the_clip_widths_of_the_paper() -> None:
     assert options["m2po"]["budget"] == 0.04
 
 
+@pytest.mark.parametrize("dtypes", [["rollout.dtype=bfloat16"], ["model.dtype=bfloat16"]])
+def test_servers_of_another_dtype_need_their_own_logprobs_or_a_correction(dtypes: list[str]) -> None:
+    assert "pi_old is not the policy that sampled; or behaviour_logprobs = 'engine'" in error_of(*dtypes)
+    load_config(TINY, [*dtypes, "behaviour_logprobs=engine"])
+    load_config(TINY, [*dtypes, "corrections.truncated_is.max_weight=2.0"])
+    load_config(TINY, ["model.dtype=bfloat16", "rollout.dtype=bfloat16"])
+
+
+def test_the_held_out_measurement_can_be_switched_off(tmp_path: Path) -> None:
+    config = load_config(TINY, ["evaluation=null"])
+    assert config.evaluation is None and list(config.prompt_sections) == ["prompts"]
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
 def test_corrections_are_off_unless_given_and_need_the_trainers_log_probs() -> None:
     assert load_config(TINY).corrections.active == [] and load_config(TINY).rollout.dynamic_sampling is None
     given = ["corrections.rejection={level: geometric_mean, low: 0.999, high: 1.001}", "corrections.truncated_is.max_weight=2.0"]

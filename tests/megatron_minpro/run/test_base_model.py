@@ -89,7 +89,7 @@ def test_a_dense_model_can_be_made_too(tmp_path: Path) -> None:
     start, end = source.index("    architecture:"), source.index("    tokenizer: null")
     path = tmp_path / "dense.yaml"
     path.write_text(source[:start] + f"    architecture: {{model_type: qwen3, {fields}, {more}}}\n" + source[end:])
-    config = load_config(path, [f"model.path={tmp_path / 'model'}", "model.dtype=bfloat16"])
+    config = load_config(path, [f"model.path={tmp_path / 'model'}", "model.dtype=bfloat16", "rollout.dtype=bfloat16"])
     model = AutoModelForCausalLM.from_pretrained(write(config))
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert (model.dtype, model.config.tie_word_embeddings) == (torch.bfloat16, True)
@@ -124,7 +124,7 @@ def test_a_model_folder_of_another_recipe_is_refused(tmp_path: Path, override: s
     made = tiny(folder)
     folder.mkdir()
     (folder / base_model.RECIPE_FILE).write_text(base_model.recipe(made.model, made.prompts))
-    asked = tiny(folder, override)
+    asked = tiny(folder, override, "behaviour_logprobs=engine")  # so that the two dtypes may differ
     if not is_another_recipe:
         base_model.check_recipe(asked.model, asked.prompts)
         return

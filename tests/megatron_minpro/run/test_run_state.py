@@ -320,6 +320,53 @@ def test_where_and_when_may_differ_between_attempts(one_rank_group: dist.Process
     load(save(tmp_path / "checkpoints", 1), actor=FakeActor(), config=config(override))
 
 
+def checkpoints_of(directory: Path, *steps: int, settings: RunConfig, keep: int = 2) -> None:
+    """One after the other, as a run writes them."""
+    assert dist.group.WORLD is not None
+    one = writer(directory, dist.group.WORLD, keep=keep)
+    for step in steps:
+        one.save(actor=FakeActor(), config=settings, counters=RunCounters(next_step=step), cursor={}, waiting=[])  # type: ignore[arg-type]
+        one.wait()
+
+
+@pytest.mark.usefixtures("one_rank_group")
+def test_a_longer_run_continues_where_the_shorter_one_stopped_sampling(tmp_path: Path) -> None:
+    checkpoints_of(tmp_path, 3, 4, 5, 6, settings=config("num_global_steps=4"), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000004", "step_000006"]
+    longer = config("num_global_steps=9")
+    chosen = run_state.checkpoint_to_continue(tmp_path, longer)
+    assert chosen is not None and chosen.name == "step_000004"
+    run_state.refuse_other_run(chosen, longer)
+    assert run_state.checkpoint_to_continue(tmp_path, config("num_global_steps=4")) == tmp_path / "step_000006"
+
+    run_state.forget_later(chosen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000004"]
+    assert latest_checkpoint(tmp_path) == chosen
+    checkpoints_of(tmp_path, 6, settings=longer, keep=1)  # the name that the shorter run's last checkpoint had
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000006"]
+
+
+@pytest.mark.usefixtures("one_rank_group")
+def test_a_run_that_still_samples_is_prolonged_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    checkpoints_of(tmp_path, 2, 3, settings=config("num_global_steps=4"))
+    assert run_state.checkpoint_to_continue(tmp_path, config("num_global_steps=9")) == tmp_path / "step_000003"
+    assert run_state.checkpoint_to_continue(tmp_path / "absent", CONFIG) is None
+
+
+@pytest.mark.usefixtures("one_rank_group")
+def test_a_run_without_an_early_enough_checkpoint_cannot_be_prolonged(tmp_path: Path) -> None:
+    checkpoints_of(tmp_path, 6, settings=config("num_global_steps=4"))
+    with pytest.raises(ValueError, match=r"num_global_steps = 9: expected a checkpoint of global step 4 or before"):
+        run_state.checkpoint_to_continue(tmp_path, config("num_global_steps=9"))
+
+
+@pytest.mark.usefixtures("one_rank_group")
+def test_a_run_cannot_be_shortened(tmp_path: Path) -> None:
+    checkpoints_of(tmp_path, 2, settings=config("num_global_steps=4"))
+    with pytest.raises(ValueError, match=r"num_global_steps = 3: .* is of a run of 4; a run can be prolonged, not shortened"):
+        run_state.refuse_other_run(tmp_path / "step_000002", config("num_global_steps=3"))
+
+
 def test_what_an_attempt_sampled_after_its_checkpoint_is_counted_as_lost() -> None:
     def resumed() -> RunCounters:
         """As every attempt reads them from the one checkpoint."""

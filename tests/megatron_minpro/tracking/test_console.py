@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console as RichConsole
 
+from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.tracking.console import Console, MetricsTail
 from megatron_minpro.tracking.metrics_file import MetricsFile
-from megatron_minpro.tracking.progress import Progress, write_progress
+from megatron_minpro.tracking.progress import DONE, Progress, write_progress
 
 STEP = {
     "reward/trained": 0.3125,
@@ -70,7 +74,7 @@ def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_
             file.log(step, {**STEP, "ratio/unit": 1.0})
     for resumed_from, told in ((None, ["warning: global step 0"]), (0, ["warning: global step 1"]), (2, [])):
         rich, out = plain()
-        with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, out=rich):
+        with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, alarms=(idle_clip,), out=rich):
             pass
         assert [line[:22] for line in out.getvalue().splitlines() if "every ratio is 1" in line] == told
 
@@ -86,6 +90,47 @@ def test_on_a_terminal_the_numbers_the_bar_and_the_time_left_are_shown(tmp_path:
     shown = out.getvalue()
     for text in ("tiny", "10/40", "1:30 left", "update", "0.312", "32-47", "0.875", "3.00%", "1,234", "sample 2.0s", "a line that stays"):
         assert text in shown
+
+
+def last_frame(out: io.StringIO) -> str:
+    """What a terminal shows in the end: the lines after the last time that the cursor went up."""
+    return out.getvalue().rpartition("\x1b[1A")[2]
+
+
+def test_the_last_frame_of_a_complete_run_shows_no_phase_as_still_going_on(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=140)) as console:
+        write_progress(tmp_path, Progress(phase="export", global_step=1))
+        console.refresh()
+        write_progress(tmp_path, Progress(phase=DONE, global_step=1))
+    assert "done" in last_frame(out) and "export" not in last_frame(out)
+
+
+def test_the_last_frame_of_a_failed_run_says_what_it_was_doing(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with (
+        pytest.raises(RuntimeError),
+        Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=140)),
+    ):
+        write_progress(tmp_path, Progress(phase="update", global_step=1))
+        raise RuntimeError
+    assert "ended while: update" in last_frame(out)
+
+
+def test_a_long_phase_is_named_with_its_time_and_the_place_of_the_logs(tmp_path: Path) -> None:
+    old = {"phase": "starting servers and ranks", "global_step": 0, "detail": "", "updated_at": time.time() - 132}
+    (tmp_path / "progress.json").write_text(json.dumps(old))
+    out = io.StringIO()
+    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=300)):
+        pass
+    assert "starting servers and ranks since 2:12; logs are in" in out.getvalue()
+
+
+def test_a_terminal_breaks_lines_between_words(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=20))
+    console.log("responses sampled, trained, dropped")
+    assert [line.strip() for line in out.getvalue().splitlines()] == ["responses sampled,", "trained, dropped"]
 
 
 def test_the_tail_waits_for_complete_lines_and_notices_a_rewritten_file(tmp_path: Path) -> None:
