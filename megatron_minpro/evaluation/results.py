@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,20 @@ from megatron_minpro.evaluation import folder as places
 from megatron_minpro.evaluation.grade_file import read_grades
 from megatron_minpro.evaluation.grading import disagreements
 from megatron_minpro.evaluation.problems import load_problems
-from megatron_minpro.evaluation.scores import CONFIDENCE, NUM_RESAMPLES, SEED, Counts, Incomplete, as_json, average_pass_at_1, count
+from megatron_minpro.evaluation.scores import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    PASS_AT_K_BENCHMARKS,
+    SEED,
+    Counts,
+    Incomplete,
+    as_json,
+    average_curves,
+    average_pass_at_1,
+    count,
+)
 from megatron_minpro.evaluation.settings import EvaluationSettings, read_settings
-from megatron_minpro.evaluation.tables import curves_table, disagreements_table, scores_table, write_table
+from megatron_minpro.evaluation.tables import Table, average_curves_table, curves_table, disagreements_table, scores_table, write_table
 from megatron_minpro.tracking.json_lines import read_json_lines
 
 
@@ -55,7 +66,11 @@ def write_report(out: Path, *, announce: Callable[[str], None]) -> dict[str, Any
     for name in [item.benchmark for item in counts]:
         problems = {problem.problem_id: problem for problem in load_problems(places.problems_path(out, name))}
         differing += disagreements(name, problems, read_grades(places.grades_path(out, name)))
-    for name, table in (("scores", scores), ("pass_at_k", curves), ("disagreements", disagreements_table(differing))):
+    tables = {"scores": scores, "pass_at_k": curves, "disagreements": disagreements_table(differing)}
+    averages = table_2(model, counts)
+    if averages is not None:
+        tables["average_pass_at_k"] = averages
+    for name, table in tables.items():
         write_table(out / places.TABLES_FOLDER, name, table)
     plot_curves(out / "pass_at_k.png", {model: counts})
 
@@ -73,8 +88,19 @@ def write_report(out: Path, *, announce: Callable[[str], None]) -> dict[str, Any
     write_atomically(out / places.RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     announce(scores.markdown)
     announce(curves.markdown)
+    if averages is not None:
+        announce(averages.markdown)
     announce(_remarks(out, counts, sum(item.samples for item in differing)))
     return results
+
+
+def table_2(model: str, counts: Sequence[Counts]) -> Table | None:
+    """Table 2 of the paper; None unless all of its benchmarks were evaluated."""
+    by_name = {item.benchmark: item for item in counts}
+    if not set(PASS_AT_K_BENCHMARKS) <= by_name.keys():
+        return None
+    chosen = [by_name[name] for name in PASS_AT_K_BENCHMARKS]
+    return average_curves_table(model, [item.title for item in chosen], average_curves(chosen))
 
 
 def _remarks(out: Path, counts: list[Counts], differing: int) -> str:

@@ -106,21 +106,56 @@ def pass_at_k_table(counts: Counts) -> list[PassAtK]:
     ]
 
 
+# The benchmarks over which table 2 of the MinPRO paper averages pass@k: those with enough samples per problem for large k.
+PASS_AT_K_BENCHMARKS = ("amc23", "aime24", "aime25")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Average:
-    """The plain mean of several benchmarks' pass@1; each benchmark's problems are resampled on their own for the interval."""
+    """The plain mean of several numbers, and its interval."""
 
     mean: float
     low: float
     high: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageCurve:
+    """One estimator's pass@k, averaged over benchmarks: for every k, and over all k."""
+
+    estimator: Estimator
+    by_k: dict[int, Average]
+    over_k: Average
+
+
 def average_pass_at_1(all_counts: Sequence[Counts]) -> Average:
-    """Every benchmark weighs the same, whatever its size."""
-    values = [pass_at_k_values(counts.num_samples, counts.num_correct, k=1, estimator="unbiased") for counts in all_counts]
+    """Mean over benchmarks. Every benchmark weighs the same, whatever its size."""
+    return _average(*_benchmark_mean(all_counts, k=1, estimator="unbiased"))
+
+
+def average_curves(all_counts: Sequence[Counts]) -> list[AverageCurve]:
+    """The layout of the paper's table 2: mean over benchmarks of pass@k for every k that all of them have, and the mean of these over k."""
+    ks = sorted(set.intersection(*(set(counts.ks) for counts in all_counts)))
+    curves = []
+    for estimator in ESTIMATORS:
+        found = {k: _benchmark_mean(all_counts, k=k, estimator=estimator) for k in ks}
+        # The same problems are drawn for every k, so the interval of the mean over k knows that its parts move together.
+        over_k = float(np.mean([mean for mean, _ in found.values()])), np.mean([means_R for _, means_R in found.values()], axis=0)
+        by_k = {k: _average(mean, means_R) for k, (mean, means_R) in found.items()}
+        curves.append(AverageCurve(estimator=estimator, by_k=by_k, over_k=_average(*over_k)))
+    return curves
+
+
+def _benchmark_mean(all_counts: Sequence[Counts], *, k: int, estimator: Estimator) -> tuple[float, np.ndarray]:
+    """The mean over benchmarks, and its resamples [R]: each benchmark's problems are drawn on their own."""
+    values = [pass_at_k_values(counts.num_samples, counts.num_correct, k=k, estimator=estimator) for counts in all_counts]
     resampled = [bootstrap_means(values_P, seed=[SEED, index], num_resamples=NUM_RESAMPLES) for index, values_P in enumerate(values)]
-    low, high = percentile_interval(np.mean(resampled, axis=0), confidence=CONFIDENCE)
-    return Average(mean=float(np.mean([values_P.mean() for values_P in values])), low=low, high=high)
+    return float(np.mean([values_P.mean() for values_P in values])), np.mean(resampled, axis=0)
+
+
+def _average(mean: float, means_R: np.ndarray) -> Average:
+    low, high = percentile_interval(means_R, confidence=CONFIDENCE)
+    return Average(mean=mean, low=low, high=high)
 
 
 def as_json(counts: Counts) -> dict[str, Any]:

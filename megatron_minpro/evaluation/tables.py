@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.evaluation.grading import Disagreement
-from megatron_minpro.evaluation.scores import Average, Counts, pass_at_k_table
+from megatron_minpro.evaluation.scores import Average, AverageCurve, Counts, pass_at_k_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ def scores_table(model: str, all_counts: Sequence[Counts], average: Average) -> 
 
 
 def curves_table(model: str, all_counts: Sequence[Counts]) -> Table:
-    """pass@k in percent: a line per benchmark and estimator, a column per k (the layout of the paper's tables 2 and 4)."""
+    """pass@k in percent: a line per benchmark and estimator, a column per k (the layout of the paper's table 4)."""
     rows, lines = [], []
     ks = sorted({k for counts in all_counts for k in counts.ks})
     for counts in all_counts:
@@ -61,6 +61,29 @@ def curves_table(model: str, all_counts: Sequence[Counts]) -> Table:
             cells = {entry.k: _cell(entry.mean, entry.low, entry.high) for entry in entries if entry.estimator == estimator}
             lines.append([counts.title, estimator, *(cells.get(k, "") for k in ks)])
     return Table(rows=rows, markdown=markdown_table(["benchmark", "estimator", *(f"pass@{k}" for k in ks)], lines))
+
+
+def average_curves_table(model: str, titles: Sequence[str], curves: Sequence[AverageCurve]) -> Table:
+    """Mean pass@k of several benchmarks in percent: a column per k, and the average over k (the layout of the paper's table 2).
+
+    Args:
+        model: name of the model.
+        titles: of the benchmarks.
+        curves: one per estimator.
+    """
+    over = ", ".join(titles)
+    rows, lines = [], []
+    for curve in curves:
+        columns = {**{f"pass@{k}": average for k, average in curve.by_k.items()}, "Average over k": curve.over_k}
+        rows += [
+            {"model": model, "benchmarks": over, "estimator": curve.estimator, "measure": name, **asdict(average)}
+            for name, average in columns.items()
+        ]
+        lines.append(
+            [f"mean of {over}", curve.estimator, *(_cell(average.mean, average.low, average.high) for average in columns.values())]
+        )
+    header = ["benchmarks", "estimator", *dict.fromkeys(row["measure"] for row in rows)]
+    return Table(rows=rows, markdown=markdown_table(header, lines))
 
 
 def disagreements_table(found: Sequence[Disagreement]) -> Table:

@@ -13,8 +13,9 @@ import pytest
 from megatron_minpro.evaluation.compare import comparison_table, differences
 from megatron_minpro.evaluation.curves import plot_curves
 from megatron_minpro.evaluation.problems import Problem
-from megatron_minpro.evaluation.scores import Counts, Incomplete, as_json, average_pass_at_1, count, pass_at_k_table
-from megatron_minpro.evaluation.tables import Table, curves_table, markdown_table, scores_table, write_table
+from megatron_minpro.evaluation.results import table_2
+from megatron_minpro.evaluation.scores import Counts, Incomplete, as_json, average_curves, average_pass_at_1, count, pass_at_k_table
+from megatron_minpro.evaluation.tables import Table, average_curves_table, curves_table, markdown_table, scores_table, write_table
 
 
 def counts(correct: tuple[int, ...], *, samples: int = 4, name: str = "set") -> Counts:
@@ -57,6 +58,39 @@ def test_the_average_weighs_benchmarks_alike_and_its_interval_adds_their_varianc
     assert average.high - average.low == pytest.approx(2 * 1.96 * 0.025, rel=0.1)
     both = average_pass_at_1([small, replace(small, benchmark="again")])
     assert both.high - both.low == pytest.approx(2 * 1.96 * 0.05 / np.sqrt(2), rel=0.1)  # independent draws, not the same one twice
+
+
+def test_the_average_over_benchmarks_of_pass_at_k_by_hand() -> None:
+    # Unbiased, c of 4. One problem with c = 1: 1/4, 1/2, 1. One with c = 2: 1/2, 1 - 1/6, 1. One with c = 0: 0, 0, 0.
+    chosen = [counts((1,), name="one"), counts((2,), name="two"), counts((0,), samples=8, name="none")]
+    unbiased, bootstrap = average_curves(chosen)
+    assert (unbiased.estimator, bootstrap.estimator) == ("unbiased", "bootstrap")
+    by_hand = [(1 / 4 + 1 / 2) / 3, (1 / 2 + 5 / 6) / 3, 2 / 3]
+    assert {k: average.mean for k, average in unbiased.by_k.items()} == pytest.approx(dict(zip((1, 2, 4), by_hand, strict=True)))
+    assert unbiased.over_k.mean == pytest.approx(sum(by_hand) / 3)
+    # 1 - (1 - c/n)^k: 3/4 and 1/2 to the powers 1, 2, 4.
+    by_hand = [(1 / 4 + 1 / 2) / 3, (7 / 16 + 3 / 4) / 3, (175 / 256 + 15 / 16) / 3]
+    assert [average.mean for average in bootstrap.by_k.values()] == pytest.approx(by_hand)
+    table = average_curves_table("model", ["ONE", "TWO", "NONE"], [unbiased, bootstrap])
+    assert [cell.strip() for cell in table.markdown.splitlines()[0].split("|")[1:-1]] == [
+        *("benchmarks", "estimator", "pass@1", "pass@2", "pass@4", "Average over k")
+    ]
+    assert "| mean of ONE, TWO, NONE | unbiased  | 25.0 [25.0, 25.0] | 44.4 [44.4, 44.4] | 66.7 [66.7, 66.7] | 45.4" in table.markdown
+    assert len(table.rows) == 2 * 4 and table.rows[3]["measure"] == "Average over k"
+
+
+def test_table_2_is_made_of_its_three_benchmarks_and_needs_them_all() -> None:
+    chosen = [counts((1,), name=name) for name in ("aime25", "math500", "amc23", "aime24")]
+    table = table_2("model", chosen)
+    assert table is not None and table.rows[0]["benchmarks"] == "AMC23, AIME24, AIME25"
+    assert table_2("model", chosen[:3]) is None
+
+
+def test_the_interval_of_the_average_over_k_draws_the_same_problems_for_every_k() -> None:
+    """All or nothing of 100 problems: pass@k is the same for every k, so the average over k varies exactly as each of them."""
+    curve = average_curves([counts((0, 4) * 50)])[0]
+    assert (curve.over_k.low, curve.over_k.high) == pytest.approx((curve.by_k[1].low, curve.by_k[1].high))
+    assert curve.over_k.high - curve.over_k.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals_and_has_its_sign() -> None:
