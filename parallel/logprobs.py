@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,16 +22,16 @@ _EXPONENTIALS = 8192
 
 
 def token_logprobs(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    labels_T: Tensor,
+    hidden_TH: Float[Tensor, "T H"],
+    weight_VH: Float[Tensor, "V H"],
+    labels_T: Int64[Tensor, " T"],
     *,
     vocab_size: int,
     temperature: float,
     tp_group: dist.ProcessGroup | None,
     chunk_tokens: int,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Float32[Tensor, " T"], Float32[Tensor, " T"] | None]:
     """log softmax(hidden @ weight.T / temperature)[label] and the entropy of the same distribution, natural log.
 
     hidden_TH: every token on every rank of `tp_group` (gathered under sequence parallelism). weight_VH: this rank's rows, rank r holding

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from checkpoints_convert.mapping import Architecture
@@ -23,9 +24,9 @@ from parallel.sequence_shard import SequenceShard
 class TokenSequence:
     """One sequence with what the loss needs of it. All streams lie on logit positions: entry p belongs to token p+1."""
 
-    token_ids: Tensor  # int64 [L]
-    loss_mask: Tensor  # bool [L-1]
-    streams: Mapping[str, Tensor]  # fp32 [L-1] each
+    token_ids: Int64[Tensor, " L"]
+    loss_mask: Bool[Tensor, " L-1"]
+    streams: Mapping[str, Float32[Tensor, " L-1"]]
 
     def __post_init__(self) -> None:
         if self.token_ids.dtype != torch.int64 or self.token_ids.dim() != 1:
@@ -54,10 +55,10 @@ class MicroBatch:
     indices: tuple[int, ...]  # which sequences of the mini-batch, in packing order; a sequence of padding may follow them
     shard: SequenceShard
     packed_seq_params: ShardedPackedSeqParams
-    token_ids_T: Tensor
-    labels_T: Tensor
-    loss_mask_T: Tensor
-    streams: Mapping[str, Tensor]
+    token_ids_T: Int64[Tensor, " T"]
+    labels_T: Int64[Tensor, " T"]
+    loss_mask_T: Bool[Tensor, " T"]
+    streams: Mapping[str, Float32[Tensor, " T"]]
 
 
 def check_sequences(sequences: Sequence[TokenSequence], *, vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
 from parallel.sequence_shard import SequenceShard
@@ -33,16 +34,16 @@ _INF = float("inf")
 class PrefixMin:
     """Minimum of x over the *earlier* unmasked tokens of the sequence (i < t): -> [T]. Not capped; 0 where there is no earlier one."""
 
-    x_T: Tensor  # fp32
-    mask_T: Tensor  # bool
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixSum:
     """Sum of x over the unmasked tokens i <= t of the sequence, or i < t if exclusive: -> [T]."""
 
-    x_T: Tensor
-    mask_T: Tensor
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
     exclusive: bool = False
 
 
@@ -50,24 +51,24 @@ class PrefixSum:
 class SequenceSum:
     """Sum of x over the unmasked tokens of each sequence: -> [S], the same on every rank. `shard.per_token` spreads it to [T]."""
 
-    x_T: Tensor
-    mask_T: Tensor
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceMean:
     """Mean of x over the unmasked tokens of each sequence: -> [S], the same on every rank."""
 
-    x_T: Tensor
-    mask_T: Tensor
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceMax:
     """Maximum of x over the unmasked tokens of each sequence: -> [S], the same on every rank."""
 
-    x_T: Tensor
-    mask_T: Tensor
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
 
 
 Request = PrefixMin | PrefixSum | SequenceSum | SequenceMean | SequenceMax
@@ -77,11 +78,11 @@ Request = PrefixMin | PrefixSum | SequenceSum | SequenceMean | SequenceMax
 class LocalScan:
     """One request after its local pass."""
 
-    summary: Tensor  # fp32 [N, S, columns of this request]: what other ranks must know
-    running_T: Tensor  # the scan inside each local chunk, inclusive or exclusive as the request is; empty for per-sequence requests
+    summary: Float32[Tensor, "N S columns"]  # columns of this request: what other ranks must know
+    running_T: Float[Tensor, " T"]  # the scan inside each local chunk, as the request asks; empty for per-sequence requests
 
 
-def scan(shard: SequenceShard, requests: Sequence[Request]) -> list[Tensor]:
+def scan(shard: SequenceShard, requests: Sequence[Request]) -> list[Float32[Tensor, " _"]]:
     """Answer every request, fp32, in order: [T] for prefix requests, [S] for sequence requests. One collective in all, none at cp_size = 1.
 
     Sums run in float64 inside a rank and are rounded to fp32 once per chunk; minima and maxima are exact. Cost is linear in tokens.
@@ -94,7 +95,7 @@ def scan(shard: SequenceShard, requests: Sequence[Request]) -> list[Tensor]:
     return fold(shard, requests, local, gather_summaries(shard, summaries))
 
 
-def gather_summaries(shard: SequenceShard, summaries: Tensor) -> Tensor:
+def gather_summaries(shard: SequenceShard, summaries: Float32[Tensor, "N S C"]) -> Float32[Tensor, "num_chunks S C"]:
     """Every rank's chunk summaries in sequence order: [N, S, C] -> [num_chunks, S, C]. The one collective; none at cp_size = 1."""
     if shard.cp_size == 1:
         return summaries
@@ -103,7 +104,7 @@ def gather_summaries(shard: SequenceShard, summaries: Tensor) -> Tensor:
     return in_sequence_order(gathered.view(shard.cp_size, *summaries.shape))
 
 
-def in_sequence_order(gathered: Tensor) -> Tensor:
+def in_sequence_order(gathered: Shaped[Tensor, "cp 2 S C"]) -> Shaped[Tensor, "2*cp S C"]:
     """Undo the zigzag: [cp, 2, S, C] by rank -> [2 * cp, S, C] by position in the sequence."""
     return torch.cat([gathered[:, 0], gathered[:, 1].flip(0)])
 
@@ -113,7 +114,9 @@ def local_scan(shard: SequenceShard, requests: Sequence[Request]) -> list[LocalS
     return [_local(shard, _checked(shard, request, i)) for i, request in enumerate(requests)]
 
 
-def fold(shard: SequenceShard, requests: Sequence[Request], local: Sequence[LocalScan], chunk_summaries: Tensor) -> list[Tensor]:
+def fold(
+    shard: SequenceShard, requests: Sequence[Request], local: Sequence[LocalScan], chunk_summaries: Float32[Tensor, "num_chunks S C"]
+) -> list[Float32[Tensor, " _"]]:
     """Join local scans with the summaries of all chunks, [num_chunks, S, C] in sequence order. Writes over `local`."""
     columns = chunk_summaries.split([one.summary.shape[-1] for one in local], dim=-1)
     return [_fold(shard, request, one, chunks) for request, one, chunks in zip(requests, local, columns, strict=True)]

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Int32, Int64, Shaped
 from torch import Tensor
 
 from parallel.token_rows import TokenRows, fold_tokens
@@ -36,12 +37,12 @@ class SequenceShard:
     cp_size: int
     group: dist.ProcessGroup | None  # the context-parallel group; None only where nothing is exchanged
     chunk_indices: tuple[int, ...]  # which chunks of every sequence are here: (0,) or (cp_rank, 2 * cp_size - 1 - cp_rank)
-    sequence_id_T: Tensor  # int64
-    position_T: Tensor  # int64, position inside its sequence; padding runs on past the true length
-    padding_T: Tensor  # bool
-    cu_seqlens: Tensor  # int32 [S + 1], offsets of the padded, un-sharded sequences: Megatron's PackedSeqParams
-    chunk_id_T: Tensor  # int64, sequence * len(chunk_indices) + number of the local chunk
-    chunk_starts: Tensor  # int64 [S * len(chunk_indices) + 1]
+    sequence_id_T: Int64[Tensor, " T"]
+    position_T: Int64[Tensor, " T"]  # position inside its sequence; padding runs on past the true length
+    padding_T: Bool[Tensor, " T"]
+    cu_seqlens: Int32[Tensor, " _"]  # [S + 1] offsets of the padded, un-sharded sequences: Megatron's PackedSeqParams
+    chunk_id_T: Int64[Tensor, " T"]  # sequence * len(chunk_indices) + number of the local chunk
+    chunk_starts: Int64[Tensor, " _"]  # [S * len(chunk_indices) + 1]
 
     @classmethod
     def whole(cls, lengths: Sequence[int], *, multiple_of: int = 1, device: torch.device | str | None = None) -> SequenceShard:
@@ -109,7 +110,7 @@ class SequenceShard:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
-    def local(self, per_sequence: Sequence[Tensor], fill: float | int | bool) -> Tensor:
+    def local(self, per_sequence: Sequence[Tensor], fill: float | int | bool) -> Shaped[Tensor, " T"]:
         """Cut one [length_i] tensor per sequence and join this rank's parts: -> [T], padding holds `fill`, dtype kept.
 
         Differentiable. Raises ValueError naming the first sequence whose tensor has another shape than [length_i].
@@ -124,11 +125,11 @@ class SequenceShard:
         source_T = (starts_S[self.sequence_id_T] + self.position_T).masked_fill(self.padding_T, 0)
         return joined[source_T].masked_fill(self.padding_T, fill)
 
-    def per_token(self, x_S: Tensor) -> Tensor:
+    def per_token(self, x_S: Shaped[Tensor, " S"]) -> Shaped[Tensor, " T"]:
         """Give every local token the value of its sequence: [S] -> [T]."""
         return x_S[self.sequence_id_T]
 
-    def assemble(self, x_T: Tensor) -> list[Tensor]:
+    def assemble(self, x_T: Shaped[Tensor, " T"]) -> list[Tensor]:
         """Inverse of `local`: [T] on every rank -> S tensors of the true lengths, on every rank, without gradient.
 
         One all-gather over the group when cp_size > 1, none otherwise. Raises ValueError for a wrong shape, or for a missing group.

@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jaxtyping import config as jaxtyping_config
+
+from tests import shape_checks
+
+shape_checks.install()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """No shape is checked from outside: for tests of what the code itself says about a wrong one."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

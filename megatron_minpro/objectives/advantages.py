@@ -4,7 +4,7 @@ Every estimator takes rewards [G groups, K responses], or rewards [N] with `grou
 the same shape. Statistics are taken in float64. A group whose rewards are all equal has advantage exactly 0, as has a group of one: nothing
 can be learnt from a comparison without a difference. (Its tokens still count in a token-mean's denominator.)
 
-Shapes: N responses, G groups.
+Shapes: N responses, G groups; shape is [G, K] or [N].
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from megatron_minpro.objectives.options import check_number
 from megatron_minpro.registry import PlugIns
 
 
-def group_normalized(rewards: Tensor, group_ids: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
+def group_normalized(
+    rewards: Float[Tensor, "*shape"], group_ids: Int64[Tensor, "*shape"] | None = None, *, epsilon: float = 1e-6
+) -> Float32[Tensor, "*shape"]:
     """(R - mean) / (std + epsilon) within each group, with the unbiased standard deviation (divisor K - 1).
 
     Source: GRPO (arXiv:2402.03300, section 4.1.2), which leaves divisor and epsilon open; both are those of common implementations.
@@ -31,20 +34,22 @@ def group_normalized(rewards: Tensor, group_ids: Tensor | None = None, *, epsilo
     return groups.shaped(groups.centered_N / (groups.spread(variance_G.sqrt()) + epsilon))
 
 
-def mean_only(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
+def mean_only(rewards: Float[Tensor, "*shape"], group_ids: Int64[Tensor, "*shape"] | None = None) -> Float32[Tensor, "*shape"]:
     """R - mean within each group. Source: Dr.GRPO (arXiv:2503.20783, section 3.2)."""
     groups = _groups(rewards, group_ids)
     return groups.shaped(groups.centered_N)
 
 
-def leave_one_out(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
+def leave_one_out(rewards: Float[Tensor, "*shape"], group_ids: Int64[Tensor, "*shape"] | None = None) -> Float32[Tensor, "*shape"]:
     """R minus the mean of the *other* responses of its group, (R - mean) K / (K - 1). Source: RLOO (arXiv:2402.14740, eq. 8)."""
     groups = _groups(rewards, group_ids)
     factor_G = groups.count_G / (groups.count_G - 1).clamp(min=1)
     return groups.shaped(groups.centered_N * groups.spread(factor_G))
 
 
-def batch_whitened(rewards: Tensor, group_ids: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
+def batch_whitened(
+    rewards: Float[Tensor, "*shape"], group_ids: Int64[Tensor, "*shape"] | None = None, *, epsilon: float = 1e-6
+) -> Float32[Tensor, "*shape"]:
     """(R - mean) / (std + epsilon) over the whole batch, groups ignored, unbiased standard deviation; per response, not weighted by length.
 
     Source: REINFORCE++ (arXiv:2501.03262), which whitens over a batch instead of a group. A batch of equal rewards is 0.

@@ -14,6 +14,7 @@ Each is a divisor per token. Shapes: T local packed tokens, S sequences.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
@@ -36,7 +37,9 @@ def divisor_requests(batch: TokenBatch, aggregation: str, aggregation_length: in
     return [trained_tokens(batch)] if aggregation == "seq_mean_token_mean" else []
 
 
-def divisors(batch: TokenBatch, aggregation: str, aggregation_length: int | None, answers: list[Tensor]) -> Tensor:
+def divisors(
+    batch: TokenBatch, aggregation: str, aggregation_length: int | None, answers: list[Float32[Tensor, " S"]]
+) -> Float32[Tensor, " T"]:
     """fp32 [T], at least 1: the mini-batch's loss is the sum of every token's loss over its divisor."""
     ones_T = torch.ones_like(batch.logprobs_T, requires_grad=False)
     match aggregation:
@@ -57,6 +60,6 @@ def trained_tokens(batch: TokenBatch) -> SequenceSum:
     return SequenceSum(torch.ones_like(batch.logprobs_T, requires_grad=False), batch.loss_mask_T)
 
 
-def aggregate(batch: TokenBatch, loss_T: Tensor, divisors_T: Tensor) -> Tensor:
+def aggregate(batch: TokenBatch, loss_T: Float[Tensor, " T"], divisors_T: Float[Tensor, " T"]) -> Float[Tensor, ""]:
     """This rank's share of the mini-batch loss, a scalar. Masked tokens add exactly 0."""
     return torch.where(batch.loss_mask_T, loss_T / divisors_T, 0.0).sum()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
 from parallel.sequence_shard import SequenceShard
@@ -46,14 +47,14 @@ class TokenBatch:
     trained token.
     """
 
-    logprobs_T: Tensor  # fp32, carries the gradient: log pi_theta(o_t)
-    behaviour_logprobs_T: Tensor  # fp32: log pi_old(o_t), pi_old = the policy that sampled o_t
-    advantages_T: Tensor  # fp32
-    loss_mask_T: Tensor  # bool: True where a response token is trained on
+    logprobs_T: Float32[Tensor, " T"]  # carries the gradient: log pi_theta(o_t)
+    behaviour_logprobs_T: Float32[Tensor, " T"]  # log pi_old(o_t), pi_old = the policy that sampled o_t
+    advantages_T: Float32[Tensor, " T"]
+    loss_mask_T: Bool[Tensor, " T"]  # True where a response token is trained on
     shard: SequenceShard  # sequence and position of every local token; the scans
     global_tokens: int  # trained tokens of the whole mini-batch, over DP, CP and micro-batches
     global_sequences: int  # sequences of the whole mini-batch with at least one trained token
-    correction_weights_T: Tensor | None = None  # fp32: multiplies each token's loss, without gradient; None multiplies nothing
+    correction_weights_T: Float32[Tensor, " T"] | None = None  # multiplies each token's loss, without gradient; None multiplies nothing
 
     def __post_init__(self) -> None:
         shape = (self.shard.num_local_tokens,)
@@ -100,11 +101,9 @@ class TokenBatch:
 class ObjectiveOutput:
     """What an objective makes of one TokenBatch. Everything adds up over ranks, micro-batches and (metrics) mini-batches."""
 
-    loss: Tensor  # scalar fp32 with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
-    weights_T: Tensor  # fp32, detached: d loss / d logprobs_T = -weights_T * advantages_T / divisor, corrections included; 0 if masked
-    metrics: dict[
-        str, Tensor
-    ]  # float64; [2] = (sum, count), or [B] = counts of the fixed bins of metrics.py where the key ends in /histogram
+    loss: Float32[Tensor, ""]  # with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
+    weights_T: Float32[Tensor, " T"]  # detached, 0 if masked: d loss / d logprobs_T = -weights_T * advantages_T / divisor
+    metrics: dict[str, Float64[Tensor, " _"]]  # (sum, count), or counts of metrics.py's bins where the key ends in /histogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +124,13 @@ class Objective:
     def needs_minibatch_statistics(self) -> bool:
         return self.statistics_function is not None
 
-    def minibatch_statistics(self, batch: TokenBatch) -> Tensor:
+    def minibatch_statistics(self, batch: TokenBatch) -> Float64[Tensor, " B"]:
         """This batch's share of what the objective must know of the whole mini-batch: float64, one axis, to be summed."""
         if self.statistics_function is None:
             raise ValueError(f"objective {self.name!r} needs no mini-batch statistics")
         return self.statistics_function(batch, **self.options)
 
-    def __call__(self, batch: TokenBatch, statistics: Tensor | None = None) -> ObjectiveOutput:
+    def __call__(self, batch: TokenBatch, statistics: Float64[Tensor, " B"] | None = None) -> ObjectiveOutput:
         """Loss, weights and metrics of one batch. Raises ValueError if statistics are missing, or given to an objective that takes none."""
         if (statistics is not None) != self.needs_minibatch_statistics:
             have = "were given but it needs none" if statistics is not None else "are missing: sum minibatch_statistics(batch) first"

@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from megatron_minpro.batch.sample import RolloutBatch, Sample
@@ -39,13 +40,13 @@ from megatron_minpro.config import CorrectionsConfig
 class Corrected:
     """The correction of one response."""
 
-    weights_R: Tensor  # float64
-    truncated_R: Tensor  # bool: k_t is above max_weight
-    masked_R: Tensor  # bool: k_t is outside the bounds of masked_is
+    weights_R: Float64[Tensor, " R"]
+    truncated_R: Bool[Tensor, " R"]  # k_t is above max_weight
+    masked_R: Bool[Tensor, " R"]  # k_t is outside the bounds of masked_is
     rejected: bool
 
 
-def correction(log_ratio_R: Tensor, corrections: CorrectionsConfig) -> Corrected:
+def correction(log_ratio_R: Float64[Tensor, " R"], corrections: CorrectionsConfig) -> Corrected:
     """Weights of one response from log k_t, float64 [R]. Pure."""
     truncated_is, masked_is, rejection = corrections.truncated_is, corrections.masked_is, corrections.rejection
     truncated_R = masked_R = torch.zeros_like(log_ratio_R, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_minibatch_statistics
@@ -16,7 +17,7 @@ from megatron_minpro.objectives.value_bins import NUM_BINS, bin_of, sum_per_bin
 RULES = ("paper", "official", "second_moment_all")
 
 
-def m2po_statistics(batch: TokenBatch, *, rule: str, **_options: object) -> Tensor:
+def m2po_statistics(batch: TokenBatch, *, rule: str, **_options: object) -> Float64[Tensor, " two_B"]:
     """Of the tokens that the rule looks at: how many, and the sum of (log rho)^2, per bin of |log rho|. float64 [2 * NUM_BINS]."""
     log_ratio_T = log_ratio(batch).detach()
     candidates_T = _candidates(batch, log_ratio_T, rule).double()
@@ -27,7 +28,7 @@ def m2po_statistics(batch: TokenBatch, *, rule: str, **_options: object) -> Tens
 @with_minibatch_statistics(m2po_statistics)
 def m2po(
     batch: TokenBatch,
-    statistics: Tensor,
+    statistics: Float64[Tensor, " two_B"],
     *,
     budget: float = 0.04,
     rule: str = "paper",
@@ -62,14 +63,14 @@ def m2po(
     return weighted_policy_gradient(batch, log_ratio_T, scanned, log_ratio_T, log_low=-MAX_LOG_RATIO, log_high=MAX_LOG_RATIO, keep_T=keep_T)
 
 
-def last_bin_within(counts: Tensor, squares: Tensor, budget: float) -> Tensor:
+def last_bin_within(counts: Float64[Tensor, " B"], squares: Float64[Tensor, " B"], budget: float) -> Int64[Tensor, ""]:
     """The last bin such that the mean of the squares up to and with it is within the budget; -1 if there is none. A scalar tensor."""
     within = squares.cumsum(0) <= budget * counts.cumsum(0)
     # The running mean of ascending values never falls, so this is the length of a leading run.
     return within.int().cumprod(0).sum() - 1
 
 
-def winsorized_bound(counts: Tensor, squares: Tensor, budget: float) -> float:
+def winsorized_bound(counts: Float64[Tensor, " B"], squares: Float64[Tensor, " B"], budget: float) -> float:
     """tau >= 0 such that the mean of min(v, tau^2) is the budget; +inf where the mean of v itself is within it."""
     wanted = budget * counts.sum()
     if squares.sum() <= wanted:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
@@ -30,13 +31,13 @@ NUM_BINS = len(BIN_EDGES) + 1
 def token_metrics(
     batch: TokenBatch,
     *,
-    log_ratio_T: Tensor,
-    prefix_min_T: Tensor,
-    weights_T: Tensor,
-    hard_T: Tensor,
-    soft_T: Tensor,
-    loss: Tensor,
-) -> dict[str, Tensor]:
+    log_ratio_T: Float[Tensor, " T"],
+    prefix_min_T: Float[Tensor, " T"],
+    weights_T: Float[Tensor, " T"],
+    hard_T: Bool[Tensor, " T"],
+    soft_T: Bool[Tensor, " T"],
+    loss: Float[Tensor, ""],
+) -> dict[str, Float64[Tensor, " _"]]:
     """Metrics of one micro-batch, over its trained tokens.
 
     hard_T: tokens whose gradient a clip, a gate or a filter made 0. soft_T: tokens whose weight was bounded but not made 0.
@@ -47,7 +48,7 @@ def token_metrics(
     mask_T = batch.loss_mask_T
     count = mask_T.sum().double()
 
-    def mean_of(x_T: Tensor) -> Tensor:
+    def mean_of(x_T: Shaped[Tensor, " T"]) -> Float64[Tensor, " 2"]:
         return torch.stack([torch.where(mask_T, x_T.detach().double(), 0.0).sum(), count])
 
     d_T = log_ratio_T.detach()
@@ -71,7 +72,7 @@ def token_metrics(
     }
 
 
-def histogram(x_T: Tensor, mask_T: Tensor) -> Tensor:
+def histogram(x_T: Float[Tensor, " T"], mask_T: Bool[Tensor, " T"]) -> Float64[Tensor, " bins"]:
     """Counts of x per bin over unmasked tokens: float64 [NUM_BINS]. Bin i holds BIN_EDGES[i - 1] < x <= BIN_EDGES[i]."""
     bin_T = torch.bucketize(x_T.detach().double(), BIN_EDGES.to(x_T.device))
     return x_T.new_zeros(NUM_BINS, dtype=torch.float64, requires_grad=False).index_add(0, bin_T, mask_T.double())
@@ -109,7 +110,7 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
     return final
 
 
-def histogram_quantile(counts: Tensor, q: float) -> float:
+def histogram_quantile(counts: Float64[Tensor, " bins"], q: float) -> float:
     """The q-quantile of a histogram, linear inside its bin; the outermost edge in an open bin; NaN for an empty histogram."""
     if tuple(counts.shape) != (NUM_BINS,):
         raise ValueError(f"a histogram has {NUM_BINS} bins, got shape {list(counts.shape)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_minpro.objectives.aggregation import aggregate
@@ -18,14 +19,14 @@ from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, advantages
 
 def weighted_policy_gradient(
     batch: TokenBatch,
-    log_ratio_T: Tensor,
+    log_ratio_T: Float[Tensor, " T"],
     scanned: Scanned,
-    log_weights_T: Tensor,
+    log_weights_T: Float[Tensor, " T"],
     *,
-    log_low: float | Tensor,
-    log_high: float | Tensor,
+    log_low: float | Float[Tensor, " T"],
+    log_high: float | Float[Tensor, " T"],
     scale: float = 1.0,
-    keep_T: Tensor | None = None,
+    keep_T: Bool[Tensor, " T"] | None = None,
 ) -> ObjectiveOutput:
     """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with w = scale * exp(clamp(log_weights, log_low, log_high)).
 
@@ -42,12 +43,12 @@ def weighted_policy_gradient(
 
 def ppo_clip(
     batch: TokenBatch,
-    log_ratio_T: Tensor,
+    log_ratio_T: Float[Tensor, " T"],
     scanned: Scanned,
-    differentiable_log_ratio_T: Tensor,
+    differentiable_log_ratio_T: Float[Tensor, " T"],
     *,
-    log_low: float | Tensor,
-    log_high: float | Tensor,
+    log_low: float | Float[Tensor, " T"],
+    log_high: float | Float[Tensor, " T"],
     dual_clip: float | None = None,
 ) -> ObjectiveOutput:
     """loss = sum_t max(-A r, -A clip(r, low, high)) / divisor (PPO, arXiv:1707.06347, eq. 7), r = exp(differentiable_log_ratio_T).

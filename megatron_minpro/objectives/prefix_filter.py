@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float64
 from torch import Tensor
 
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_minibatch_statistics
@@ -12,7 +13,7 @@ from megatron_minpro.objectives.value_bins import bin_of, sum_per_bin
 from parallel.prefix_scan import PrefixSum, scan
 
 
-def prefix_filter_statistics(batch: TokenBatch, **_options: object) -> Tensor:
+def prefix_filter_statistics(batch: TokenBatch, **_options: object) -> Float64[Tensor, " B"]:
     """Trained tokens per bin of the log of the cumulative ratio: float64 [NUM_BINS]. One scan."""
     (cumulative_T,) = scan(batch.shard, [PrefixSum(log_ratio(batch), batch.loss_mask_T)])
     return sum_per_bin(bin_of(cumulative_T), batch.loss_mask_T)
@@ -21,7 +22,7 @@ def prefix_filter_statistics(batch: TokenBatch, **_options: object) -> Tensor:
 @with_minibatch_statistics(prefix_filter_statistics)
 def prefix_filter(
     batch: TokenBatch,
-    statistics: Tensor,
+    statistics: Float64[Tensor, " B"],
     *,
     fraction: float = 0.01,
     clip_low: float = 1.0,

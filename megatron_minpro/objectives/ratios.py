@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from megatron_minpro.objectives.aggregation import divisor_requests, divisors
@@ -24,33 +25,35 @@ MAX_LOG_RATIO = 20.0
 class Scanned:
     """Answers of the one scan over a batch."""
 
-    prefix_min_T: Tensor  # log of the smallest ratio among earlier trained tokens, 0 where there is none
-    divisors_T: Tensor  # the aggregation's divisor of every token's loss
-    results: list[Tensor]  # of the objective's own requests, in order
+    prefix_min_T: Float32[Tensor, " T"]  # log of the smallest ratio among earlier trained tokens, 0 where there is none
+    divisors_T: Float32[Tensor, " T"]  # the aggregation's divisor of every token's loss
+    results: list[Float32[Tensor, " _"]]  # [T] or [S]: of the objective's own requests, in order
 
 
-def log_ratio(batch: TokenBatch) -> Tensor:
+def log_ratio(batch: TokenBatch) -> Float32[Tensor, " T"]:
     """d_t = log pi_theta(o_t) - log pi_old(o_t), with gradient: fp32 [T], exactly 0 (and no gradient) at masked tokens."""
     # Both are replaced before the difference is taken: NaN * 0 and inf - inf would be NaN, in backward too.
     return trained(batch, batch.logprobs_T) - trained(batch, batch.behaviour_logprobs_T.detach())
 
 
-def advantages(batch: TokenBatch) -> Tensor:
+def advantages(batch: TokenBatch) -> Float32[Tensor, " T"]:
     """The advantages, 0 at masked tokens, without gradient: fp32 [T]."""
     return trained(batch, batch.advantages_T.detach())
 
 
-def trained(batch: TokenBatch, x_T: Tensor) -> Tensor:
+def trained(batch: TokenBatch, x_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """x at trained tokens, 0 elsewhere, whatever stands there."""
     return torch.where(batch.loss_mask_T, x_T, 0.0)
 
 
-def ratio(log_ratio_T: Tensor) -> Tensor:
+def ratio(log_ratio_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """exp of a log ratio held within MAX_LOG_RATIO. Outside it has no gradient."""
     return log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def scan_batch(batch: TokenBatch, log_ratio_T: Tensor, *requests: Request, aggregation: str, aggregation_length: int | None) -> Scanned:
+def scan_batch(
+    batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], *requests: Request, aggregation: str, aggregation_length: int | None
+) -> Scanned:
     """The scan for an objective's own requests, its aggregation and the prefix-min that all objectives report: one collective together."""
     shared = [PrefixMin(log_ratio_T, batch.loss_mask_T), *divisor_requests(batch, aggregation, aggregation_length)]
     answers = scan(batch.shard, [*shared, *requests])

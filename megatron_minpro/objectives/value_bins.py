@@ -9,6 +9,7 @@ Shapes: T local packed tokens, B = NUM_BINS bins.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 _MANTISSA_BITS = 10
@@ -19,7 +20,7 @@ ZERO_BIN = _BINS_PER_SIGN  # |x| < 2**-20
 NUM_BINS = 2 * _BINS_PER_SIGN + 1
 
 
-def bin_of(x_T: Tensor) -> Tensor:
+def bin_of(x_T: Float32[Tensor, " T"]) -> Int64[Tensor, " T"]:
     """Bin of every fp32 value, int64 [T], non-decreasing in x. Values beyond +-2**20 share the outermost bins."""
     magnitude_T = x_T.detach().abs()
     bits_T = magnitude_T.clamp(_SMALLEST, _LARGEST).contiguous().view(torch.int32).long() >> _DROPPED_BITS
@@ -28,6 +29,6 @@ def bin_of(x_T: Tensor) -> Tensor:
     return ZERO_BIN + torch.where(x_T < 0, -step_T, step_T)
 
 
-def sum_per_bin(bin_T: Tensor, values_T: Tensor) -> Tensor:
+def sum_per_bin(bin_T: Int64[Tensor, " T"], values_T: Shaped[Tensor, " T"]) -> Float64[Tensor, " B"]:
     """Sum of values per bin: float64 [B]."""
     return torch.zeros(NUM_BINS, dtype=torch.float64, device=bin_T.device).index_add(0, bin_T, values_T.double())

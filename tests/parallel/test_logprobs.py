@@ -135,6 +135,7 @@ def test_bad_options_are_named(change: dict, message: str) -> None:
         token_logprobs(hidden, weight, labels, **options(**change))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_tensors_are_named() -> None:
     hidden, weight, labels, _ = inputs()
     with pytest.raises(ValueError, match="both be float32 or both bfloat16"):

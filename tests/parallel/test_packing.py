@@ -47,6 +47,7 @@ def test_a_sequence_has_one_position_less_than_tokens() -> None:
     assert sequence(5).num_positions == 4
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

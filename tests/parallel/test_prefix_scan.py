@@ -196,6 +196,7 @@ def test_results_carry_no_gradient_and_no_request_costs_nothing() -> None:
     assert scan(SequenceShard.zigzag([3], 0, 2, None), []) == []
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("x_T", "mask_T", "message"),
     [

@@ -178,6 +178,7 @@ def tokens(**changed: object) -> dict:
     return given | changed
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -31,7 +31,9 @@ def test_quantiles_are_those_of_the_sample_up_to_a_bin(scale: float) -> None:
 
 def test_empty_sums_are_nan_and_never_zero() -> None:
     empty = torch.zeros(2, dtype=torch.float64)
-    final = finalize_metrics({"weight/mean": empty, "weight/mean_square": empty, "log_ratio/histogram": torch.zeros(NUM_BINS)})
+    final = finalize_metrics(
+        {"weight/mean": empty, "weight/mean_square": empty, "log_ratio/histogram": torch.zeros(NUM_BINS, dtype=torch.float64)}
+    )
     assert all(math.isnan(value) for value in final.values()) and "weight/effective_sample_size" in final
 
 

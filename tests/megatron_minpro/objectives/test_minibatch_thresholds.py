@@ -136,6 +136,6 @@ def test_statistics_must_be_handed_back_and_only_where_they_are_needed(cases) ->
     with pytest.raises(ValueError, match="'m2po': mini-batch statistics are missing"):
         make_objective("m2po")(batch)
     with pytest.raises(ValueError, match="'minpro': mini-batch statistics were given"):
-        make_objective("minpro")(batch, torch.zeros(1))
+        make_objective("minpro")(batch, torch.zeros(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="needs no mini-batch statistics"):
         make_objective("minpro").minibatch_statistics(batch)
