@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_minpro.tracking.metrics_table import METRICS
+
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
 UPDATES, STALENESS, STEPS, RESPONSES = 4, 2, 5, 64
 
@@ -35,6 +37,12 @@ def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run
     lags = [(row["batch/lag_min"], row["batch/lag_max"]) for row in rows[STALENESS:]]
     assert lags == [(0, 3), (4, 7), (8, 11), (8, 11), (8, 11)]
     assert [row["policy/version"] for row in rows] == [0, 0, 4, 8, 12, 16, 20]
+
+
+def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> None:
+    logged = {name for row in finished_run["metrics"] for name in row} - {"global_step"}
+    only_with_options = ("correction/", "rollout/rounds", "rollout/equal_groups", "rollout/dropped")
+    assert logged == {metric.name for metric in METRICS if not metric.name.startswith(only_with_options)}
 
 
 def test_server_and_trainer_score_the_same_tokens_alike(finished_run: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from megatron_minpro.loop import trainer
 from megatron_minpro.loop.sampler import Sampled
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.run_state import RunCounters
+from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import LocalTokens, UpdateReport
 from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
@@ -115,6 +116,7 @@ class FakeDriver:
         self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
 
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+        check_declared(metrics)
         self.diary.append(("record", step, None if trained is None else trained.sampled_at_step))
         self.lines.append((step, dict(metrics)))
 

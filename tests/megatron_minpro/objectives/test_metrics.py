@@ -9,6 +9,7 @@ import torch
 
 from megatron_minpro.objectives import OBJECTIVES, make_objective
 from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
+from megatron_minpro.tracking.metrics_table import check_declared
 
 
 def test_histogram_counts_unmasked_values_in_their_bins() -> None:
@@ -54,8 +55,10 @@ def test_a_ratio_of_one_up_to_rounding_counts_as_one(cases, run_objective) -> No
 @pytest.mark.parametrize("name", OBJECTIVES.known)
 def test_every_objective_reports_the_same_list(name: str, cases, run_objective) -> None:
     objective = make_objective(name, **({"scale": 1.0} if name == "scaled_cispo" else {}))
+    final = finalize_metrics(run_objective(objective, cases.random(0)).metrics)
+    check_declared(final)
     quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "log_prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
-    assert finalize_metrics(run_objective(objective, cases.random(0)).metrics).keys() == quantiles | {
+    assert final.keys() == quantiles | {
         "ratio/mean",
         "log_ratio/mean",
         "log_ratio/mean_square",
