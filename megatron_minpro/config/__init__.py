@@ -1,6 +1,6 @@
 """The run's configuration: typed, frozen, validated; YAML files plus key=value overrides."""
 
-from megatron_minpro.config.loading import ConfigError, dump_config, flatten_differences, load_config
+from megatron_minpro.config.loading import ConfigError, dump_config, flatten_differences, load_config, located, may_change_on_resume
 from megatron_minpro.config.run_config import RunConfig
 from megatron_minpro.config.sections import (
     ActorConfig,
@@ -47,4 +47,6 @@ __all__ = [
     "dump_config",
     "flatten_differences",
     "load_config",
+    "located",
+    "may_change_on_resume",
 ]

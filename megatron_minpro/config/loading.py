@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from checkpoints_convert.nearest_name import closest
 from megatron_minpro.config.run_config import RunConfig
-from megatron_minpro.config.settings import ConfigError, Settings, escape
+from megatron_minpro.config.sections import ON_RESUME
+from megatron_minpro.config.settings import CHOICES, COMMAND_LINE, ConfigError, Origins, Settings, escape
 from megatron_minpro.config.shipped import find_config
 from megatron_minpro.config.yaml_text import render_yaml
+from megatron_minpro.registry import PlugInError
 
-__all__ = ["ConfigError", "dump_config", "flatten_differences", "load_config"]
+__all__ = ["ConfigError", "dump_config", "flatten_differences", "load_config", "located", "may_change_on_resume"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -25,6 +27,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Values of overrides are YAML. A top-level section may be the path of a .yaml file that holds it (objective=configs/objective/grpo.yaml).
     ${NAME} in a string is an environment variable. All paths are relative to the working directory.
+    Nothing of the user's own runs here: `megatron_minpro.run.plug_ins` checks in a second step what names and options lead to.
     Raises ConfigError, one line: which file and line (or the command line), which key, its value, what was expected.
     """
     path = find_config(path)
@@ -33,9 +36,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for assignment in overrides:
         settings.override(assignment)
     try:
-        return RunConfig.model_validate(settings.values)
+        config = RunConfig.model_validate(settings.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, settings, path)) from None
+        raise ConfigError(_explain(error, settings.origins, path)) from None
+    config.remember(settings.origins)
+    return config
+
+
+def located(error: PlugInError, config: RunConfig) -> ConfigError:
+    """The same error with the file and line, or the command line, that the setting came from.
+
+    Args:
+        error: what was found wrong after `config` was read.
+        config: the run that holds the setting.
+    """
+    key = tuple(error.setting.split("."))
+    origins = config.origins
+    place = origins.origin(key, otherwise="")
+    if error.section is not None and place != COMMAND_LINE:
+        place = origins.sources(tuple(error.section.split(".")), otherwise="")
+    return ConfigError(f"{place}: {error}" if place else str(error))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -50,6 +70,19 @@ def flatten_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]
     return {key: (flat_a.get(key), flat_b.get(key)) for key in keys if flat_a.get(key) != flat_b.get(key)}
 
 
+def may_change_on_resume(key: str) -> bool:
+    """Whether attempts at one run may differ in the setting with this dotted key. The field, or a section above it, says so."""
+    return any(f"{key}.".startswith(f"{free}.") for free in _free_keys(RunConfig, ""))
+
+
+def _free_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if ON_RESUME in field.metadata:
+            yield f"{prefix}{name}"
+        for section in _sections_of(field.annotation):
+            yield from _free_keys(section, f"{prefix}{name}.")
+
+
 def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):  # an empty one says nothing that its keys would not
         for key, child in value.items():
@@ -58,37 +91,37 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _explain(error: ValidationError, settings: Settings, path: Path) -> str:
+def _explain(error: ValidationError, origins: Origins, path: Path) -> str:
     # A misspelt key is also a missing key; the misspelling is what helps.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    text = _explain_one(problems[0], settings, path)
+    text = _explain_one(problems[0], origins, path)
     if len(problems) > 1:
         others = ", ".join(_dotted(problem["loc"]) for problem in problems[1:4])
         text += f" (and {len(problems) - 1} more: {others}{', ...' if len(problems) > 4 else ''})"
     return text
 
 
-def _explain_one(problem: ErrorDetails, settings: Settings, path: Path) -> str:
+def _explain_one(problem: ErrorDetails, origins: Origins, path: Path) -> str:
     loc = problem["loc"]
     key = _dotted(loc)
-    origin = settings.origin(loc, otherwise=str(path))
+    origin = origins.origin(loc, otherwise=str(path))
     if problem["type"] == "extra_forbidden":
-        nearest = _nearest_key(key)
-        return f"{origin}: unknown key {key}; {f'did you mean {nearest}?' if nearest else 'no known key is near it'}"
+        return f"{origin}: unknown key {key}; {_suggestion(key)}"
     if problem["type"] == "missing":
-        return f"{settings.origin(loc[:-1], otherwise=str(path))}: missing key {key}: {_description(loc)}"
+        return f"{origins.origin(loc[:-1], otherwise=str(path))}: missing key {key}: {_description(loc)}"
     message = problem["msg"]
     if problem["type"] == "value_error":
         message = message.removeprefix("Value error, ")
         message = message.removeprefix(f"{key}.")
         subject, equals, _ = message.partition(" = ")
         if equals and " " not in subject:  # our own checks begin with "key = value", relative to their section
-            origin = settings.origin((*loc, *subject.split(".")), otherwise=str(path))
+            origin = origins.origin((*loc, *subject.split(".")), otherwise=str(path))
             return f"{origin}: {f'{key}.' if key else ''}{message}"
-        return f"{settings.sources(loc, otherwise=str(path))}: {f'{key}: ' if key else ''}{message}"
+        return f"{origins.sources(loc, otherwise=str(path))}: {f'{key}: ' if key else ''}{message}"
     if problem["type"] in ("model_type", "dict_type") or "dictionary" in message:
         file = " or the path of a .yaml file with them" if len(loc) == 1 else ""
-        return f"{origin}: {key} = {problem['input']!r}: expected a section, key: value lines{file}"
+        choice = f"; did you mean {key}.{CHOICES[key]}={problem['input']}?" if key in CHOICES and isinstance(problem["input"], str) else ""
+        return f"{origin}: {key} = {problem['input']!r}: expected a section, key: value lines{file}{choice}"
     expectation = message.removeprefix("Input should be ").removeprefix("String should ").removeprefix("List should ")
     return f"{origin}: {key} = {problem['input']!r}: expected {expectation}"
 
@@ -112,27 +145,27 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         yield dotted, field.description or ""
-        for candidate in (field.annotation, *_union_members(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                yield from _walk(candidate, f"{dotted}.")
+        for section in _sections_of(field.annotation):
+            yield from _walk(section, f"{dotted}.")
 
 
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a field holds, if it holds one: Section, or Section | None."""
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
-def _nearest_key(key: str) -> str | None:
-    """The known key nearest to a wrong one: a misspelling in the same section first, then the right word in the wrong section."""
+def _suggestion(key: str) -> str:
+    """The known key nearest to a wrong one: a misspelling or an abbreviation in the same section first, then the same word elsewhere."""
     known = list(_descriptions())
     section, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    for candidates, wanted, cutoff in (
-        (siblings, leaf, 0.8),
-        ({name.rpartition(".")[2]: name for name in reversed(known)}, leaf, 0.8),
-        (siblings, leaf, 0.5),
-        ({name: name for name in known}, key, 0.6),
-    ):
-        found = difflib.get_close_matches(wanted, candidates, n=1, cutoff=cutoff)
-        if found:
-            return candidates[found[0]]
-    return None
+    elsewhere = {name.rpartition(".")[2]: name for name in reversed(known)}
+    short_for = [name for name in siblings if len(leaf) > 1 and "".join(word[0] for word in name.split("_")) == leaf]
+    found = (
+        siblings.get(closest(leaf, siblings, cutoff=0.8) or "")
+        or next((siblings[name] for name in short_for), None)
+        or elsewhere.get(closest(leaf, elsewhere, cutoff=0.8) or "")
+        or siblings.get(closest(leaf, siblings, cutoff=0.5) or "")
+    )
+    return f"did you mean {found}?" if found else f"known here: {', '.join(siblings)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_minpro.config.sections import (
     ActorConfig,
@@ -14,6 +14,7 @@ from megatron_minpro.config.sections import (
     CorrectionsConfig,
     DebugConfig,
     EvaluationConfig,
+    MayChange,
     ModelConfig,
     ObjectiveConfig,
     ParallelConfig,
@@ -24,6 +25,7 @@ from megatron_minpro.config.sections import (
     Section,
     TrackingConfig,
 )
+from megatron_minpro.config.settings import Origins
 from parallel.layout import ParallelLayout
 
 
@@ -32,8 +34,8 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run; its folder is output_dir/name")
     seed: int = Field(ge=0, description="of prompt order, sampling and dropout")
-    output_dir: str = Field(default="runs", min_length=1, description="folder that holds the run folders")
-    num_global_steps: int = Field(ge=1, description="batches trained; may grow when a run is continued, also a finished one")
+    output_dir: MayChange[str] = Field(default="runs", min_length=1, description="folder that holds the run folders")
+    num_global_steps: MayChange[int] = Field(ge=1, description="batches trained; may grow when a run is continued, also a finished one")
     staleness: int = Field(ge=0, description="a batch sampled at global step k is trained at step k + staleness; 0 is on-policy")
     behaviour_logprobs: Literal["trainer", "engine"] = Field(
         description="whose log-probabilities are pi_old; trainer: computed under the sampling weights; engine: as sampled"
@@ -49,14 +51,16 @@ class RunConfig(Section):
     evaluation: EvaluationConfig | None = Field(description="the held-out measurement; null: none")
     rollout: RolloutConfig = Field(description="where responses come from")
     actor: ActorConfig = Field(description="how the policy is updated")
-    world_size: int = Field(ge=1, description="trainer ranks")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the model is spread over them")
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the state is saved")
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="what is written down")
-    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="which steps are traced")
+    world_size: MayChange[int] = Field(ge=1, description="trainer ranks")
+    parallel: MayChange[ParallelConfig] = Field(default_factory=ParallelConfig, description="how the model is spread over them")
+    checkpoint: MayChange[CheckpointConfig] = Field(default_factory=CheckpointConfig, description="when the state is saved")
+    tracking: MayChange[TrackingConfig] = Field(default_factory=TrackingConfig, description="what is written down")
+    profile: MayChange[ProfileConfig] = Field(default_factory=ProfileConfig, description="which steps are traced")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="checks that cost time")
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed through to Megatron's TransformerConfig and OptimizerConfig")
     sglang: dict[str, Any] = Field(default_factory=dict, description="passed through to the SGLang server's arguments")
+
+    _origins: Origins = PrivateAttr(default_factory=Origins)
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
@@ -116,12 +120,21 @@ class RunConfig(Section):
             )
 
     def _check_overlong(self) -> None:
-        overlong = self.reward.options.get("overlong")
-        if overlong is not None and overlong["max_tokens"] > self.rollout.max_new_tokens:
+        overlong = self.reward.overlong
+        if overlong is not None and overlong.max_tokens > self.rollout.max_new_tokens:
             raise ValueError(
-                f"reward.overlong.max_tokens = {overlong['max_tokens']}: expected at most rollout.max_new_tokens = "
+                f"reward.overlong.max_tokens = {overlong.max_tokens}: expected at most rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens}, where every response ends; the punishment would never be reached in full"
             )
+
+    @property
+    def origins(self) -> Origins:
+        """Where each setting was written; empty unless the configuration was read from a file."""
+        return self._origins
+
+    def remember(self, origins: Origins) -> None:
+        """Keep where each setting was written, for errors that are found later."""
+        self._origins = origins
 
     @property
     def layout(self) -> ParallelLayout:

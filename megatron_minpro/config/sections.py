@@ -5,13 +5,20 @@ Keys with a default are those that cannot move a trained number (places, ports, 
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rollout.loopback import is_loopback
+
 Dtype = Literal["float32", "bfloat16"]
+
+T = TypeVar("T")
+ON_RESUME = "may change on resume"
+# A setting of this type may differ between attempts at one run: it says where and when, not what is computed. (Another layout changes the
+# order of sums at most.) On a section it covers every setting of the section.
+MayChange = Annotated[T, ON_RESUME]
 
 
 class Section(BaseModel):
@@ -21,76 +28,81 @@ class Section(BaseModel):
 
 
 class Choice(Section):
-    """One entry of a registry plus that entry's own options, written side by side: {name: minpro, clip_high: 4.0}."""
+    """One plug-in and its own options, written side by side: {name: minpro, clip_high: 4.0}."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Everything beside the entry's name; what is left out takes the default published for that entry."""
+        """Everything beside the fields; what is left out takes the default in the plug-in's signature."""
         return dict(self.model_extra or {})
 
 
 class ObjectiveConfig(Choice):
-    """What is optimised. The names and options are those of megatron_minpro.objectives.make_objective."""
+    """What is optimised. The other keys are the objective's options; see megatron_minpro/objectives."""
 
-    name: str = Field(description="of the objective")
+    name: str = Field(description="of the objective, or package.module:function")
 
-    @model_validator(mode="after")
-    def _is_known(self) -> ObjectiveConfig:
-        # Imported here: the registry needs torch, which every other reader of this file can do without.
-        from megatron_minpro.objectives import make_objective
 
-        make_objective(self.name, **self.options)
-        return self
+class OverlongConfig(Section):
+    """DAPO's soft punishment of length (arXiv:2503.14476, eq. 13)."""
+
+    max_tokens: int = Field(ge=1, description="responses of this length get the whole punishment")
+    buffer_tokens: int = Field(ge=1, description="the punishment grows linearly over the last so many tokens before max_tokens")
+    factor: float = Field(default=1.0, gt=0, description="the whole punishment; 1 in the paper")
 
 
 class RewardConfig(Choice):
-    """How a response is judged. The names and options are those of megatron_minpro.rewards.reward.make_reward."""
+    """How a response is judged. The other keys are the reward's options; see megatron_minpro/rewards."""
 
     name: str = Field(description="of the reward, or package.module:function")
-
-    @model_validator(mode="after")
-    def _is_known(self) -> RewardConfig:
-        from megatron_minpro.rewards.reward import make_reward
-
-        make_reward(self.name, **self.options).close()
-        return self
+    overlong: OverlongConfig | None = Field(default=None, description="null: length is not punished")
 
 
 class AdvantagesConfig(Choice):
-    """How rewards become advantages. The estimators and options are those of megatron_minpro.objectives.advantages.make_advantages."""
+    """How rewards become advantages. The other keys are the estimator's options; see megatron_minpro/objectives/advantages.py."""
 
-    estimator: str = Field(description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; and others")
+    estimator: str = Field(
+        description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; others; or package.module:function"
+    )
+
+
+class TokenizerConfig(Choice):
+    """The tokenizer of a base model that is made: an existing one, or a plug-in that writes one. The other keys are its options."""
+
+    folder: str | None = Field(default=None, description="folder with a tokenizer to take over")
+    name: str | None = Field(default=None, description="package.module:function, called with the folder that it writes a tokenizer into")
 
     @model_validator(mode="after")
-    def _is_known(self) -> AdvantagesConfig:
-        from megatron_minpro.objectives.advantages import make_advantages
-
-        make_advantages(self.estimator, **self.options)
+    def _is_one_of_them(self) -> TokenizerConfig:
+        if (self.folder is None) == (self.name is None):
+            raise ValueError(f"folder = {self.folder!r}: expected either a folder or the name of a plug-in, found name = {self.name!r}")
+        if self.folder is not None and self.options:
+            raise ValueError(f"{next(iter(self.options))} = {next(iter(self.options.values()))!r}: expected no option beside folder")
         return self
 
 
+class ExamplesConfig(Choice):
+    """Where the worked examples of supervised learning come from. The other keys are the plug-in's options."""
+
+    name: str = Field(description="package.module:function, called with the prompts and the seed; gives (prompt, response) texts")
+
+
 class WarmUpConfig(Section):
-    """How to make the base model when model.path does not exist yet: supervised learning on worked examples of the prompts' own task."""
+    """How to make the base model when model.path does not exist yet: supervised learning on worked examples."""
 
     architecture: dict[str, Any] = Field(description="fields of the Hugging Face Qwen3MoeConfig or Qwen3Config (chosen by model_type)")
-    tokenizer: str | None = Field(description="folder with a tokenizer to take over; null: one is made for the task")
+    tokenizer: TokenizerConfig = Field(description="of the base model")
+    examples: ExamplesConfig | None = Field(description="what it learns from; null only with num_steps 0")
     num_steps: int = Field(ge=0, description="supervised optimizer steps; 0 leaves the weights random")
     batch_size: int = Field(ge=1, description="worked examples per step")
     learning_rate: float = Field(gt=0, description="peak learning rate, reached after a short warm-up, then cosine to a twentieth of it")
     seed: int = Field(ge=0, description="of the initial weights and of the worked examples")
-    noise: dict[str, Any] = Field(description="how often and how the worked examples go wrong; {} is the task's own default")
 
     @model_validator(mode="after")
-    def _noise_is_known(self) -> WarmUpConfig:
-        from megatron_minpro.tasks.arithmetic_chains.chains import WorkedExampleNoise
-
-        known = [field.name for field in dataclasses.fields(WorkedExampleNoise)]
-        for key in self.noise:
-            if key not in known:
-                raise ValueError(f"noise.{key} = {self.noise[key]!r}: expected one of {', '.join(known)}")
-        WorkedExampleNoise(**self.noise)
+    def _has_examples(self) -> WarmUpConfig:
+        if self.num_steps and self.examples is None:
+            raise ValueError(f"num_steps = {self.num_steps}: expected 0 without examples")
         return self
 
 
@@ -105,9 +117,11 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """Where prompts come from and how a row becomes a prompt; the keys are the arguments of megatron_minpro.data.sources.load_prompts."""
 
-    source: str = Field(min_length=1, description="a generator's name, the path of a .jsonl or .parquet file, or a Hugging Face dataset")
+    source: str = Field(
+        min_length=1, description="path of a .jsonl or .parquet file, a Hugging Face dataset (owner/name), or package.module:function"
+    )
     max_prompt_tokens: int = Field(ge=1, description="longer prompts (after the chat template) are dropped and counted")
-    options: dict[str, Any] = Field(default_factory=dict, description="of the generator; split, name, revision of a Hugging Face dataset")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the plug-in; split, name, revision of a Hugging Face dataset")
     preset: str | None = Field(
         default=None, description="layout of a well-known data set, such as dapo; the keys below override its values"
     )
@@ -115,18 +129,6 @@ class PromptsConfig(Section):
     answer_field: str | None = Field(default=None, description="dotted path of the answer in a row (reward_model.ground_truth)")
     answer_format: str | None = Field(default=None, description="where the answer stands inside its field, such as after_hashes")
     wrapper: str | None = Field(default=None, description="a wrapper's name, such as dapo, or a text that contains {question}")
-
-    @model_validator(mode="after")
-    def _names_are_known(self) -> PromptsConfig:
-        from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
-        from megatron_minpro.data.wrappers import WRAPPERS
-
-        for key, value, known in (("preset", self.preset, PRESETS), ("answer_format", self.answer_format, ANSWER_FORMATS)):
-            if value is not None and value not in known:
-                raise ValueError(f"{key} = {value!r}: expected one of {', '.join(known)}")
-        if self.wrapper is not None and self.wrapper not in WRAPPERS and "{question}" not in self.wrapper:
-            raise ValueError(f"wrapper = {self.wrapper!r}: expected {', '.join(WRAPPERS)} or a text that contains {{question}}")
-        return self
 
 
 class EvaluationConfig(Section):
@@ -186,7 +188,7 @@ class DynamicSamplingConfig(Section):
 class RolloutConfig(Section):
     """Where responses come from: how many, how long, how sampled, by which servers."""
 
-    servers: int = Field(ge=0, description="server processes to start on this machine; 0 with endpoints")
+    servers: MayChange[int] = Field(ge=0, description="server processes to start on this machine; 0 with endpoints")
     tp: int = Field(ge=1, description="tensor parallelism of each server")
     prompts_per_step: int = Field(ge=1, description="prompts sampled per global step")
     group_size: int = Field(ge=2, description="responses per prompt; their rewards are compared with each other")
@@ -194,36 +196,44 @@ class RolloutConfig(Section):
     temperature: float = Field(gt=0, description="sampling temperature; the trainer scores at the same one")
     top_p: float = Field(description="must be 1: a truncated distribution is not the policy whose log-probabilities are trained")
     dtype: Dtype = Field(description="of the servers' weights")
-    weight_sync: Literal["collective", "disk"] = Field(description="how new weights travel to the servers")
+    weight_sync: MayChange[str] = Field(description="how new weights travel to the servers: collective, disk, or package.module:function")
     end_tokens: tuple[str | int, ...] = Field(
         default=(),
         strict=False,
         description="further tokens that end a response, by text or id; those that the model's own files name always do",
     )
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="null: every group is trained")
-    max_logprob_gap: float | None = Field(
+    max_logprob_gap: MayChange[float | None] = Field(
         default=None,
         gt=0,
         description="largest mean difference between server and trainer log-probs of the sampled tokens, under the same weights; "
         "null: 1e-4 where both compute in float32, else 0.05",
     )
-    logprob_gap_action: Literal["stop", "warn"] = Field(default="stop", description="what a larger gap does: stop the run, or warn once")
-    host: str = Field(default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys")
-    base_port: int | None = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
-    api_key_path: str | None = Field(default=None, description="one-line file with the key that every request must carry")
-    admin_key_path: str | None = Field(default=None, description="one-line file with the key for changing weights")
-    start_timeout_s: float = Field(default=300.0, gt=0, description="until a server is ready; a run waits so long while none answers")
-    request_timeout_s: float = Field(default=600.0, gt=0, description="one generation request, retries not included")
-    max_retries: int = Field(default=3, ge=0, description="further attempts after a failed request")
-    max_server_restarts: int = Field(default=5, ge=0, description="of one dead or hung server within the window; one more ends the run")
-    restart_window_s: float = Field(default=3600.0, gt=0, description="the window of max_server_restarts")
-    unresponsive_after_s: float = Field(default=15.0, gt=0, description="a server whose health check is silent for so long hangs")
-    endpoints: tuple[str, ...] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
+    logprob_gap_action: MayChange[Literal["stop", "warn"]] = Field(
+        default="stop", description="what a larger gap does: stop the run, or warn once"
+    )
+    host: MayChange[str] = Field(
+        default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys"
+    )
+    base_port: MayChange[int | None] = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
+    api_key_path: MayChange[str | None] = Field(default=None, description="one-line file with the key that every request must carry")
+    admin_key_path: MayChange[str | None] = Field(default=None, description="one-line file with the key for changing weights")
+    start_timeout_s: MayChange[float] = Field(
+        default=300.0, gt=0, description="until a server is ready; a run waits so long while none answers"
+    )
+    request_timeout_s: MayChange[float] = Field(default=600.0, gt=0, description="one generation request, retries not included")
+    max_retries: MayChange[int] = Field(default=3, ge=0, description="further attempts after a failed request")
+    max_server_restarts: MayChange[int] = Field(
+        default=5, ge=0, description="of one dead or hung server within the window; one more ends the run"
+    )
+    restart_window_s: MayChange[float] = Field(default=3600.0, gt=0, description="the window of max_server_restarts")
+    unresponsive_after_s: MayChange[float] = Field(
+        default=15.0, gt=0, description="a server whose health check is silent for so long hangs"
+    )
+    endpoints: MayChange[tuple[str, ...]] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RolloutConfig:
-        from rollout.sglang.server import is_loopback
-
         if self.top_p != 1.0:
             raise ValueError(f"top_p = {self.top_p}: expected 1.0, a truncated distribution is not the policy that is trained")
         if bool(self.servers) == bool(self.endpoints):
@@ -260,8 +270,10 @@ class ActorConfig(Section):
 
     optimizer: OptimizerConfig = Field(description="AdamW and its rate")
     updates_per_step: int = Field(ge=1, description="mini-batches, so optimizer steps, per global step")
-    max_tokens_per_micro_batch: int = Field(ge=1, description="packed tokens of one forward pass, summed over its context-parallel ranks")
-    recompute: Literal["none", "selective", "full"] = Field(description="which activations the backward pass computes again")
+    max_tokens_per_micro_batch: MayChange[int] = Field(
+        ge=1, description="packed tokens of one forward pass, summed over its context-parallel ranks"
+    )
+    recompute: MayChange[Literal["none", "selective", "full"]] = Field(description="which activations the backward pass computes again")
     logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
 
 
@@ -336,5 +348,5 @@ class ProfileConfig(Section):
 class DebugConfig(Section):
     """Checks that cost time."""
 
-    check_weights: bool = Field(default=False, description="after every sync, prove that servers and actor hold equal weights")
+    check_weights: MayChange[bool] = Field(default=False, description="after every sync, prove that servers and actor hold equal weights")
     deterministic: bool = Field(default=True, description="refuse operations whose result depends on timing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,32 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: one line with the file (or command line), the key, its value and what was expected."""
 
 
-class Settings:
-    """Nested plain values; `origins` says for every key path which file and line (or the command line) it came from."""
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Which file and line (or the command line) every key came from. Two are always equal: where a setting stands changes no run."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.origins: dict[KeyPath, str] = {}
+    places: dict[KeyPath, str] = field(default_factory=dict, compare=False)
 
     def origin(self, path: KeyPath, *, otherwise: str) -> str:
         """Where the key at `path`, or the nearest key above it, was written."""
         for end in range(len(path), 0, -1):
-            if path[:end] in self.origins:
-                return self.origins[path[:end]]
+            if path[:end] in self.places:
+                return self.places[path[:end]]
         return otherwise
 
     def sources(self, path: KeyPath, *, otherwise: str) -> str:
         """Where the section at `path` was written, for a mistake that may lie in any of its keys."""
         origin = self.origin(path, otherwise=otherwise)
-        overridden = any(known[: len(path)] == path and place == COMMAND_LINE for known, place in self.origins.items())
+        overridden = any(known[: len(path)] == path and place == COMMAND_LINE for known, place in self.places.items())
         return f"{origin} with the overrides of the {COMMAND_LINE}" if overridden and origin != COMMAND_LINE else origin
+
+
+class Settings:
+    """Nested plain values, and the place that each was read from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins = Origins()
 
     def read_file(self, path: Path, *, section: str | None = None) -> None:
         """Replace everything (or one section) by the mapping that the YAML file holds.
@@ -71,11 +79,12 @@ class Settings:
     def replace(self, section: str | None, values: Any, origins: Mapping[KeyPath, str]) -> None:
         """Put `values` in place of everything, or of one top-level section."""
         if section is None:
-            self.values, self.origins = values, dict(origins)
+            self.values, self.origins = values, Origins(dict(origins))
             return
         self.values[section] = values
-        self.origins = {path: origin for path, origin in self.origins.items() if path[0] != section} | dict(origins)
-        self.origins.setdefault((section,), next(iter(origins.values()), COMMAND_LINE))
+        places = {path: origin for path, origin in self.origins.places.items() if path[0] != section} | dict(origins)
+        places.setdefault((section,), next(iter(origins.values()), COMMAND_LINE))
+        self.origins = Origins(places)
 
     def override(self, assignment: str) -> None:
         """Apply one key=value from the command line; the value is YAML. A later assignment wins over an earlier one.
@@ -99,13 +108,13 @@ class Settings:
         if len(path) == 2 and CHOICES.get(path[0]) == path[1]:
             self._drop_options_of_another(path[0], value)
         self._set(path, value)
-        self.origins = {known: origin for known, origin in self.origins.items() if known[: len(path)] != path} | origins
+        self.origins = Origins({known: place for known, place in self.origins.places.items() if known[: len(path)] != path} | origins)
 
     def _drop_options_of_another(self, section: str, name: Any) -> None:
         choice = self.values.get(section)
         if not isinstance(choice, dict) or choice.get(CHOICES[section]) == name:
             return
-        for key in [key for key in choice if self.origin((section, key), otherwise="") != COMMAND_LINE]:
+        for key in [key for key in choice if self.origins.origin((section, key), otherwise="") != COMMAND_LINE]:
             del choice[key]
 
     def _set(self, path: KeyPath, value: Any) -> None:
