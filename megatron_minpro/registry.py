@@ -43,6 +43,10 @@ class PlugIns:
     options: str  # the section that holds the plug-in's options, such as reward
     known: Mapping[str, str]  # short name -> package.module:function
 
+    def names(self, name: str) -> bool:
+        """Whether this is a known name, or has the form of an import path."""
+        return name in self.known or _IMPORT_PATH.fullmatch(name) is not None
+
     def load(self, name: str) -> Callable[..., Any]:
         """The callable behind a known name or an import path.
 

@@ -35,12 +35,12 @@ from parallel.model import ABSENT_FROM_QWEN3, TRANSFORMER_FIELDS, HiddenStateMod
 from parallel.optimizer import (
     NOT_OFFERED,
     OPTIMIZER_FIELDS,
-    OptimizerSettings,
     apply_settings,
     build_optimizer,
     clip_and_step,
     set_learning_rate,
 )
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, settle_weights
 from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups

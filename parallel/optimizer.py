@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from parallel.mcore import (
     get_standard_config_overrides,
 )
 from parallel.megatron_options import check_options
+from parallel.optimizer_settings import OptimizerSettings
 
 OPTIMIZER_FIELDS = frozenset(field.name for field in dataclasses.fields(OptimizerConfig))
 
@@ -31,16 +31,6 @@ NOT_OFFERED: Mapping[str, Any] = {
     "decoupled_min_lr": None,
     "log_num_zeros_in_grad": False,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101). Vectors (norms) are not decayed."""
-
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    gradient_clip: float
 
 
 def build_optimizer(

@@ -53,7 +53,7 @@ def qwen_tokenizer(assets: Path) -> Any:
 @pytest.fixture(scope="session")
 def chain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tokenizer of arithmetic_chains: one token per word, unknown words become <|unknown|>."""
-    from megatron_minpro.tasks.arithmetic_chains.chains import build_tokenizer
+    from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 
     return build_tokenizer(tmp_path_factory.mktemp("chain_tokenizer"))
 

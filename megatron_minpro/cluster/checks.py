@@ -15,8 +15,8 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.run import base_model
+from megatron_minpro.run.plug_ins import check_plug_ins
 from megatron_minpro.run.serving import check_server_options
-from megatron_minpro.tracking.tracker import make_tracker
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
@@ -29,13 +29,12 @@ MIN_FREE_GIB = 1.0
 def check_settings(config: RunConfig) -> Architecture | None:
     """Everything that needs neither the machine nor the prompts. The model's architecture, None where it is not known yet.
 
-    Raises ValueError for a layout that the model does not fit, responses longer than its positions, unknown Megatron or SGLang options,
-    a tracker that cannot be made.
+    Raises ValueError for a plug-in that cannot be used, a layout that the model does not fit, responses longer than its positions, and
+    unknown Megatron or SGLang options.
     """
+    check_plug_ins(config)
     check_option_names(config.megatron)
     check_server_options(config)
-    for tracker in config.tracking.trackers:
-        make_tracker(tracker, config.run_dir)
     architecture = _known_architecture(config)
     if architecture is not None:
         refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
@@ -88,7 +87,7 @@ def check_machine(config: RunConfig, capabilities: Capabilities) -> None:
 
 def check_prompts(config: RunConfig) -> None:
     """Read both prompt sources once. Raises ValueError naming file, row and field, or the limit that leaves no prompt."""
-    with base_model.tokenizer_of(config.model, config.prompts) as tokenizer:
+    with base_model.tokenizer_of(config.model) as tokenizer:
         load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
         if config.evaluation is not None:
             held_out_prompts(config.evaluation, tokenizer)

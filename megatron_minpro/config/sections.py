@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from parallel.optimizer_settings import OptimizerSettings
 from rollout.loopback import is_loopback
 
 Dtype = Literal["float32", "bfloat16"]
@@ -57,6 +58,11 @@ class RewardConfig(Choice):
 
     name: str = Field(description="of the reward, or package.module:function")
     overlong: OverlongConfig | None = Field(default=None, description="null: length is not punished")
+
+    @property
+    def overlong_options(self) -> dict[str, Any] | None:
+        """`overlong` as make_reward takes it."""
+        return None if self.overlong is None else self.overlong.model_dump()
 
 
 class AdvantagesConfig(Choice):
@@ -248,21 +254,11 @@ class RolloutConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(OptimizerSettings):
     """AdamW. The rate rises linearly over the warm-up and stays."""
 
     learning_rate: float = Field(gt=0, description="after the warm-up")
     warm_up_steps: int = Field(ge=0, description="in global steps (each is updates_per_step optimizer steps)")
-    weight_decay: float = Field(ge=0, description="decoupled; vectors (norms, biases) are not decayed")
-    betas: tuple[float, float] = Field(strict=False, description="decay of the first and second moment")
-    eps: float = Field(gt=0, description="added to the root of the second moment")
-    gradient_clip: float = Field(gt=0, description="largest global gradient norm")
-
-    @model_validator(mode="after")
-    def _betas_are_decays(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas = {list(self.betas)}: expected two numbers in [0, 1)")
-        return self
 
 
 class ActorConfig(Section):

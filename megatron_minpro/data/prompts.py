@@ -7,11 +7,12 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_minpro.batch.prompt import Message, Prompt
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """A finite, indexable set of prompts. The same index gives the same prompt in every process.
 

@@ -1,23 +1,21 @@
-"""Loading prompts: JSON lines, parquet, a Hugging Face dataset, or a generator such as arithmetic_chains."""
+"""Loading prompts: JSON lines, parquet, a Hugging Face dataset, or a plug-in, package.module:function."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_minpro.batch.prompt import Message, Prompt
 from megatron_minpro.data.prompts import PromptList, PromptReport, PromptSource, encode_conversations
 from megatron_minpro.data.rows import is_source_of_rows, read_rows, source_name
 from megatron_minpro.data.wrappers import BARE, WRAPPERS, unwrap
-from megatron_minpro.registry import nearest
+from megatron_minpro.registry import PlugInError, PlugIns, nearest
 from megatron_minpro.rewards.answers import as_integer, last_boxed
-from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
 
 # Where the answer stands inside the answer field.
 ANSWER_FORMATS: dict[str, Callable[[str], str | None]] = {
@@ -48,8 +46,8 @@ PRESETS = {
     "minerva_math": Preset(question_field="problem", answer_field="solution", answer_format="boxed", wrapper="boxed"),
 }
 
-# Called as generator(tokenizer, **options).
-GENERATORS: dict[str, Callable[..., PromptSource]] = {"arithmetic_chains": ArithmeticChains}
+# Called as plug_in(tokenizer, **options); gives a PromptSource.
+PROMPT_SOURCES = PlugIns(setting="prompts.source", options="prompts.options", known={})
 
 
 def load_prompts(
@@ -67,9 +65,9 @@ def load_prompts(
     """Read a prompt source, clean it, apply the chat template.
 
     tokenizer: a transformers tokenizer with a chat template.
-    source: the name of a generator, a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset ("owner/name").
-    max_prompt_tokens: longer prompts (template included) are dropped and counted; from a generator they are an error.
-    options: the generator's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
+    source: package.module:function, a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset ("owner/name").
+    max_prompt_tokens: longer prompts (template included) are dropped and counted; from a plug-in they are an error.
+    options: the plug-in's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
     preset: a key of PRESETS, the layout of a well-known data set; the four arguments below override its values.
     question_field, answer_field: dotted paths into a row, numbers index lists ("prompt.0.content").
     answer_format: a key of ANSWER_FORMATS; "plain" when neither it nor a preset is given.
@@ -83,25 +81,17 @@ def load_prompts(
     if max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
     options = {} if options is None else dict(options)
-    if source in GENERATORS:
-        layout = {
-            "preset": preset,
-            "question_field": question_field,
-            "answer_field": answer_field,
-            "answer_format": answer_format,
-            "wrapper": wrapper,
-        }
-        for key, value in layout.items():
-            if value is not None:
-                raise ValueError(f"prompts.{key} = {value!r} has no meaning for the generator {source!r}; remove it")
-        return _generate(tokenizer, source, options, max_prompt_tokens)
-
-    question_field, answer_field, answer_format, wrapper = _layout(source, preset, question_field, answer_field, answer_format, wrapper)
-    if not is_source_of_rows(source):
-        raise ValueError(
-            f"prompts.source = {source!r} is not a .jsonl, .jsonl.gz, .json or .parquet file, not a Hugging Face dataset (owner/name) "
-            f"and not a generator ({nearest(source, GENERATORS)})"
-        )
+    layout = {
+        "preset": preset,
+        "question_field": question_field,
+        "answer_field": answer_field,
+        "answer_format": answer_format,
+        "wrapper": wrapper,
+    }
+    check_prompts(section="prompts", source=source, options=options, max_prompt_tokens=max_prompt_tokens, **layout)
+    if PROMPT_SOURCES.names(source):
+        return _of_plug_in(tokenizer, source, options, max_prompt_tokens)
+    question_field, answer_field, answer_format, wrapper = _layout(**layout)
     rows = read_rows(source, options)
     return _build(
         rows,
@@ -137,19 +127,48 @@ def read_field(row: Mapping[str, Any], path: str, *, where: str) -> Any:
     return value
 
 
-def _generate(tokenizer: Any, source: str, options: dict[str, Any], max_prompt_tokens: int) -> tuple[PromptSource, PromptReport]:
-    generator = GENERATORS[source]
-    accepted = {name: parameter for name, parameter in inspect.signature(generator).parameters.items() if name != "tokenizer"}
-    for key in options:
-        if key not in accepted:
-            raise ValueError(f"prompts.options: {source} has no option {key!r}; {nearest(key, accepted)}")
-    missing = [name for name, parameter in accepted.items() if parameter.default is parameter.empty and name not in options]
-    if missing:
-        raise ValueError(f"prompts.options: {source} needs {', '.join(missing)}")
-    prompts = generator(tokenizer, **options)
-    length = len(prompts[0].token_ids)  # a generator's prompts share one shape
-    if length > max_prompt_tokens:
-        raise ValueError(f"prompts.max_prompt_tokens = {max_prompt_tokens}, but a prompt of {source} has {length} tokens")
+def check_prompts(*, section: str, source: str, options: Mapping[str, Any], max_prompt_tokens: int, **layout: str | None) -> None:
+    """What can be known of a prompt source without reading it.
+
+    Args:
+        section: the section of the configuration that holds these settings, such as evaluation.prompts.
+        source, options, max_prompt_tokens, layout: as in load_prompts.
+
+    Raises:
+        PlugInError: a plug-in cannot be used with these options, or a key or name of the layout is not known.
+    """
+    del max_prompt_tokens  # depends on the prompts
+    plug_ins = replace(PROMPT_SOURCES, setting=f"{section}.source", options=f"{section}.options")
+    if plug_ins.names(source):
+        plug_ins.find(source, options, passed=1)
+        for key, value in layout.items():
+            if value is not None:
+                raise PlugInError(f"{section}.{key}", value, f"the plug-in {source} makes its prompts itself; remove it")
+        return
+    for key, known in (("preset", PRESETS), ("answer_format", ANSWER_FORMATS)):
+        value = layout[key]
+        if value is not None and value not in known:
+            raise PlugInError(f"{section}.{key}", value, f"unknown; {nearest(value, known)}")
+    wrapper = layout["wrapper"]
+    if wrapper is not None and wrapper not in WRAPPERS and wrapper.count("{question}") != 1:
+        raise PlugInError(f"{section}.wrapper", wrapper, f"expected {', '.join(WRAPPERS)} or a text that contains {{question}} once")
+    for key in ("question_field", "answer_field"):
+        if layout["preset"] is None and not layout[key]:
+            raise PlugInError(f"{section}.{key}", layout[key], f"needed to read {source} (or a preset: {', '.join(PRESETS)})")
+    if not is_source_of_rows(source):
+        reason = "not a .jsonl, .jsonl.gz, .json or .parquet file, not a Hugging Face dataset (owner/name), not package.module:function"
+        raise PlugInError(f"{section}.source", source, reason)
+
+
+def _of_plug_in(tokenizer: Any, source: str, options: dict[str, Any], max_prompt_tokens: int) -> tuple[PromptSource, PromptReport]:
+    prompts = PROMPT_SOURCES.find(source, options, passed=1)(tokenizer, **options)
+    if not isinstance(prompts, PromptSource) or not len(prompts):
+        raise PROMPT_SOURCES.refused(source, TypeError(f"gave a {type(prompts).__name__}, expected a PromptSource with prompts"))
+    # A source that computes its prompts on demand may have millions: its first stands for all.
+    for prompt in prompts.prompts if isinstance(prompts, PromptList) else [prompts[0]]:
+        length = len(prompt.token_ids)
+        if length > max_prompt_tokens:
+            raise ValueError(f"prompts.max_prompt_tokens = {max_prompt_tokens}: prompt {prompt.prompt_id} of {source} has {length} tokens")
     report = PromptReport(
         source=prompts.name,
         rows=len(prompts),
@@ -165,30 +184,17 @@ def _generate(tokenizer: Any, source: str, options: dict[str, Any], max_prompt_t
 
 
 def _layout(
-    source: str, preset: str | None, question_field: str | None, answer_field: str | None, answer_format: str | None, wrapper: str | None
+    preset: str | None, question_field: str | None, answer_field: str | None, answer_format: str | None, wrapper: str | None
 ) -> tuple[str, str, str, str]:
-    """Question field, answer field, answer format and wrapper text, all filled in and checked."""
+    """Question field, answer field, answer format and wrapper text of a layout that check_prompts accepts, all filled in."""
     if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"prompts.preset = {preset!r} is unknown; {nearest(preset, PRESETS)}")
         known = PRESETS[preset]
         question_field = known.question_field if question_field is None else question_field
         answer_field = known.answer_field if answer_field is None else answer_field
         answer_format = known.answer_format if answer_format is None else answer_format
         wrapper = known.wrapper if wrapper is None else wrapper
-    for key, value in (("question_field", question_field), ("answer_field", answer_field)):
-        if not value:
-            raise ValueError(f"prompts.{key} is needed to read {source} (or a preset: {', '.join(PRESETS)})")
-    answer_format = "plain" if answer_format is None else answer_format
-    if answer_format not in ANSWER_FORMATS:
-        raise ValueError(f"prompts.answer_format = {answer_format!r} is unknown; {nearest(answer_format, ANSWER_FORMATS)}")
-    text = BARE if wrapper is None else WRAPPERS.get(wrapper, wrapper)
-    if text.count("{question}") != 1:
-        raise ValueError(
-            f"prompts.wrapper = {wrapper!r} is neither a known wrapper ({', '.join(WRAPPERS)}) nor a text that contains {{question}} once"
-        )
     assert question_field and answer_field
-    return question_field, answer_field, answer_format, text
+    return question_field, answer_field, answer_format or "plain", BARE if wrapper is None else WRAPPERS.get(wrapper, wrapper)
 
 
 def field_text(value: Any, path: str, *, where: str) -> str:

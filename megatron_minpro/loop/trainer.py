@@ -17,6 +17,7 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
+from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
 from megatron_minpro.loop.sampler import Sampled
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
@@ -175,7 +176,7 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
             sequences = [sample.training_sequence() for sample in samples]
             statistics = minibatch_statistics(actor, sequences, run.objective)
             loss_fn = make_loss_function(run.objective, statistics)
-            reports.append(actor.update(sequences, loss_fn, learning_rate=learning_rate(config, actor.policy_version)))
+            reports.append(actor.update(sequences, loss_fn, learning_rate=training_rate(config.actor, actor.policy_version)))
     if (min(lags), max(lags)) != (promised.smallest, promised.largest):
         raise RuntimeError(
             f"batch of step {batch.sampled_at_step}: policy lag {min(lags)} to {max(lags)} updates, "
@@ -322,13 +323,6 @@ def token_batch(local: LocalTokens) -> TokenBatch:
         global_tokens=local.global_tokens,
         global_sequences=local.global_sequences,
     )
-
-
-def learning_rate(config: RunConfig, policy_version: int) -> float:
-    """Linear warm-up over optimizer.warm_up_steps global steps, then constant. policy_version: optimizer steps already taken."""
-    optimizer = config.actor.optimizer
-    warm_up = optimizer.warm_up_steps * config.actor.updates_per_step
-    return optimizer.learning_rate * min(1.0, (policy_version + 1) / warm_up if warm_up else 1.0)
 
 
 def share(run: TrainingRun, value: T | None) -> Any:

@@ -5,10 +5,7 @@ A reward sees only the response, never the question: questions may contain "Answ
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +13,7 @@ from typing import Any, Protocol
 
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.objectives.options import check_number
-from megatron_minpro.registry import nearest
+from megatron_minpro.registry import PlugInError, PlugIns
 from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify
 from megatron_minpro.rewards.grader_pool import GraderPool
 
@@ -53,35 +50,6 @@ class Reward(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class FinalStepReward:
-    """Arithmetic chains: 1 if the response stopped by itself and its last words are `= r ;` with the right r, else 0."""
-
-    name = "final_step"
-    _LAST_STEP = re.compile(r"= ([0-9]+) ;")
-
-    def __init__(self) -> None:
-        self.error_counts: Counter[str] = Counter()  # grading here cannot fail
-
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finish_reasons: Sequence[str],
-        num_response_tokens: Sequence[int] | None = None,
-    ) -> list[RewardResult]:
-        results = []
-        for prompt, response, finish_reason in zip(prompts, responses, finish_reasons, strict=True):
-            words = response.split()
-            last_step = self._LAST_STEP.fullmatch(" ".join(words[-3:]))
-            extracted = None if last_step is None else last_step[1]
-            correct = finish_reason == "stop" and extracted is not None and int(extracted) == int(prompt.answer)
-            results.append(RewardResult(reward=float(correct), correct=correct, extracted=extracted, error=None))
-        return results
-
-    def close(self) -> None:
-        pass
 
 
 class MathVerifyReward:
@@ -223,56 +191,31 @@ class OverlongShaping:
         self._reward.close()
 
 
-REWARDS: dict[str, Callable[..., Reward]] = {"final_step": FinalStepReward, "math_verify": MathVerifyReward}
+REWARDS = PlugIns(setting="reward.name", options="reward", known={"math_verify": "megatron_minpro.rewards.reward:MathVerifyReward"})
 
 
 def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, **options: Any) -> Reward:
     """A reward by name.
 
-    name: a key of REWARDS, or "package.module:function" for a function of the user's own (see FunctionReward).
-    overlong: {max_tokens, buffer_tokens, factor} adds DAPO's length punishment (see OverlongShaping).
-    options: passed to the reward. Raises ValueError for an unknown name or option, with the nearest known one, and for a missing option.
+    Args:
+        name: math_verify, or package.module:function for a function of your own (see FunctionReward).
+        overlong: {max_tokens, buffer_tokens, factor} adds DAPO's length punishment (see OverlongShaping).
+        options: passed to the reward.
+
+    Raises:
+        PlugInError: the reward or an option is unknown (the message has the nearest known name), missing, or out of range.
     """
-    reward: Reward
-    if ":" in name:
-        function = _import_function(name)
-        _check_options(name, function, options, given=3)
-        reward = FunctionReward(name, function, options)
-    elif name in REWARDS:
-        _check_options(name, REWARDS[name], options, given=0)
-        reward = REWARDS[name](**options)
-    else:
-        raise ValueError(f"reward.name = {name!r} is unknown; {nearest(name, REWARDS)}, or package.module:function")
-    if overlong is None:
-        return reward
-    _check_options("overlong", OverlongShaping, overlong, given=1)
-    return OverlongShaping(reward, **overlong)
+    try:
+        if name in REWARDS.known:
+            reward: Reward = REWARDS.find(name, options, passed=0)(**options)
+        else:
+            reward = FunctionReward(name, REWARDS.find(name, options, passed=3), options)
+        return reward if overlong is None else OverlongShaping(reward, **overlong)
+    except PlugInError:
+        raise
+    except ValueError as error:
+        raise REWARDS.refused(name, error) from error
 
 
 def _judged(correct: bool, extracted: str | None, error: str | None = None) -> RewardResult:
     return RewardResult(reward=float(correct), correct=correct, extracted=extracted, error=error)
-
-
-def _import_function(path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"reward.name = {path!r}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward.name = {path!r}: module {module_name} has no function {attribute!r}")
-    return function
-
-
-def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any], *, given: int) -> None:
-    """Every option must be a parameter of function (the first `given` are ours), and none without a default may be missing."""
-    parameters = list(inspect.signature(function).parameters.values())[given:]
-    named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    if len(named) == len(parameters):  # no **options that would take anything
-        for key in options:
-            if key not in named:
-                raise ValueError(f"reward {name} has no option {key!r}; {nearest(key, named)}")
-    missing = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in options]
-    if missing:
-        raise ValueError(f"reward {name} needs the option {', '.join(missing)}")

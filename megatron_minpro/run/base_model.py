@@ -1,12 +1,12 @@
-"""The base model of a small run: random weights, then supervised learning on the task's worked examples by the same actor."""
+"""The base model of a small run: random weights, then supervised learning on worked examples by the same actor."""
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,22 @@ from checkpoints_convert.hf_config import Architecture
 from checkpoints_convert.mapping import hf_shapes
 from checkpoints_convert.policy_folder import companion_files, load_tokenizer, write_policy
 from megatron_minpro.config import ModelConfig, PromptsConfig, WarmUpConfig
+from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.sources import load_prompts
-from megatron_minpro.tasks.arithmetic_chains.chains import (
-    ArithmeticChains,
-    WorkedExample,
-    WorkedExampleNoise,
-    WorkedExamples,
-    build_tokenizer,
-)
+from megatron_minpro.loop.learning_rate import base_model_rate
+from megatron_minpro.registry import PlugIns
 from parallel.actor import LocalTokens, LossOutput, MegatronActor
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence
 
 RECIPE_FILE = "warm_up.json"
+OPTIMIZER = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
 _DEFAULT_INITIALIZER_RANGE = 0.02  # transformers'
-_LEARNING_RATE_WARM_UP = 50  # optimizer steps
+
+# Called as plug_in(folder, **options); writes a tokenizer into the folder.
+TOKENIZERS = PlugIns(setting="model.warm_up.tokenizer.name", options="model.warm_up.tokenizer", known={})
+# Called as plug_in(prompts, seed, **options); gives (prompt, response) texts, as many as it likes.
+EXAMPLES = PlugIns(setting="model.warm_up.examples.name", options="model.warm_up.examples", known={})
 
 
 def recipe(model: ModelConfig, prompts: PromptsConfig) -> str:
@@ -50,16 +52,25 @@ def check_recipe(model: ModelConfig, prompts: PromptsConfig) -> None:
         raise ValueError(f"model.path: {model.path} was made by another recipe (see its {RECIPE_FILE}); delete it or choose another path")
 
 
+def check_plug_ins(warm_up: WarmUpConfig) -> None:
+    """Raises PlugInError when a plug-in of the recipe cannot be used with its options."""
+    if warm_up.tokenizer.name is not None:
+        TOKENIZERS.find(warm_up.tokenizer.name, warm_up.tokenizer.options, passed=1)
+    if warm_up.examples is not None:
+        EXAMPLES.find(warm_up.examples.name, warm_up.examples.options, passed=2)
+
+
 @contextmanager
-def tokenizer_of(model: ModelConfig, prompts: PromptsConfig) -> Iterator[Any]:
+def tokenizer_of(model: ModelConfig) -> Iterator[Any]:
     """The tokenizer the model has, or will have once it is made; its folder (name_or_path) exists inside the block."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(model.path)
         if not folder.exists():
             assert model.warm_up is not None
-            folder = Path(made if model.warm_up.tokenizer is None else model.warm_up.tokenizer)
-            if model.warm_up.tokenizer is None:
-                build_tokenizer(folder, modulus=int(prompts.options.get("modulus", 10)))
+            tokenizer = model.warm_up.tokenizer
+            folder = Path(made if tokenizer.folder is None else tokenizer.folder)
+            if tokenizer.name is not None:
+                TOKENIZERS.find(tokenizer.name, tokenizer.options, passed=1)(folder, **tokenizer.options)
         yield load_tokenizer(folder)
 
 
@@ -70,7 +81,7 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
     """
     warm_up = model.warm_up
     assert warm_up is not None
-    with tokenizer_of(model, prompts) as tokenizer:
+    with tokenizer_of(model) as tokenizer:
         companions = companion_files(Path(tokenizer.name_or_path))
     fields = dict(warm_up.architecture)
     model_type = fields.get("model_type")
@@ -118,35 +129,59 @@ def _random_tensors(architecture: Architecture, *, seed: int, scale: float, dtyp
 def warm_up_actor(
     actor: MegatronActor, warm_up: WarmUpConfig, prompts: PromptsConfig, tokenizer: Any, *, report: Callable[[int, float], None]
 ) -> None:
-    """Supervised learning: token-mean cross-entropy of the worked examples' responses, AdamW, cosine rate. Collective.
+    """Supervised learning: token-mean cross-entropy of the examples' responses, AdamW, cosine rate. Collective.
 
-    report(step, loss) is called after every step, on all ranks. Raises ValueError for a prompt source without worked examples.
+    Args:
+        actor: learns in place.
+        warm_up: the recipe.
+        prompts: the training prompts, which the examples may be about.
+        tokenizer: of the model; its chat template is applied to the prompts, its end token ends the responses.
+        report: report(step, loss) is called after every step, on all ranks.
+
+    Raises:
+        ValueError: the tokenizer has no end token, or the plug-in refuses the prompts or its options, or gives no examples.
     """
-    source, _ = load_prompts(tokenizer=tokenizer, **prompts.model_dump())
-    if not isinstance(source, ArithmeticChains):
-        raise ValueError(f"model.warm_up.num_steps: {warm_up.num_steps}, but {prompts.source!r} has no worked examples; use 0")
-    examples = WorkedExamples(source, tokenizer, noise=WorkedExampleNoise(**warm_up.noise), seed=warm_up.seed)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
+    examples = _endless_examples(warm_up, prompts, tokenizer)
     for step in range(warm_up.num_steps):
-        batch = [_training_sequence(example) for example in examples.batch(step * warm_up.batch_size, warm_up.batch_size)]
-        update = actor.update(batch, cross_entropy, learning_rate=cosine_rate(step, warm_up.num_steps, peak=warm_up.learning_rate))
+        batch = _training_sequences(list(islice(examples, warm_up.batch_size)), tokenizer)
+        update = actor.update(batch, cross_entropy, learning_rate=base_model_rate(warm_up, step))
         report(step, update.loss)
 
 
-def _training_sequence(example: WorkedExample) -> TokenSequence:
-    prompt = example.prompt.token_ids
-    token_ids = torch.tensor(prompt + example.response_token_ids)
-    mask = torch.zeros(len(token_ids) - 1, dtype=torch.bool)
-    mask[len(prompt) - 1 :] = True
-    return TokenSequence(token_ids=token_ids, loss_mask=mask, streams={})
+def _endless_examples(warm_up: WarmUpConfig, prompts: PromptsConfig, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """What the plug-in gives; from the first one again when it has given all."""
+    assert warm_up.examples is not None
+    name, options = warm_up.examples.name, warm_up.examples.options
+    source, _ = load_prompts(tokenizer=tokenizer, **prompts.model_dump())
+    plug_in = EXAMPLES.find(name, options, passed=2)
+    while True:
+        empty = True
+        try:
+            for example in plug_in(source, warm_up.seed, **options):
+                empty = False
+                yield example
+        except ValueError as error:
+            raise EXAMPLES.refused(name, error) from error
+        if empty:
+            raise EXAMPLES.refused(name, ValueError("gave no examples"))
+
+
+def _training_sequences(examples: Sequence[tuple[str, str]], tokenizer: Any) -> list[TokenSequence]:
+    """The model learns the response and the end token, not the prompt."""
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in examples])
+    responses = tokenizer([response for _, response in examples], add_special_tokens=False)["input_ids"]
+    sequences = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        token_ids = torch.tensor((*prompt, *response, tokenizer.eos_token_id))
+        mask = torch.zeros(len(token_ids) - 1, dtype=torch.bool)
+        mask[len(prompt) - 1 :] = True
+        sequences.append(TokenSequence(token_ids=token_ids, loss_mask=mask, streams={}))
+    return sequences
 
 
 def cross_entropy(local: LocalTokens) -> LossOutput:
     """Mean negative log-likelihood over the trained tokens of the mini-batch."""
     loss = -torch.where(local.loss_mask_T, local.logprobs_T, 0.0).sum() / local.global_tokens
     return LossOutput(loss=loss, metrics={})
-
-
-def cosine_rate(step: int, num_steps: int, *, peak: float) -> float:
-    """Linear over the first 50 steps, then a cosine from `peak` down to a twentieth of it (Loshchilov & Hutter, arXiv:1608.03983)."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    return peak * min(1.0, (step + 1) / _LEARNING_RATE_WARM_UP) * (0.05 + 0.95 * cosine)

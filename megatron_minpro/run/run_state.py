@@ -22,40 +22,13 @@ from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
-from megatron_minpro.config import RunConfig, flatten_differences
+from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
 from parallel.actor import MegatronActor
 
 ACTOR_FOLDER = "actor"
 STATE_FILE = "run.json"
 WAITING_FILE = "waiting.safetensors"
 LATEST_FILE = "latest"
-# What may differ between attempts at one run: where and when, not what. Another layout changes the order of sums at most.
-FREE_TO_CHANGE = (
-    "actor.max_tokens_per_micro_batch",
-    "actor.recompute",
-    "checkpoint.",
-    "debug.check_weights",
-    "output_dir",
-    "parallel.",
-    "profile.",
-    "rollout.admin_key_path",
-    "rollout.api_key_path",
-    "rollout.base_port",
-    "rollout.endpoints",
-    "rollout.host",
-    "rollout.logprob_gap_action",
-    "rollout.max_logprob_gap",
-    "rollout.max_retries",
-    "rollout.max_server_restarts",
-    "rollout.request_timeout_s",
-    "rollout.restart_window_s",
-    "rollout.servers",
-    "rollout.start_timeout_s",
-    "rollout.unresponsive_after_s",
-    "rollout.weight_sync",
-    "tracking.",
-    "world_size",
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,11 +180,7 @@ def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
             f"num_global_steps = {config.num_global_steps}: {checkpoint} is of a run of {saved.num_global_steps}; a run can be prolonged, "
             f"not shortened; expected at least {saved.num_global_steps} or a new name=..."
         )
-    differences = {
-        key: values
-        for key, values in flatten_differences(saved, config).items()
-        if not key.startswith((*FREE_TO_CHANGE, "num_global_steps"))
-    }
+    differences = {key: values for key, values in flatten_differences(saved, config).items() if not may_change_on_resume(key)}
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differences.items())[:5])
         raise ValueError(f"{checkpoint}: of a run with another configuration ({shown}); expected a new name=... or the same settings")

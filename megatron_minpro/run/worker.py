@@ -54,6 +54,7 @@ from megatron_minpro.run.run_folder import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
+from megatron_minpro.run.weight_sync import WeightSyncContext, make_weight_sync
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.rollout_log import RolloutLog
@@ -61,13 +62,12 @@ from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
-from parallel.optimizer import OptimizerSettings
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.process_groups import ProcessGroups
 from parallel.weights import take_part
 from rollout.client import GenerationClient
 from rollout.processes import die_with_parent
 from rollout.sglang.server import read_key
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +97,11 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     """The whole run of one rank: build, resume, measure, train, measure, export."""
     first = groups.coordinates.rank == 0
     folder = Path(config.model.path)
-    optimizer = config.actor.optimizer
     actor = build_actor(
         config,
         folder,
         groups,
-        optimizer=OptimizerSettings(
-            weight_decay=optimizer.weight_decay, betas=optimizer.betas, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip
-        ),
+        optimizer=config.actor.optimizer,
         temperature=config.rollout.temperature,  # the policy is the distribution that is sampled from
     )
     checkpoints = run_dir / "checkpoints"
@@ -216,7 +213,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     cursor = PromptCursor(source, seed=config.seed)
     if cursor_state is not None:
         cursor.load_state(cursor_state)
-    reward = make_reward(config.reward.name, **config.reward.options)
+    reward = make_reward(config.reward.name, overlong=config.reward.overlong_options, **config.reward.options)
     held_out = [] if config.evaluation is None else held_out_prompts(config.evaluation, tokenizer)
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
@@ -259,7 +256,9 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         run_dir=run_dir,
         sampler=sampler,
         client=client,
-        weight_sync=build_weight_sync(config, run_dir, endpoints, api_key=api_key, admin_key=admin_key),
+        weight_sync=make_weight_sync(
+            WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
+        ),
         api_key=api_key,
         admin_key=admin_key,
         tokenizer=tokenizer,
@@ -280,32 +279,6 @@ def count_lost(run_dir: Path, counters: run_state.RunCounters) -> None:
     write_atomically(path, f"{counters.rollouts_lost}\n")
 
 
-def build_weight_sync(config: RunConfig, run_dir: Path, endpoints: list[str], *, api_key: str | None, admin_key: str | None) -> WeightSync:
-    """The way that rollout.weight_sync names."""
-    timeout_s = config.rollout.request_timeout_s
-    if config.rollout.weight_sync == "collective":
-        return CollectiveWeightSync(
-            endpoints,
-            tp=config.rollout.tp,
-            backend=detect().backend,
-            master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            api_key=api_key,
-            admin_key=admin_key,
-            timeout_s=timeout_s,
-        )
-    directory = run_dir / "published_weights"
-    directory.mkdir(exist_ok=True)
-    folder, dtype = Path(config.model.path), DTYPES[config.model.dtype]
-    return DiskWeightSync(
-        endpoints,
-        write_checkpoint=lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
-        directory=directory,
-        api_key=api_key,
-        admin_key=admin_key,
-        timeout_s=timeout_s,
-    )
-
-
 def wait_for_endpoints(run_dir: Path, *, timeout_s: float) -> list[str]:
     """The addresses in RUN_DIR/endpoints.json, once it is there. Raises TimeoutError."""
     path = run_dir / ENDPOINTS_FILE
@@ -323,8 +296,7 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     assert recipe is not None
     folder = run_dir / INITIAL_MODEL_FOLDER
     first = groups.coordinates.rank == 0
-    optimizer = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)
-    actor = build_actor(config, folder, groups, optimizer=optimizer, temperature=1.0)
+    actor = build_actor(config, folder, groups, optimizer=base_model.OPTIMIZER, temperature=1.0)
 
     def report(step: int, loss: float) -> None:
         if first and (step % 20 == 0 or step == recipe.num_steps - 1):

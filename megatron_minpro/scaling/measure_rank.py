@@ -33,7 +33,6 @@ from parallel.expert_load import dispatched, load_of, record_routing
 from parallel.exposed_communication import PIPELINE, kinds_of_groups, measure_waiting
 from parallel.layout import ParallelLayout
 from parallel.memory_watch import peak_rss_bytes, reset_peak_rss
-from parallel.optimizer import OptimizerSettings
 from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
 from parallel.process_groups import ProcessGroups
 from rollout.processes import die_with_parent
@@ -128,16 +127,7 @@ def _build(config: RunConfig, layout: ParallelLayout, model: Path, groups: Proce
         options["moe_router_force_load_balancing"] = True
     parallel = config.parallel.model_copy(update={"ep": layout.ep, "dp": None})
     here = config.model_copy(update={"world_size": layout.world_size, "parallel": parallel, "megatron": options})
-    optimizer = config.actor.optimizer
-    return build_actor(
-        here,
-        model,
-        groups,
-        optimizer=OptimizerSettings(
-            weight_decay=optimizer.weight_decay, betas=optimizer.betas, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip
-        ),
-        temperature=config.rollout.temperature,
-    )
+    return build_actor(here, model, groups, optimizer=config.actor.optimizer, temperature=config.rollout.temperature)
 
 
 def _explain(step: Callable[[], None], on_cuda: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import Capabilities, detect
 from parallel.layers.experts import Product, grouped_linear, loop_linear
 from parallel.layout import ParallelLayout
-from parallel.optimizer import OptimizerSettings
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence
 
 SMALL = {

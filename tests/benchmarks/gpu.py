@@ -95,9 +95,7 @@ def parity(groups: process_groups.ProcessGroups, capabilities: Capabilities) -> 
         model = write_model(Path(folder), SMALL).to(device)
         architecture = read_architecture(Path(folder))
         with SafetensorsReader(Path(folder)) as reader:
-            actor = build_actor(
-                architecture, groups, capabilities, reader.read, dtype=torch.float32, max_tokens=4096, gradient_clip=float("inf")
-            )
+            actor = build_actor(architecture, groups, capabilities, reader.read, dtype=torch.float32, max_tokens=4096, gradient_clip=1e9)
     token_ids = torch.randint(0, SMALL["vocab_size"], (4, 65))
     sequences = make_sequences(token_ids)
     logits = model(token_ids[:, :-1].to(device)).logits

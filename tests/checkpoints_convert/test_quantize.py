@@ -21,7 +21,7 @@ from checkpoints_convert.logit_error import LogitErrorSum
 from checkpoints_convert.quantized_weights import Format, check_quantized, dequantize
 from checkpoints_convert.safetensors_io import SINGLE_FILE, SafetensorsReader
 from megatron_minpro import cli
-from megatron_minpro.tasks.arithmetic_chains.chains import build_tokenizer
+from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{row % 10} + {7 * row % 10} - {3 * row % 10} + {row % 4}" for row in range(10)]

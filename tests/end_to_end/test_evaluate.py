@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from checkpoints_convert.policy_folder import load_tokenizer
-from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
+from megatron_minpro.tasks.arithmetic_chains.prompts import ArithmeticChains
 from rollout.sglang.server import ServerPool, ServerSettings
 from tests.end_to_end.conftest import Command, wait_for
+
+FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
 PROBLEMS, SAMPLES = 10, 16
@@ -53,7 +55,18 @@ def test_a_killed_evaluation_of_a_megatron_checkpoint_continues_without_sampling
 ) -> None:
     out = tmp_path / "evaluation"
     asked = ["evaluate", str(finished_run["dir"] / "checkpoints/latest"), "--benchmarks", f"{chains},gsm8k"]
-    asked += ["--data", str(assets), "--limit", str(PROBLEMS), "--samples", str(SAMPLES), "--style", "bare", "--grader", "final_step"]
+    asked += [
+        "--data",
+        str(assets),
+        "--limit",
+        str(PROBLEMS),
+        "--samples",
+        str(SAMPLES),
+        "--style",
+        "bare",
+        "--grader",
+        FINAL_STEP,
+    ]
     asked += ["--max-new-tokens", "56", "--concurrency", "2", "--dtype", "float32", "--out", str(out)]
     responses = out / "responses/chains.jsonl"
     killed = minpro(*asked)

@@ -34,7 +34,8 @@ from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.mcore import version
-from parallel.optimizer import OptimizerSettings, inner_optimizers
+from parallel.optimizer import inner_optimizers
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
 
 LOSS = make_loss_function(make_objective("minpro"))

@@ -24,7 +24,7 @@ from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.mcore import dist_checkpointing, ensure_metadata_has_dp_cp_group
-from parallel.optimizer import OptimizerSettings
+from parallel.optimizer_settings import OptimizerSettings
 
 SETTINGS = ActorSettings(
     dtype=torch.float32,

@@ -15,7 +15,8 @@ from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
 from parallel.megatron_options import HARMLESS, REASONS, check_effect, check_machine_options
 from parallel.model import TRANSFORMER_FIELDS, transformer_config
-from parallel.optimizer import OPTIMIZER_FIELDS, OptimizerSettings, build_optimizer
+from parallel.optimizer import OPTIMIZER_FIELDS, build_optimizer
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.overlap import OVERLAP_FIELDS, data_parallel_config
 
 ON_CPU = Capabilities(

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel.optimizer import OptimizerSettings, apply_settings, build_optimizer
+from parallel.optimizer import apply_settings, build_optimizer
+from parallel.optimizer_settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, gradient_clip=1.0)
 

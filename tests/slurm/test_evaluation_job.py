@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.slurm.conftest import ROOT, Jobs
 
+FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
+
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 ROWS = [{"question": "1 + 2 * 3 - 4 + 5 * 6 - 7 :", "answer": "3"}, {"question": "2 + 2 + 2 + 2 + 2 + 2 + 2 :", "answer": "4"}]
 
@@ -30,7 +32,18 @@ def submit(jobs: Jobs, name: str, *arguments: str, dependency: str, **environmen
 def test_it_follows_the_training_job_converts_its_checkpoint_and_prints_the_table(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     questions = jobs.folder / "chains.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    arguments = ("--benchmarks", str(questions), "--style", "bare", "--grader", "final_step", "--samples", "2", "--max-new-tokens", "56")
+    arguments = (
+        "--benchmarks",
+        str(questions),
+        "--style",
+        "bare",
+        "--grader",
+        FINAL_STEP,
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "56",
+    )
     run_dir = jobs.run_dir("undisturbed")
     job_id = submit(jobs, "evaluated", *arguments, dependency=f"afterok:{jobs.numbers['undisturbed']}", RUN_DIR=str(run_dir))
     job = jobs.cluster.wait(job_id, timeout_s=240)

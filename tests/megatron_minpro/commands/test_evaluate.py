@@ -10,6 +10,8 @@ import pytest
 
 from megatron_minpro import cli
 
+FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
+
 
 @pytest.fixture
 def model(tmp_path: Path, chain_tokenizer: Any) -> Path:
@@ -76,7 +78,19 @@ def test_a_dry_run_shows_what_would_be_sampled_and_leaves_nothing(
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--api-key-file", "k"], "--api-key-file is for running servers"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--config", "{model}"], "is no Megatron checkpoint; leave it out"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--server-option", "tp"], "--server-option tp: expected KEY=VALUE"),
-        (["{model}", "--benchmarks", "{own}", "--out", "x", "--grader", "final_stop", "--dry-run"], "did you mean 'final_step'"),
+        (
+            [
+                "{model}",
+                "--benchmarks",
+                "{own}",
+                "--out",
+                "x",
+                "--grader",
+                FINAL_STEP.replace("step", "stop"),
+                "--dry-run",
+            ],
+            "did you mean 'final_step'",
+        ),
         (["--rescore"], "--rescore needs --out"),
         (["{model}", "--rescore", "--out", "{model}"], "leave CHECKPOINT and --benchmarks out"),
         (["--rescore", "--out", "{model}"], "holds no evaluation to rescore"),
@@ -124,7 +138,7 @@ def test_responses_longer_than_the_model_are_refused_also_by_a_dry_run(
     model: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [model, "--benchmarks", own, "--out", tmp_path / "out", "--max-new-tokens", "40960", "--dry-run"]
-    message = refused(capsys, *arguments, "--style", "bare", "--grader", "final_step")
+    message = refused(capsys, *arguments, "--style", "bare", "--grader", FINAL_STEP)
     assert "--max-new-tokens 40960: with the" in message and "more than the 40960 positions" in message
 
 
@@ -143,7 +157,20 @@ def test_a_server_that_does_not_answer_ends_with_one_line_and_code_1(
         "--max-retries",
         "0",
     ]
-    assert cli.run([*map(str, arguments), "--max-new-tokens", "9", "--style", "bare", "--grader", "final_step"]) == 1
+    assert (
+        cli.run(
+            [
+                *map(str, arguments),
+                "--max-new-tokens",
+                "9",
+                "--style",
+                "bare",
+                "--grader",
+                FINAL_STEP,
+            ]
+        )
+        == 1
+    )
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("minpro: error: http://127.0.0.1:9: request own/00000-") and "ConnectError" in error[-1]
 

@@ -19,7 +19,9 @@ from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.prompts import PromptCursor, PromptList, encode_prompts
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.data.wrappers import DAPO_WRAPPER
-from megatron_minpro.tasks.arithmetic_chains.chains import ArithmeticChains
+from megatron_minpro.tasks.arithmetic_chains.prompts import ArithmeticChains
+
+CHAINS = "megatron_minpro.tasks.arithmetic_chains.prompts:ArithmeticChains"
 
 
 def numbered(count: int, name: str = "numbered") -> PromptList:
@@ -282,19 +284,17 @@ def test_a_hugging_face_dataset_is_read_by_name(tmp_path: Path, chain_tokenizer:
 
 def test_a_generator_is_a_source_like_any_other(chain_tokenizer: Any) -> None:
     options = {"num_operations": 6, "modulus": 10, "size": 20, "seed": 1, "split": "train"}
-    source, report = load_prompts(tokenizer=chain_tokenizer, source="arithmetic_chains", options=options, max_prompt_tokens=16)
+    source, report = load_prompts(tokenizer=chain_tokenizer, source=CHAINS, options=options, max_prompt_tokens=16)
     assert len(source) == report.kept == 20
     assert len(PromptCursor(source, seed=0).next(20)) == 20
-    with pytest.raises(ValueError, match="max_prompt_tokens = 15, but a prompt of arithmetic_chains has 16"):
-        load_prompts(tokenizer=chain_tokenizer, source="arithmetic_chains", options=options, max_prompt_tokens=15)
+    with pytest.raises(ValueError, match=r"max_prompt_tokens = 15: prompt chain-.* has 16 tokens"):
+        load_prompts(tokenizer=chain_tokenizer, source=CHAINS, options=options, max_prompt_tokens=15)
     with pytest.raises(ValueError, match="did you mean 'modulus'"):
-        load_prompts(tokenizer=chain_tokenizer, source="arithmetic_chains", options={"modulo": 10}, max_prompt_tokens=16)
-    with pytest.raises(ValueError, match="arithmetic_chains needs size, seed, split"):
-        load_prompts(
-            tokenizer=chain_tokenizer, source="arithmetic_chains", options={"num_operations": 6, "modulus": 10}, max_prompt_tokens=16
-        )
-    with pytest.raises(ValueError, match="wrapper = 'dapo' has no meaning"):
-        load_prompts(tokenizer=chain_tokenizer, source="arithmetic_chains", options=options, wrapper="dapo", max_prompt_tokens=16)
+        load_prompts(tokenizer=chain_tokenizer, source=CHAINS, options={"modulo": 10}, max_prompt_tokens=16)
+    with pytest.raises(ValueError, match="needs the option size, seed, split"):
+        load_prompts(tokenizer=chain_tokenizer, source=CHAINS, options={"num_operations": 6, "modulus": 10}, max_prompt_tokens=16)
+    with pytest.raises(ValueError, match=r"^prompts\.wrapper = 'dapo': the plug-in"):
+        load_prompts(tokenizer=chain_tokenizer, source=CHAINS, options=options, wrapper="dapo", max_prompt_tokens=16)
 
 
 def test_wrappers_are_applied_once_and_leave_braces_alone(tmp_path: Path, chain_tokenizer: Any) -> None:
@@ -373,12 +373,12 @@ def test_unreadable_files_and_unknown_sources_are_named(tmp_path: Path, chain_to
     ]:
         with pytest.raises(ValueError, match=message):
             load(chain_tokenizer, tmp_path / name)
-    with pytest.raises(ValueError, match=r"'arithmetic_chain' is not .*did you mean 'arithmetic_chains'"):
+    with pytest.raises(ValueError, match=r"'arithmetic_chain' is not .* and not a plug-in \(package.module:function\)"):
         load(chain_tokenizer, Path("arithmetic_chain"))
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
-    from megatron_minpro.tasks.arithmetic_chains.chains import build_tokenizer
+    from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(tmp_path)
     tokenizer.chat_template = None
@@ -389,7 +389,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 def test_special_tokens_come_from_the_template_alone(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    from megatron_minpro.tasks.arithmetic_chains.chains import build_tokenizer
+    from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(tmp_path)
     # Like Llama's: the tokenizer adds a first token to any text, and so would add it a second time to a rendered template.

@@ -199,7 +199,7 @@ def test_a_reward_of_training_grades_too() -> None:
     asked = problem("4")
     texts = ["3 + 4 = 7 ; 7 * 2 = 4 ;", "3 + 4 = 7 ;"]
     responses = [Response(problem_id="p0", sample=n, text=text, finish_reason="stop", num_tokens=5) for n, text in enumerate(texts)]
-    grades = RewardGrader(make_reward("final_step")).grade([asked] * 2, responses)
+    grades = RewardGrader(make_reward("megatron_minpro.tasks.arithmetic_chains.reward:final_step")).grade([asked] * 2, responses)
     assert [(grade.sample, grade.correct, grade.extracted) for grade in grades] == [(0, True, "4"), (1, False, "7")]
 
 

@@ -28,6 +28,8 @@ from megatron_minpro.evaluation.settings import (
     write_settings,
 )
 
+FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
+
 LABELS = ("25", "\\frac{1}{2}", "x=5")
 ANSWERS = {0: ("025", "26"), 1: ("0.5", "\\frac12"), 2: ("6", None)}  # the samples of each problem; None: no box
 
@@ -117,7 +119,7 @@ def test_grading_again_with_another_grader_replaces_the_grades_and_says_so(make_
     settings = read_settings(out)
     assert settings is not None and settings.grading == GradingSettings(grader="math_verify", timeout_s=20.0)
     assert results["benchmarks"]["set"]["correct"] == 2  # "5" for two labels; "= 5 ;" is no number
-    grade_again(out, grader="final_step")
+    grade_again(out, grader=FINAL_STEP)
     assert sum(grade.correct for grade in read_grades(places.grades_path(out, "set"))) == 0
 
 
@@ -125,12 +127,12 @@ def test_a_failing_rescore_leaves_the_old_grades(make_folder: Callable[..., Path
     out = make_folder("a")
     grade_again(out)
     before = places.grades_path(out, "set").read_bytes(), (out / "settings.json").read_bytes()
-    with pytest.raises(ValueError, match="did you mean 'final_step'"):
-        grade_again(out, grader="final_stop")
+    with pytest.raises(ValueError, match="has no 'final_stop'; did you mean 'final_step'"):
+        grade_again(out, grader=FINAL_STEP.replace("step", "stop"))
     with places.responses_path(out, "set").open("ab") as file:
         file.write(b'{"no": "response"}\n')
     with pytest.raises(ValueError, match="is not a response"):
-        grade_again(out, grader="final_step")
+        grade_again(out, grader=FINAL_STEP)
     assert (places.grades_path(out, "set").read_bytes(), (out / "settings.json").read_bytes()) == before
 
 

@@ -73,7 +73,7 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_response(chain_token
         client=client,  # type: ignore[arg-type]
         tokenizer=chain_tokenizer,
         end_ids=(chain_tokenizer.eos_token_id,),
-        reward=make_reward("final_step"),
+        reward=make_reward("megatron_minpro.tasks.arithmetic_chains.reward:final_step"),
         max_new_tokens=56,
         seed=5,
         policy_version=12,

@@ -447,13 +447,6 @@ def test_a_rank_without_a_driver_streams_its_weights_and_keeps_nothing(one_rank_
         trainer.publish(diary.run)
 
 
-def test_the_learning_rate_rises_over_the_warm_up_and_stays() -> None:
-    config = small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=3")  # 6 optimizer steps
-    rates = [trainer.learning_rate(config, version) for version in range(8)]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
-    assert trainer.learning_rate(small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=0"), 0) == 0.6
-
-
 def test_updates_get_the_rate_of_their_own_policy_version(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     config = small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=3")
     diary = Diary(config, one_rank_group, make_batch)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.rewards.answers import as_integer, last_answer_line, last_boxed
 from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
 from megatron_minpro.rewards.reward import MathVerifyReward, OverlongShaping, RewardResult, make_reward
+
+FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
 
 # sympy would compute this power exactly: hours, and more memory than there is. Kept in C code, so no Python signal handler runs.
 HANGS = "9^{9^{9^{9}}}"
@@ -299,31 +301,11 @@ def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(
 # ---------------------------------------------------------------------------------------------------------------- final step
 
 
-@pytest.mark.parametrize(
-    ("response", "finish_reason", "expected"),
-    [
-        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "stop", 1.0),
-        ("= 4 ;", "stop", 1.0),  # a lucky guess
-        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "length", 0.0),
-        ("3 + 4 = 7 ; 7 * 2 = 4 ;", "abort", 0.0),
-        ("3 + 4 = 7 ; 7 * 2 = 4", "stop", 0.0),
-        ("7 * 2 = 4 ; 3 + 4 = 7 ;", "stop", 0.0),  # the right number, but not last
-        ("7 * 2 = 4 ; ;", "stop", 0.0),
-        ("7 * 2 = 1 4 ;", "stop", 0.0),
-        ("7 * 2 = : ;", "stop", 0.0),
-        ("", "stop", 0.0),
-    ],
-)
-def test_final_step_wants_the_right_last_result_and_a_clean_stop(response: str, finish_reason: str, expected: float) -> None:
-    (result,) = make_reward("final_step").score([prompt("4")], [response], [finish_reason])
-    assert (result.reward, result.correct, result.error) == (expected, expected == 1.0, None)
-
-
 # ---------------------------------------------------------------------------------------------------------------- length, own function
 
 
 def test_overlong_shaping_is_eq_13_of_dapo() -> None:
-    reward = make_reward("final_step", overlong={"max_tokens": 100, "buffer_tokens": 20, "factor": 0.5})
+    reward = make_reward(FINAL_STEP, overlong={"max_tokens": 100, "buffer_tokens": 20, "factor": 0.5})
     lengths = [10, 80, 85, 90, 100, 120]
     results = reward.score([prompt("4")] * 6, ["= 4 ;"] * 6, ["stop"] * 6, num_response_tokens=lengths)
     assert [result.reward for result in results] == pytest.approx([1.0, 1.0, 0.875, 0.75, 0.5, 0.5])
@@ -334,32 +316,31 @@ def test_overlong_shaping_is_eq_13_of_dapo() -> None:
 
 def test_overlong_options_are_checked() -> None:
     with pytest.raises(ValueError, match="buffer_tokens = 0"):
-        OverlongShaping(make_reward("final_step"), max_tokens=10, buffer_tokens=0)
-    with pytest.raises(ValueError, match="did you mean 'buffer_tokens'"):
-        make_reward("final_step", overlong={"max_tokens": 10, "bufer_tokens": 2})
+        OverlongShaping(make_reward(FINAL_STEP), max_tokens=10, buffer_tokens=0)
+    with pytest.raises(ValueError, match=r"^reward\.name = .*buffer_tokens = 11, expected 1 to max_tokens = 10"):
+        make_reward(FINAL_STEP, overlong={"max_tokens": 10, "buffer_tokens": 11})
 
 
-def test_a_function_of_the_users_own_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_reward_module.py").write_text(
+def test_a_function_of_the_users_own_is_a_reward(users_module: Callable[[str], str]) -> None:
+    name = users_module(
         "def shorter(prompt, response, finish_reason, *, scale):\n"
         "    return scale / len(response) if response else 0\n"
         "def broken(prompt, response, finish_reason):\n"
         "    return 'good'\n"
         "NOT_A_FUNCTION = 3\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    results = make_reward("my_reward_module:shorter", scale=2).score([prompt("4")] * 2, ["abcd", ""], ["stop", "stop"])
+    results = make_reward(f"{name}:shorter", scale=2).score([prompt("4")] * 2, ["abcd", ""], ["stop", "stop"])
     assert [(result.reward, result.correct) for result in results] == [(0.5, True), (0.0, False)]
     with pytest.raises(ValueError, match="needs the option scale"):
-        make_reward("my_reward_module:shorter")
+        make_reward(f"{name}:shorter")
     with pytest.raises(ValueError, match="did you mean 'scale'"):
-        make_reward("my_reward_module:shorter", scales=2)
-    with pytest.raises(ValueError, match="has no function 'NOT_A_FUNCTION'"):
-        make_reward("my_reward_module:NOT_A_FUNCTION")
-    with pytest.raises(ValueError, match="No module named 'no_such_module'"):
+        make_reward(f"{name}:shorter", scales=2)
+    with pytest.raises(ValueError, match="NOT_A_FUNCTION is a int, expected a function"):
+        make_reward(f"{name}:NOT_A_FUNCTION")
+    with pytest.raises(ValueError, match="there is no module no_such_module"):
         make_reward("no_such_module:f")
     with pytest.raises(ValueError, match="returned 'good'"):
-        make_reward("my_reward_module:broken").score([prompt("4")], ["x"], ["stop"])
+        make_reward(f"{name}:broken").score([prompt("4")], ["x"], ["stop"])
 
 
 @pytest.mark.parametrize(
@@ -372,7 +353,7 @@ def test_a_function_of_the_users_own_is_a_reward(tmp_path: Path, monkeypatch: py
         ("math_verify", {"style": "dapo", "timeout_s": 0}, "timeout_s must be positive"),
         ("math_verify", {"style": "dapo", "workers": 0}, "workers must be at least 1"),
         ("math_verify", {"style": "dapo", "memory_mb": 1}, "memory_mb must be at least 512"),
-        ("final_step", {"style": "dapo"}, "final_step has no option 'style'"),
+        (FINAL_STEP, {"style": "dapo"}, r"reward\.style = 'dapo': .*final_step has no such option; known: none"),
     ],
 )
 def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -382,4 +363,4 @@ def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any
 
 def test_lists_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        make_reward("final_step").score([prompt("4")], ["= 4 ;"] * 2, ["stop"] * 2)
+        make_reward(FINAL_STEP).score([prompt("4")], ["= 4 ;"] * 2, ["stop"] * 2)

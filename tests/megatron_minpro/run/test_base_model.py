@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.run import base_model
 from parallel.actor import LocalTokens
 from parallel.packing import TokenSequence
@@ -86,7 +86,7 @@ def test_a_dense_model_can_be_made_too(tmp_path: Path) -> None:
     fields = "hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 8"
     more = "max_position_embeddings: 128, rope_theta: 100.0, rms_norm_eps: 1.0e-6, tie_word_embeddings: true"
     source = (REPOSITORY / "configs/tiny_moe_cpu.yaml").read_text()
-    start, end = source.index("    architecture:"), source.index("    tokenizer: null")
+    start, end = source.index("    architecture:"), source.index("    tokenizer: {name")
     path = tmp_path / "dense.yaml"
     path.write_text(source[:start] + f"    architecture: {{model_type: qwen3, {fields}, {more}}}\n" + source[end:])
     config = load_config(path, [f"model.path={tmp_path / 'model'}", "model.dtype=bfloat16", "rollout.dtype=bfloat16"])
@@ -113,7 +113,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> 
         ("prompts.max_prompt_tokens=40", False),
         ("model.warm_up.seed=9", True),
         ("model.warm_up.num_steps=10", True),
-        ("model.warm_up.noise={easy_error: 0.5}", True),
+        ("model.warm_up.examples.easy_error=0.5", True),
         ("model.warm_up.architecture.num_experts=4", True),
         ("model.dtype=bfloat16", True),
         ("prompts.options.num_operations=5", True),
@@ -143,19 +143,6 @@ def test_random_weights_do_not_depend_on_the_task(tmp_path: Path) -> None:
 
 
 # -- supervised learning ------------------------------------------------------------------------------------------------
-
-
-def test_the_rate_by_hand() -> None:
-    rate = [base_model.cosine_rate(step, 1000, peak=2.0) for step in range(1000)]
-    assert rate[0] == pytest.approx(2.0 / 50)
-    # Half way: 1/20 + 19/20 * 1/2.
-    assert rate[500] == pytest.approx(2.0 * 0.525)
-    # A quarter of the way, cos(pi / 4) = 0.70711.
-    assert rate[250] == pytest.approx(2.0 * (0.05 + 0.95 * (1 + 0.5**0.5) / 2))
-    assert rate[999] == pytest.approx(2.0 * 0.05, rel=1e-3)
-    assert max(rate) < 2.0
-    assert all(a < b for a, b in pairwise(rate[:50]))
-    assert all(a > b for a, b in pairwise(rate[50:]))
 
 
 def test_the_loss_shares_of_micro_batches_add_up_to_torchs_cross_entropy() -> None:
@@ -200,8 +187,8 @@ class Learner:
 
 
 def test_the_warm_up_trains_the_responses_of_new_worked_examples_every_step(tmp_path: Path, chain_tokenizer: Any) -> None:
-    noise = "model.warm_up.noise={easy_error: 0, hard_error: 0, lazy: 0, garble: 0}"
-    config = tiny(tmp_path, "model.warm_up.num_steps=3", "model.warm_up.batch_size=4", "model.warm_up.learning_rate=0.5", noise)
+    noise = [f"model.warm_up.examples.{name}=0" for name in ("easy_error", "hard_error", "lazy", "garble")]
+    config = tiny(tmp_path, "model.warm_up.num_steps=3", "model.warm_up.batch_size=4", "model.warm_up.learning_rate=0.5", *noise)
     learner, reports = Learner(), []
     assert config.model.warm_up is not None
     base_model.warm_up_actor(
@@ -212,7 +199,7 @@ def test_the_warm_up_trains_the_responses_of_new_worked_examples_every_step(tmp_
         report=lambda step, loss: reports.append((step, loss)),
     )
     assert reports == [(0, 1.0), (1, 2.0), (2, 3.0)]
-    assert learner.rates == [base_model.cosine_rate(step, 3, peak=0.5) for step in range(3)]
+    assert learner.rates == [base_model_rate(config.model.warm_up, step) for step in range(3)]
     texts = []
     for batch in learner.batches:
         assert len(batch) == 4
@@ -230,11 +217,52 @@ def test_the_warm_up_trains_the_responses_of_new_worked_examples_every_step(tmp_
     assert len(set(texts)) == len(texts) == 12
 
 
-def test_a_prompt_source_without_worked_examples_is_refused(tmp_path: Path, chain_tokenizer: Any) -> None:
+def test_examples_that_do_not_fit_the_prompts_are_refused(tmp_path: Path, chain_tokenizer: Any) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}) + "\n")
     overrides = [f"prompts.source={path}", "prompts.options={}", "prompts.question_field=question", "prompts.answer_field=answer"]
     config = tiny(tmp_path, "model.warm_up.num_steps=7", *overrides)
     assert config.model.warm_up is not None
-    with pytest.raises(ValueError, match=r"^model\.warm_up\.num_steps: 7, but .*questions\.jsonl' has no worked examples; use 0$"):
+    with pytest.raises(ValueError, match=r"^model\.warm_up\.examples\.name = .*: writes solutions of .* chains; .* found questions$"):
         base_model.warm_up_actor(Learner(), config.model.warm_up, config.prompts, chain_tokenizer, report=lambda *_: None)  # type: ignore[arg-type]
+
+
+OWN_EXAMPLES = """
+def pairs(prompts, seed, *, shout=False):
+    for a, b in [("1 + 2 :", "= 3 ;"), ("2 + 2 :", "= 4 ;")]:
+        yield a, b + (" ;" if shout else "")
+
+def none(prompts, seed):
+    return []
+"""
+
+
+def test_examples_of_the_users_own_are_learnt_over_and_over(
+    tmp_path: Path, chain_tokenizer: Any, users_module: Callable[[str], str]
+) -> None:
+    module = users_module(OWN_EXAMPLES)
+    steps = ["model.warm_up.num_steps=2", "model.warm_up.batch_size=3"]
+    config = tiny(tmp_path, *steps, f"model.warm_up.examples={{name: {module}:pairs, shout: true}}")
+    assert config.model.warm_up is not None
+    learner = Learner()
+    base_model.warm_up_actor(learner, config.model.warm_up, config.prompts, chain_tokenizer, report=lambda *_: None)  # type: ignore[arg-type]
+    texts = [
+        chain_tokenizer.decode(sequence.token_ids[1:][sequence.loss_mask], skip_special_tokens=True)
+        for batch in learner.batches
+        for sequence in batch
+    ]
+    assert texts == ["= 3 ; ;", "= 4 ; ;"] * 3
+    empty = tiny(tmp_path, *steps, f"model.warm_up.examples={{name: {module}:none}}").model.warm_up
+    assert empty is not None
+    with pytest.raises(ValueError, match="gave no examples"):
+        base_model.warm_up_actor(Learner(), empty, config.prompts, chain_tokenizer, report=lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_the_users_own_is_written_by_a_plug_in(tmp_path: Path, users_module: Callable[[str], str]) -> None:
+    module = users_module(
+        "from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer\n"
+        "def write(folder, *, digits):\n    build_tokenizer(folder, modulus=digits)\n"
+    )
+    model = tiny(tmp_path / "absent", f"model.warm_up.tokenizer={{name: {module}:write, digits: 3}}").model
+    with base_model.tokenizer_of(model) as tokenizer:
+        assert "2" in tokenizer.get_vocab() and "3" not in tokenizer.get_vocab()

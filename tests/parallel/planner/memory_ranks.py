@@ -22,7 +22,8 @@ from parallel import process_groups
 from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
-from parallel.optimizer import OptimizerSettings, inner_optimizers
+from parallel.optimizer import inner_optimizers
+from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence
 from rollout.sglang.server import free_ports
 

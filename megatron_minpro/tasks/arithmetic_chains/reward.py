@@ -1,0 +1,24 @@
+"""The reward: 1 for the right last step, else 0."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.rewards.reward import RewardResult
+
+_LAST_STEP = re.compile(r"= ([0-9]+) ;")
+
+
+def final_step(prompt: Prompt, response: str, finish_reason: str) -> RewardResult:
+    """1 if the response stopped by itself and its last words are `= r ;` with the right r, else 0.
+
+    Args:
+        prompt: its answer is the right r.
+        response: text, without special tokens.
+        finish_reason: "stop" when the response stopped by itself.
+    """
+    last_step = _LAST_STEP.fullmatch(" ".join(response.split()[-3:]))
+    extracted = None if last_step is None else last_step[1]
+    correct = finish_reason == "stop" and extracted is not None and int(extracted) == int(prompt.answer)
+    return RewardResult(reward=float(correct), correct=correct, extracted=extracted, error=None)
