@@ -346,8 +346,8 @@ def test_gsm8k_answers_come_from_behind_the_hashes_without_commas(tmp_path: Path
         ([{"question": "1", "answer": "1"}], {"answer_format": "boxed"}, r"holds no answer in the format 'boxed'"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "bocksed"}, r"did you mean 'boxed'"),
         ([{"question": "1", "answer": "1"}], {"preset": "dapo_math"}, r"did you mean 'dapo'"),
-        ([{"question": "1", "answer": "1"}], {"wrapper": "dappo"}, r"wrapper = 'dappo' is neither a known wrapper \(dapo, boxed\)"),
-        ([{"question": "1", "answer": "1"}], {"answer_field": None}, r"prompts.answer_field is needed"),
+        ([{"question": "1", "answer": "1"}], {"wrapper": "dappo"}, r"prompts\.wrapper = 'dappo': expected dapo, boxed or a text"),
+        ([{"question": "1", "answer": "1"}], {"answer_field": None}, r"prompts\.answer_field = None: needed to read"),
         ([{"question": "1", "answer": "1"}], {"options": {"split": "train"}}, r"\['split'\] have no meaning for a file"),
         ([{"question": "1", "answer": "1"}], {"max_prompt_tokens": 0}, r"max_prompt_tokens must be at least 1"),
         ([], {}, r"no prompt is left of .*0 prompts from 0 rows"),
@@ -373,7 +373,7 @@ def test_unreadable_files_and_unknown_sources_are_named(tmp_path: Path, chain_to
     ]:
         with pytest.raises(ValueError, match=message):
             load(chain_tokenizer, tmp_path / name)
-    with pytest.raises(ValueError, match=r"'arithmetic_chain' is not .* and not a plug-in \(package.module:function\)"):
+    with pytest.raises(ValueError, match=r"'arithmetic_chain': not a .jsonl.*, not package.module:function"):
         load(chain_tokenizer, Path("arithmetic_chain"))
 
 
