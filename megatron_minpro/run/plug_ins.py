@@ -23,9 +23,8 @@ def check_plug_ins(config: RunConfig) -> None:
         make_objective(config.objective.name, **config.objective.options)
         make_advantages(config.advantages.estimator, **config.advantages.options)
         make_reward(config.reward.name, overlong=config.reward.overlong_options, **config.reward.options).close()
-        check_prompts(section="prompts", **config.prompts.model_dump())
-        if config.evaluation is not None:
-            check_prompts(section="evaluation.prompts", **config.evaluation.prompts.model_dump())
+        for section, prompts in config.prompt_sections.items():
+            check_prompts(section=section, **prompts.model_dump())
         for tracker in config.tracking.trackers:
             make_tracker(tracker, config.run_dir)
         WEIGHT_SYNCS.find(config.rollout.weight_sync, {}, passed=1)
