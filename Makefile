@@ -17,7 +17,7 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test test-slurm test-faults overlay lint format bench bench-gpu plan-report clean
+.PHONY: help setup setup-gpu train test test-slurm test-faults overlay lint format docs bench bench-gpu plan-report clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ bench: $(TRAINER) ## measure: a table, and JSON in runs/benchmarks
 
 bench-gpu: $(TRAINER) ## measure on a CUDA device: parity, scan, log-probs, actor step; without one it says so
 	.venv/bin/python tests/benchmarks/gpu.py --out runs/benchmarks $(ARGS)
+
+docs: $(TRAINER) ## the reference pages that are made from the code
+	.venv/bin/python -m megatron_minpro.tracking.metrics_reference
 
 plan-report: $(TRAINER) ## the planner's predictions beside published steps: errors and a parity plot in runs/plan_report
 	.venv/bin/python -m parallel.planner.accuracy runs/plan_report

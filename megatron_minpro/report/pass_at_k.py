@@ -63,10 +63,22 @@ def estimate_pass_at_k(
     num_resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> PassAtK:
-    """Mean pass@k over problems; num_samples and num_correct: one entry per problem.
+    """Mean pass@k over problems, and its interval.
 
     The interval resamples problems with replacement (percentile bootstrap), so it says how far another draw of such problems would move
-    the mean. With few problems, or all of them alike, it is too narrow. Raises ValueError for impossible counts.
+    the mean. With few problems, or all of them alike, it is too narrow.
+
+    Args:
+        num_samples: per problem.
+        num_correct: per problem.
+        k: samples of which one must be correct.
+        estimator: unbiased or bootstrap, see the functions of these names.
+        seed: of the resampling.
+        num_resamples: how often problems are drawn.
+        confidence: share of the resampled means inside the interval.
+
+    Raises:
+        ValueError: the counts are impossible, or an option is.
     """
     if len(num_samples) != len(num_correct) or len(num_samples) == 0:
         raise ValueError(f"pass@k needs one entry per problem, got {len(num_samples)} sample and {len(num_correct)} correct counts")

@@ -93,7 +93,15 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 
 
 def paragraph(summary: Mapping[str, Any], *, name: str, objective: str, staleness: int, run_dir: str | Path) -> str:
-    """One paragraph for the end of the run."""
+    """One paragraph for the end of the run.
+
+    Args:
+        summary: of build_summary.
+        name: of the run.
+        objective: its name.
+        staleness: of the run.
+        run_dir: the run folder, for people to look into.
+    """
     lag = "" if summary["lag_min"] is None else f" (policy lag {summary['lag_min']:.0f} to {summary['lag_max']:.0f} updates after the ramp)"
     measures = [key.removesuffix("_before") for key in summary if key.endswith("_before")]
     evaluated = ", ".join(

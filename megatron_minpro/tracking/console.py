@@ -28,15 +28,15 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A number worth watching."""
+    """A number worth watching: the sum of some metrics."""
 
     label: str
-    keys: tuple[str, ...]  # added up
+    names: tuple[str, ...]  # of metrics
     format: str
 
     def text(self, line: Metrics) -> str:
         """The number as shown; a dash when the line has none."""
-        values = [value for key in self.keys if (value := line.get(key)) is not None]
+        values = [value for name in self.names if (value := line.get(name)) is not None]
         return format(sum(values), self.format) if values else "-"
 
 
@@ -72,11 +72,7 @@ class MetricsTail:
 
 
 class Console:
-    """Shows run_dir as it grows. Call refresh() every half second or so; log() for lines that stay.
-
-    num_global_steps: batches to train. resumed_from: lines of global steps up to this one belong to an earlier attempt and are not
-    printed again. alarms: what to say of a line of metrics, None when all is well; each alarm is raised once.
-    """
+    """Shows a run folder as it grows. Call refresh() every half second or so; log() for lines that stay."""
 
     def __init__(
         self,
@@ -87,7 +83,16 @@ class Console:
         resumed_from: int | None = None,
         alarms: Sequence[Callable[[Metrics], str | None]] = (),
         out: RichConsole | None = None,
-    ):
+    ) -> None:
+        """
+        Args:
+            run_dir: the run folder.
+            num_global_steps: batches to train.
+            name: of the run.
+            resumed_from: lines of global steps up to this one belong to an earlier attempt and are not printed again.
+            alarms: what to say of a line of metrics, None when all is well. Each speaks once.
+            out: where to print; stdout by default.
+        """
         self._run_dir = Path(run_dir)
         self._num_global_steps = num_global_steps
         self._name = name

@@ -81,6 +81,7 @@ def test_wandb_gets_the_same_numbers_without_a_network(tmp_path: Path) -> None:
     assert "policy/entropy" not in rows[0]
     [run] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name) == ("chains", "tiny")
+    assert run.run_id == (tmp_path / "wandb/run_id").read_text(), "a resumed attempt continues this wandb run"
     assert items(run.config.update)["seed"] == 3
     summary = {}
     for record in records:
