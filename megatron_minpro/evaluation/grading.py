@@ -10,7 +10,7 @@ from typing import Protocol
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Response
-from megatron_minpro.rewards.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.rewards.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer
 from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
 from megatron_minpro.rewards.reward import Reward, make_reward
 
@@ -53,7 +53,10 @@ class MathGrader:
         self._known: OrderedDict[tuple[str, str, Tolerance], Verdict] = OrderedDict()
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[Grade]:
-        answers = [extract_answer(response.text, style=self._style, truncated=response.finish_reason != "stop") for response in responses]
+        answers = [
+            extract_answer(response.text, style=self._style, truncated=response.finish_reason != "stop", label=problem.label)
+            for problem, response in zip(problems, responses, strict=True)
+        ]
         asked = [
             (problem.label, answer, problem.tolerance) for problem, answer in zip(problems, answers, strict=True) if answer is not None
         ]
@@ -82,7 +85,7 @@ class MathGrader:
     def _ask(self, questions: Sequence[tuple[str, str, Tolerance]]) -> list[Verdict]:
         new = list(dict.fromkeys(question for question in questions if question not in self._known))
         verdicts = self._pool.compare(
-            [(for_math_verify(label), for_math_verify(answer)) for label, answer, _ in new],
+            [(label, answer) for label, answer, _ in new],
             tolerances=[tolerance for _, _, tolerance in new],
         )
         fresh = dict(zip(new, verdicts, strict=True))

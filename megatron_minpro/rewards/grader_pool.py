@@ -1,7 +1,8 @@
 """Worker processes that compare answers with math-verify, each answer under a wall-clock limit.
 
-A worker that overruns its limit is killed, one that dies is replaced, and the answer at fault gets an error instead of a verdict: grading
-never stops a run. Only a worker that cannot even start is fatal, for then no answer could be graded.
+A worker that overruns its limit is stopped, one that dies is replaced, and the answer at fault gets an error instead of a verdict: grading
+never stops a run. The successor stands ready (see grader_worker.py), so an overrun costs its time limit and a few milliseconds.
+Only a worker that cannot even start is fatal, for then no answer could be graded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,14 +20,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_minpro.rewards.answers import EXACT, Tolerance
+from megatron_minpro.rewards.grader_signal import STOP_SIGNAL
 from megatron_minpro.working_folder import child_environment
 
-_WORKER_FILE = Path(__file__).with_name("grader_worker.py")
+_WORKER_MODULE = "megatron_minpro.rewards.grader_worker"
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
+_END_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,68 +40,101 @@ class Verdict:
 
 
 class _Worker:
-    """One process. Replies are read from the raw pipe, because select does not see what a buffered reader already holds."""
+    """One grading worker. Replies are read from the raw pipe, because select does not see what a buffered reader already holds."""
 
     def __init__(self, memory_bytes: int) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        # -P: the package's own folder must not shadow modules of the same name. No thread pools in a process that does one thing.
+        # -P: the current folder must not shadow modules. No thread pools in a process that does one thing.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER_FILE), str(memory_bytes)],
+            [sys.executable, "-P", "-m", _WORKER_MODULE, str(memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env={**child_environment(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # a Ctrl-C is for the run, which then closes its workers
         )
+        assert self._process.stdout is not None
+        self._replies = self._process.stdout.fileno()
         self._received = b""
-        ready = self._read_line(_START_TIMEOUT_S)
-        if ready is None or "ready" not in ready:
+        self._asked = 0
+        self.pid = 0  # of the process that answers; a new one after each that was stopped or died
+        if not self._becomes_ready(_START_TIMEOUT_S):
             self._stderr.seek(0)
-            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+            lines = self._stderr.read().decode(errors="replace").strip().split("\n")
             self.close()
-            raise RuntimeError(f"the math-verify worker ({sys.executable} {_WORKER_FILE}) did not start: {' | '.join(lines[-3:])}")
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+            raise RuntimeError(f"the math-verify worker ({sys.executable} -m {_WORKER_MODULE}) did not start: {' | '.join(lines[-3:])}")
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
     def ask(self, label: str, answer: str, tolerance: Tolerance, timeout_s: float) -> Verdict:
-        assert self._process.stdin is not None
+        """A verdict on one answer. After a timeout or a crash the next question finds a new process."""
+        self._asked += 1
         fields = {"label": label, "answer": answer, "relative": tolerance.relative, "absolute": tolerance.absolute, "limit_s": timeout_s}
-        request = json.dumps(fields) + "\n"
-        try:
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
+        while self._received or select.select([self._replies], [], [], 0)[0]:  # late replies, and a successor's first word
+            if (late := self._read_line(1.0)) is None:
+                break
+            self.pid = late.get("ready", self.pid)
+        if not self._send((json.dumps({"number": self._asked, **fields}) + "\n").encode()):
             return Verdict(equal=None, error="crash")
-        reply = self._read_line(timeout_s)
-        if reply is None:
-            return Verdict(equal=None, error="timeout" if self.alive() else "crash")
-        return Verdict(equal=reply.get("equal"), error=reply.get("error"))
+        deadline = time.monotonic() + timeout_s
+        began = False
+        while (reply := self._read_line(deadline - time.monotonic())) is not None:
+            if "ready" in reply:  # the process that was to answer has died, and this is its successor
+                self.pid = reply["ready"]
+                if began:
+                    return Verdict(equal=None, error="crash")
+                # Otherwise it died while idle: the successor reads the question, and no answer is to blame.
+            elif reply.get("began") == self._asked:
+                began = True
+            elif reply.get("number") == self._asked:
+                return Verdict(equal=reply.get("equal"), error=reply.get("error"))
+        if not self.alive():
+            return Verdict(equal=None, error="crash")
+        self._process.send_signal(STOP_SIGNAL)
+        self._becomes_ready(_START_TIMEOUT_S)
+        return Verdict(equal=None, error="timeout")
 
     def close(self) -> None:
-        """Kill and reap; harmless when the process is gone."""
-        self._process.kill()
-        self._process.wait()
+        """End and reap both processes; harmless when they are gone."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)  # start_new_session made it the group's leader
+            self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):  # unsent bytes for a process that is gone
                 stream.close()
         self._stderr.close()
 
+    def _send(self, request: bytes) -> bool:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _becomes_ready(self, timeout_s: float) -> bool:
+        """Read until a process says that it is ready; False at the time limit or when none is left."""
+        deadline = time.monotonic() + timeout_s
+        while (reply := self._read_line(deadline - time.monotonic())) is not None:
+            if "ready" in reply:
+                self.pid = reply["ready"]
+                return True
+        return False
+
     def _read_line(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next reply, or None at the time limit or when the process has ended."""
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
+        """The next reply, or None at the time limit or when the processes have ended."""
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._received:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
+            if remaining <= 0 or not select.select([self._replies], [], [], remaining)[0]:
                 return None
-            chunk = os.read(descriptor, 65536)
+            chunk = os.read(self._replies, 65536)
             if not chunk:
                 self._process.wait()  # so that alive() tells the truth
                 return None
@@ -159,7 +195,7 @@ class GraderPool:
             if worker is None:
                 worker = _Worker(self._memory_bytes)
             verdict = worker.ask(*pair, tolerance, self._timeout_s)
-            if verdict.error in ("timeout", "crash"):
+            if not worker.alive():
                 worker.close()
                 worker = None
             return verdict

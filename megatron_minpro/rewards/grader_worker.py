@@ -1,67 +1,88 @@
-"""The process that runs math-verify: one JSON request per line on stdin, one JSON reply per line on stdout.
+"""The process that grades: one JSON request per line on stdin, JSON replies on stdout.
 
-It may hang or die on a hostile expression; grader_pool.py, which started it, then kills and replaces it. Run by file path, so it imports
-nothing of this package.
+It may hang or die on a hostile expression. So it is two processes. The first one imports everything and then only waits; the second one is
+its fork and answers. When grader_pool.py stops the second one (STOP_SIGNAL to the first), a new fork answers a few milliseconds later:
+nothing is imported again, and any number of bombs in a row costs their time limits alone.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import resource
 import signal
 import sys
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
-# math-verify compares through floats of 15 digits in places; integers at least this large are compared exactly instead.
-_EXACT_FROM = 10**15
-# It rounds to 6 decimals: numbers below the first value are compared to the second, as a part of the label, instead.
-_SMALL_BELOW, _SMALL_RELATIVE = 1e-3, 1e-4
+from megatron_minpro.rewards.equality import same_answer
+from megatron_minpro.rewards.grader_signal import STOP_SIGNAL
+from megatron_minpro.rewards.mathematics import same_mathematics
 
 
 def equal_answers(label: str, answer: str, *, relative: float = 0.0, absolute: float = 0.0) -> bool:
     """Whether an answer states the same mathematical object as the label, or a number as near to it as the two tolerances allow.
 
-    relative: times the label's size. Raises ValueError for a label nobody can read.
+    Args:
+        label: as the data set has it.
+        answer: as the model wrote it, box or marker removed.
+        relative: tolerance as a part of the label's size.
+        absolute: tolerance in the label's unit.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: nobody can read the label.
     """
-    import sympy
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # No time limit here: math-verify's own cannot interrupt C code; the parent's clock is the only one.
-    # LaTeX alone: where that cannot be read, math-verify would otherwise take the last number in the text for the answer.
-    reading = [LatexExtractionConfig()]
-    expected = parse(_as_math(label), extraction_config=reading, parsing_timeout=None)
-    found = parse(_as_math(answer), extraction_config=reading, parsing_timeout=None)
-    if not expected:
-        raise ValueError(f"label {label!r} is not readable mathematics")
-    wanted, given = _as_number(expected), _as_number(found)
-    distance = None if wanted is None or given is None else abs(wanted - given)
-    if distance is not None and wanted is not None and 0 < distance <= max(relative * abs(wanted), absolute):
-        return True
-    if not verify(expected, found, timeout_seconds=None):
-        return False
-    if distance is not None and wanted is not None and given is not None and max(abs(wanted), abs(given)) < _SMALL_BELOW:
-        return distance <= _SMALL_RELATIVE * abs(wanted)
-    if isinstance(expected[0], sympy.Integer) and abs(int(expected[0])) >= _EXACT_FROM:
-        value = found[0].doit() if isinstance(found[0], sympy.Basic) else None
-        return isinstance(value, sympy.Integer) and value == expected[0]
-    return True
+    mathematics = functools.partial(same_mathematics, relative=relative, absolute=absolute)
+    return same_answer(label, answer, relative=relative, absolute=absolute, same_mathematics=mathematics)
 
 
-def _as_number(parsed: list[Any]) -> complex | None:
-    """The value of what math-verify has read, when it is one finite number."""
-    import sympy
+def answer_requests(replies: TextIO) -> None:
+    """Answer until stdin ends. A first reply names this process; each request is acknowledged before its verdict."""
+    sys.set_int_max_str_digits(0)  # a label or an answer may be a long integer; the clock limits the work
+    _write(replies, {"ready": os.getpid()})
+    for line in sys.stdin:
+        request: dict[str, Any] = json.loads(line)
+        _write(replies, {"began": request["number"]})
+        # No Python handler: the kernel ends this process even inside C code. So it cannot outlive a parent that was killed meanwhile.
+        signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"] + 1)
+        reply: dict[str, Any]
+        try:
+            equal = equal_answers(request["label"], request["answer"], relative=request["relative"], absolute=request["absolute"])
+            reply = {"equal": equal}
+        except MemoryError:
+            reply = {"error": "memory limit"}
+        except Exception as error:  # any expression may break the parser in any way; the parent counts it as a grading error
+            reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(replies, {**reply, "number": request["number"]})
 
-    if not parsed or not isinstance(parsed[0], sympy.Expr) or not parsed[0].is_number:
-        return None
-    value = parsed[0].doit().evalf()  # percentages come as products that sympy was told not to work out
-    return complex(value) if value.is_finite else None
+
+def _write(replies: TextIO, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
 
 
-def _as_math(text: str) -> str:
-    """One math expression: "$69$,$84$" and "69,84" become "$69,84$", "90\\%" keeps its sign."""
-    return f"${text.replace('$', '').strip()}$"
+class _Answering:
+    """The fork that answers, as the waiting process knows it."""
+
+    def __init__(self) -> None:
+        self.pid = 0  # 0: none at this moment
+
+    def kill(self, *_: int | FrameType | None) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def end(self, *_: int | FrameType | None) -> None:
+        """Kill it, reap it and leave."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os._exit(0)
 
 
 def main() -> None:
@@ -71,24 +92,28 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not look like a reply
     logging.disable(logging.WARNING)
-    equal_answers("\\frac{1}{2}", "0.5")  # imports and compiles everything before the first clock starts
-    replies.write(json.dumps({"ready": os.getpid()}) + "\n")
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        reply: dict[str, Any]
-        # No Python handler: the kernel ends this process even inside C code. So it cannot outlive a parent that was killed meanwhile.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"] + 1)
-        try:
-            reply = {
-                "equal": equal_answers(request["label"], request["answer"], relative=request["relative"], absolute=request["absolute"])
-            }
-        except MemoryError:
-            reply = {"error": "memory limit"}
-        except Exception as error:  # any expression may break the parser in any way; the parent counts it as a grading error
-            reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(reply) + "\n")
+    equal_answers("\\frac{x}{2}", "0.5x")  # imports and compiles everything before the first clock starts
+
+    answering = _Answering()
+    signal.signal(STOP_SIGNAL, answering.kill)
+    signal.signal(signal.SIGTERM, answering.end)
+    own_signals = {STOP_SIGNAL, signal.SIGTERM}
+    while True:
+        signal.pthread_sigmask(signal.SIG_BLOCK, own_signals)  # until `pid` says whom a signal is for
+        pid = os.fork()
+        if pid == 0:
+            for number in (*own_signals, signal.SIGALRM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, own_signals)
+            answer_requests(replies)
+            os._exit(0)
+        answering.pid = pid
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, own_signals)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # still a zombie, so that a late signal finds nobody else under its number
+        answering.pid = 0
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status):
+            return  # stdin has ended
 
 
 if __name__ == "__main__":

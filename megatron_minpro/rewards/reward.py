@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.objectives.options import check_number
 from megatron_minpro.registry import PlugInError, PlugIns
-from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer, for_math_verify
+from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer
 from megatron_minpro.rewards.grader_pool import GraderPool
 
 
@@ -80,7 +80,7 @@ class MathVerifyReward:
         results: list[RewardResult] = []
         undecided: list[tuple[int, str, str]] = []  # index, label, answer
         for index, (prompt, response, finish_reason) in enumerate(zip(prompts, responses, finish_reasons, strict=True)):
-            extracted = extract_answer(response, style=self._style, truncated=finish_reason != "stop")
+            extracted = extract_answer(response, style=self._style, truncated=finish_reason != "stop", label=prompt.answer)
             if extracted is None:
                 results.append(_judged(False, None))
                 continue
@@ -91,7 +91,7 @@ class MathVerifyReward:
             results.append(_judged(False, extracted))  # until the workers have spoken
             undecided.append((index, prompt.answer, extracted))
 
-        judgements = self._pool.compare([(for_math_verify(label), for_math_verify(answer)) for _, label, answer in undecided])
+        judgements = self._pool.compare([(label, answer) for _, label, answer in undecided])
         for (index, _, answer), judgement in zip(undecided, judgements, strict=True):
             if judgement.error is not None:
                 self.error_counts[judgement.error.partition(":")[0]] += 1

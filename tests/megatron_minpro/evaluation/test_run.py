@@ -43,7 +43,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         out = tmp_path / name
         problems = [
-            Problem(problem_id=f"p{n}", question=f"q{n}", label=label, relative_tolerance=0.0, absolute_tolerance=0.0)
+            Problem(problem_id=f"p{n}", question=f"q\u2028{n}\u0085", label=label, relative_tolerance=0.0, absolute_tolerance=0.0)
             for n, label in enumerate(labels)
         ]
         for path in (places.problems_path(out, "set"), places.responses_path(out, "set")):
@@ -111,14 +111,14 @@ def test_kept_responses_are_graded_counted_and_shown(make_folder: Callable[..., 
 
 
 def test_grading_again_with_another_grader_replaces_the_grades_and_says_so(make_folder: Callable[..., Path]) -> None:
-    out = make_folder("a", answers={n: ("= 5 ;", "5") for n in range(3)}, labels=("5", "5", "6"))
+    out = make_folder("a", answers={n: ("1 + 3 = 5 ;", "5") for n in range(3)}, labels=("5", "5", "6"))
     grade_again(out)
     first = places.grades_path(out, "set").read_bytes()
     results, _ = grade_again(out, timeout_s=20.0)
     assert places.grades_path(out, "set").read_bytes() == first
     settings = read_settings(out)
     assert settings is not None and settings.grading == GradingSettings(grader="math_verify", timeout_s=20.0)
-    assert results["benchmarks"]["set"]["correct"] == 2  # "5" for two labels; "= 5 ;" is no number
+    assert results["benchmarks"]["set"]["correct"] == 2  # "5" for two labels; "1 + 3 = 5 ;" is false
     grade_again(out, grader=FINAL_STEP)
     assert sum(grade.correct for grade in read_grades(places.grades_path(out, "set"))) == 0
 

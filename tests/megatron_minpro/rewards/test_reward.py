@@ -225,6 +225,16 @@ def test_a_hang_costs_its_time_limit_is_counted_and_the_next_answer_is_graded() 
     assert 2.0 <= seconds < 30.0  # the limit, and starting another worker on a busy machine
 
 
+def test_bombs_in_a_row_cost_their_time_limits_alone() -> None:
+    with GraderPool(workers=1, timeout_s=1, memory_mb=4096) as pool:
+        pool.compare([("\\pi", "\\pi")])
+        start = time.monotonic()
+        verdicts = pool.compare([("7", HANGS)] * 3 + [("\\frac{\\pi}{2}", "\\pi/2")])
+        seconds = time.monotonic() - start
+    assert [verdict.error for verdict in verdicts] == ["timeout"] * 3 + [None] and verdicts[-1].equal
+    assert 3.0 <= seconds < 3.0 + 3.0  # a worker that had to import sympy again would cost 2 s and more, three times
+
+
 def test_a_worker_killed_while_grading_is_a_counted_crash_and_is_replaced() -> None:
     with GraderPool(workers=1, timeout_s=60, memory_mb=4096) as pool:
         assert pool.compare([("\\pi", "\\pi")]) == [Verdict(equal=True, error=None)]
@@ -240,7 +250,7 @@ def test_a_worker_killed_while_idle_is_replaced_without_blaming_an_answer() -> N
         pool.compare([("\\pi", "\\pi")])
         (pid,) = pool.worker_pids()
         os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z":  # dead, not yet reaped
+        while Path(f"/proc/{pid}").exists():
             time.sleep(0.01)
         assert pool.compare([("\\frac12", "0.5")]) == [Verdict(equal=True, error=None)]
 
