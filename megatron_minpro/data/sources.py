@@ -212,7 +212,7 @@ def field_text(value: Any, path: str, *, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value.strip()
+        return _whole_text(value, path, where=where).strip()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: field {path!r} is a {type(value).__name__}, expected text or a number")
     if not math.isfinite(value):
@@ -319,8 +319,19 @@ def preceding_messages(row: Mapping[str, Any], question_field: str, *, where: st
         for key, value in message.items():
             if not isinstance(value, str):
                 raise ValueError(f"{where}: field '{place}.{key}' is a {type(value).__name__}, expected text")
+            _whole_text(value, f"{place}.{key}", where=where)
         found.append(message)
     return tuple(found)
+
+
+def _whole_text(text: str, path: str, *, where: str) -> str:
+    """The text, which must be one that UTF-8 can hold: half of a surrogate pair, as in JSON's "\\ud83d", is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{where}: field {path!r} holds {half} alone at character {error.start}, half of a surrogate pair") from error
+    return text
 
 
 def _answer(stored: Any, answer_field: str, answer_format: str, *, where: str) -> Any:

@@ -159,21 +159,38 @@ def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["compl
 
 
 def read_openai(answer: Any, sample: Wanted) -> Response | None:
-    """The response in an answer of either OpenAI API; None when the server aborted it. Raises ValueError saying what is wrong with it."""
+    """The response in an answer of either OpenAI API.
+
+    One sample's fate must not end an evaluation: whatever reason a server gives for ending a response is kept as it is. Where a reasoning
+    parser left no content, the reasoning is the text, marked as such: the native API would have graded the same tokens.
+
+    Args:
+        answer: the decoded JSON.
+        sample: what was asked for.
+
+    Returns:
+        The response; None when the server aborted it.
+
+    Raises:
+        ValueError: saying what is wrong with the answer.
+    """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1:
         raise ValueError(f"the answer holds no single choice: {str(answer)[:200]}")
     finish_reason = choices[0].get("finish_reason")
     if finish_reason == "abort":
         return None
-    if finish_reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason is {finish_reason!r}, expected stop or length")
+    if not isinstance(finish_reason, str) or not finish_reason:
+        raise ValueError(f"finish_reason is {finish_reason!r}, expected stop, length or another word")
     message = choices[0].get("message")
-    text = choices[0].get("text") if message is None else message.get("content") or ""  # null: nothing but hidden reasoning
+    text = choices[0].get("text") if message is None else message.get("content")
+    without_content = message is not None and text is None
+    if without_content:
+        text = message.get("reasoning_content") or message.get("reasoning") or ""
     num_tokens = (answer.get("usage") or {}).get("completion_tokens")
     if not isinstance(text, str) or not isinstance(num_tokens, int):
         raise ValueError(f"the answer lacks its text or usage.completion_tokens: {str(answer)[:200]}")
-    return _response(sample, text, finish_reason, num_tokens)
+    return replace(_response(sample, text, finish_reason, num_tokens), without_content=without_content)
 
 
 def served_model(endpoint: str, *, api_key: str | None, timeout_s: float = 30.0) -> str:

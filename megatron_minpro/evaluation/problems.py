@@ -73,11 +73,12 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
 def load_problems(path: Path) -> list[Problem]:
     """What write_problems wrote. Raises ValueError naming file and line."""
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            problems.append(Problem(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: line {number} is not a problem: {error}") from error
+    with path.open("rb") as file:  # by line feeds alone: a question may contain U+2028 and other ends of lines
+        for number, line in enumerate(file, start=1):
+            try:
+                problems.append(Problem(**json.loads(line)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: line {number} is not a problem: {error}") from error
     return problems
 
 

@@ -18,8 +18,9 @@ class Response:
     problem_id: str
     sample: int  # 0, 1, ... within its problem
     text: str
-    finish_reason: str  # stop | length
+    finish_reason: str  # stop | length, or what else an endpoint says: content_filter, tool_calls ...
     num_tokens: int
+    without_content: bool = False  # the endpoint gave no content; `text` is the reasoning that its parser took apart, or nothing
 
     @property
     def key(self) -> Key:

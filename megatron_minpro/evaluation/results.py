@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,22 @@ def table_2(model: str, counts: Sequence[Counts]) -> Table | None:
 
 def _remarks(out: Path, counts: list[Counts], differing: int) -> str:
     samples = sum(sum(item.num_samples) for item in counts)
-    errors = {kind: 0 for item in counts for kind in item.grading_errors}
-    for item in counts:
-        for kind, number in item.grading_errors.items():
-            errors[kind] += number
-    failures = ", ".join(f"{number:,} {kind}" for kind, number in errors.items()) or "none"
+    failures = _listed([item.grading_errors for item in counts]) or "none"
+    endings = _listed([item.other_endings for item in counts])
+    without_content = sum(item.without_content for item in counts)
+    said = f", ended otherwise: {endings}" if endings else ""
+    if without_content:
+        said += (
+            f", {without_content:,} without content (their reasoning was graded; a server without a reasoning parser gives the whole text)"
+        )
     return (
         f"{samples:,} samples: {sum(item.without_answer for item in counts):,} without an answer, "
-        f"{sum(item.truncated for item in counts):,} cut by the length limit; failures of the grader: {failures}; "
+        f"{sum(item.truncated for item in counts):,} cut by the length limit{said}; failures of the grader: {failures}; "
         f"math-verify and plain comparison differ on {differing:,} samples ({out / places.TABLES_FOLDER / 'disagreements.md'})"
     )
+
+
+def _listed(counts: Sequence[Mapping[str, int]]) -> str:
+    """The sums of several counts: "2 timeout, 1 crash"."""
+    total = sum((Counter(count) for count in counts), Counter[str]())
+    return ", ".join(f"{number:,} {kind}" for kind, number in total.items())

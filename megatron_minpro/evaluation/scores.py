@@ -39,6 +39,8 @@ class Counts:
     num_correct: tuple[int, ...]  # [P]
     without_answer: int
     truncated: int  # cut by the length limit
+    other_endings: dict[str, int]  # what an endpoint called the end of a response, other than stop and length: content_filter ...
+    without_content: int  # an endpoint gave reasoning or nothing, but no content
     grading_errors: dict[str, int]  # timeout, crash, exceptions: math-verify failed on so many samples
     num_tokens: int
 
@@ -55,10 +57,13 @@ class Incomplete(ValueError):
 def count(benchmark: str, title: str, problems: Sequence[Problem], *, responses: Path, grades: Path, samples: int) -> Counts:
     """Read both files once. Raises Incomplete when they do not hold exactly `samples` graded responses to every problem."""
     sampled: Counter[str] = Counter()
-    truncated = num_tokens = 0
+    truncated = num_tokens = without_content = 0
+    other_endings: Counter[str] = Counter()
     for _, response in read_responses(responses):
         sampled[response.problem_id] += 1
-        truncated += response.finish_reason != "stop"
+        truncated += response.finish_reason == "length"
+        other_endings.update([response.finish_reason] if response.finish_reason not in ("stop", "length") else [])
+        without_content += response.without_content
         num_tokens += response.num_tokens
     graded: Counter[str] = Counter()
     correct: Counter[str] = Counter()
@@ -84,6 +89,8 @@ def count(benchmark: str, title: str, problems: Sequence[Problem], *, responses:
         num_correct=tuple(correct[name] for name in ids),
         without_answer=without_answer,
         truncated=truncated,
+        other_endings=dict(other_endings),
+        without_content=without_content,
         grading_errors=dict(errors),
         num_tokens=num_tokens,
     )
@@ -169,6 +176,8 @@ def as_json(counts: Counts) -> dict[str, Any]:
         "correct": sum(counts.num_correct),
         "without_answer": counts.without_answer,
         "truncated": counts.truncated,
+        "other_endings": counts.other_endings,
+        "without_content": counts.without_content,
         "grading_errors": counts.grading_errors,
         "mean_tokens": counts.num_tokens / samples,
         "pass_at_k": [

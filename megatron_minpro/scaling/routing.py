@@ -5,9 +5,9 @@ Shapes: N sequences, L layers, E experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.scaling.study import Case
+from megatron_minpro.tracking.json_lines import read_json_lines
 from parallel.expert_load import RoutedTokens, load_of
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
@@ -51,8 +52,7 @@ def real_sequences(config: RunConfig, *, count: int) -> tuple[list[tuple[int, ..
     tokenizer = load_tokenizer(Path(config.model.path))
     files = sorted((config.run_dir / "rollouts").glob("step_*.jsonl"))
     if files:
-        lines = [line for path in reversed(files) for line in path.read_text(encoding="utf-8").splitlines()][:count]
-        records = [json.loads(line) for line in lines]
+        records = list(islice((record for path in reversed(files) for _, record in read_json_lines(path)), count))
         prompts = encode_prompts(tokenizer, [record["prompt"] for record in records])
         answers = tokenizer([record["response"] for record in records], add_special_tokens=False)["input_ids"]
         what = f"prompts and responses in {config.run_dir / 'rollouts'}"

@@ -342,6 +342,17 @@ def test_gsm8k_answers_come_from_behind_the_hashes_without_commas(tmp_path: Path
         ([{"question": "1", "answer": math.nan}], {}, r"x\.jsonl: line 1: field 'answer' is nan, expected text or a finite number$"),
         ([{"question": "1", "answer": math.inf}], {}, r"x\.jsonl: line 1: field 'answer' is inf, expected text or a finite number$"),
         ([{"question": -math.inf, "answer": "1"}], {}, r"x\.jsonl: line 1: field 'question' is -inf, expected text or a finite number$"),
+        (
+            [{"question": "1", "answer": "1"}, {"question": "2 \ud83d", "answer": "1"}],
+            {},
+            r"x\.jsonl: line 2: field 'question' holds U\+D83D alone at character 2, half of a surrogate pair$",
+        ),
+        ([{"question": "1", "answer": "\udc00"}], {}, r"x\.jsonl: line 1: field 'answer' holds U\+DC00 alone at character 0"),
+        (
+            [{"messages": [{"role": "system", "content": "a\udfff"}, {"role": "user", "content": "1"}], "answer": "1"}],
+            {"question_field": "messages.1.content"},
+            r"x\.jsonl: line 1: field 'messages.0.content' holds U\+DFFF alone at character 1",
+        ),
         ([[1]], {}, r"line 1 is a list, expected a JSON object"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "boxed"}, r"holds no answer in the format 'boxed'"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "bocksed"}, r"did you mean 'boxed'"),

@@ -108,7 +108,8 @@ def test_a_row_without_question_or_answer_is_named(row: dict[str, Any], message:
 
 def test_equal_questions_stay_two_problems_and_files_of_problems_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
-    path.write_text(2 * (json.dumps({"question": "1 + 1 = ?", "answer": "zwei \u2603"}) + "\n"))
+    question = "1 +\u2028 1\u2029\u0085\x0b\x0c\x1c\r = ?"  # what str.splitlines takes for ends of lines
+    path.write_text(2 * (json.dumps({"question": question, "answer": "zwei \u2603"}) + "\n"))
     (benchmark,) = choose(str(path))
     problems = read_problems(benchmark, data=None, limit=None)
     assert len({problem.problem_id for problem in problems}) == 2
@@ -117,6 +118,14 @@ def test_equal_questions_stay_two_problems_and_files_of_problems_are_read_back(t
     (tmp_path / "kept.jsonl").write_text('{"question": "x"}\n')
     with pytest.raises(ValueError, match="line 1 is not a problem"):
         load_problems(tmp_path / "kept.jsonl")
+
+
+def test_half_of_a_surrogate_pair_names_file_row_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "1", "answer": "1"}\n{"question": "smile \\ud83d", "answer": "1"}\n')
+    (benchmark,) = choose(str(path))
+    with pytest.raises(ValueError, match=r"own\.jsonl: line 2: field 'question' holds U\+D83D alone at character 6"):
+        read_problems(benchmark, data=None, limit=None)
 
 
 @pytest.mark.parametrize("given", ["much", -1, "inf"])

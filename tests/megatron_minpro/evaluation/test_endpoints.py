@@ -65,12 +65,33 @@ def test_both_kinds_of_answer_are_read() -> None:
     assert read_openai(answer(finish_reason="abort"), wanted()) is None
 
 
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
+def test_an_ending_of_another_kind_is_kept_under_its_name(reason: str) -> None:
+    kept = read_openai(answer(text="Answer: 7", finish_reason=reason), wanted())
+    assert kept == Response(problem_id="p0", sample=0, text="Answer: 7", finish_reason=reason, num_tokens=4)
+    called = {"choices": [{"message": {"content": None, "tool_calls": []}, "finish_reason": reason}], "usage": {"completion_tokens": 4}}
+    assert read_openai(called, wanted()) == Response(
+        problem_id="p0", sample=0, text="", finish_reason=reason, num_tokens=4, without_content=True
+    )
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_reasoning_without_content_is_graded_and_marked(field: str) -> None:
+    message = {"content": None, field: "So \\boxed{7}"}
+    kept = read_openai({"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 4}}, wanted())
+    assert kept is not None and (kept.text, kept.without_content) == ("So \\boxed{7}", True)
+    message["content"] = "7"
+    kept = read_openai({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 4}}, wanted())
+    assert kept is not None and (kept.text, kept.without_content) == ("7", False)
+
+
 @pytest.mark.parametrize(
     ("strange", "message"),
     [
         ([], "no single choice"),
         ({"choices": []}, "no single choice"),
-        (answer(finish_reason="tool_calls"), "finish_reason is 'tool_calls'"),
+        (answer(finish_reason=""), "finish_reason is ''"),
+        ({"choices": [{"text": "2"}], "usage": {"completion_tokens": 4}}, "finish_reason is None"),
         ({"choices": [{"text": None, "finish_reason": "stop"}], "usage": {"completion_tokens": 4}}, "lacks its text"),
         ({"choices": [{"text": "2", "finish_reason": "stop"}]}, r"usage\.completion_tokens"),
     ],

@@ -27,6 +27,8 @@ def counts(correct: tuple[int, ...], *, samples: int = 4, name: str = "set") -> 
         num_correct=correct,
         without_answer=1,
         truncated=2,
+        other_endings={},
+        without_content=0,
         grading_errors={"timeout": 1},
         num_tokens=40,
     )
@@ -145,6 +147,17 @@ def test_counting_wants_every_sample_graded(tmp_path: Path) -> None:
         count("set", "SET", problems, samples=3, **kept(tmp_path, 2, 2))
     with pytest.raises(Incomplete, match="2 grades for problem p0"):
         count("set", "SET", problems, samples=3, **kept(tmp_path, 3, 2))
+
+
+def test_endings_that_only_endpoints_know_are_counted_by_name(tmp_path: Path) -> None:
+    files = kept(tmp_path, 3, 3)
+    lines = [json.loads(line) for line in files["responses"].read_text().split("\n") if line]
+    lines[1]["finish_reason"] = "content_filter"
+    lines[2].update(finish_reason="stop", without_content=True)
+    files["responses"].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems = [Problem(problem_id="p0", question="?", label="1", relative_tolerance=0, absolute_tolerance=0)]
+    found = as_json(count("set", "SET", problems, samples=3, **files))
+    assert (found["truncated"], found["other_endings"], found["without_content"]) == (1, {"content_filter": 1}, 1)
 
 
 def test_tables_say_the_same_in_every_format(tmp_path: Path) -> None:
