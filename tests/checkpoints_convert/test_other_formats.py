@@ -67,6 +67,7 @@ def test_rotary_buffers_are_no_weights(tmp_path: Path) -> None:
 
 def test_a_runs_checkpoint_says_its_model_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = tmp_path / "run/checkpoints/step_000003"
+    step.mkdir(parents=True)
     hf_to_megatron(make_model(tmp_path / "model"), step / "actor", workers=1)
     (step / "actor/config.json").unlink()
     (step / "run.json").write_text(json.dumps({"model": {"model_type": "qwen3_moe"}}))
