@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ _INERT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
+
+# Further keys of published config.json files, in either spelling.
+_OTHER_KEYS = (
+    *("architectures", "transformers_version", "torch_dtype", "num_local_experts", "layer_types"),
+    *("rope_parameters", "rope_scaling", "initializer_range", "router_aux_loss_coef", "output_router_logits"),
+    *("use_cache", "sliding_window", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +155,11 @@ class Architecture:
             tie_word_embeddings=read.boolean("tie_word_embeddings"),
             dtype=read.dtype(),
         )
+
+
+def known_keys() -> tuple[str, ...]:
+    """Keys that a config.json of these models may have: those that are read here, and those that change nothing."""
+    return (*(field.name for field in fields(Architecture)), *_INERT_VALUES, *_OTHER_KEYS)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

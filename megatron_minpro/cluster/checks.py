@@ -1,78 +1,117 @@
-"""What can be known to be wrong before a process starts or a GPU is spent."""
+"""What is wrong with a configuration, a machine or a job, before a process starts or a GPU is spent. One check is one function.
+
+Every check raises ValueError with one line: the key or file, its value and what was expected. megatron_minpro.run.preflight says which
+checks a run passes, and in which order.
+"""
 
 from __future__ import annotations
 
-import os
 import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from checkpoints_convert.hf_config import Architecture, read_architecture
+from checkpoints_convert.hf_config import Architecture, known_keys
+from checkpoints_convert.mapping import check_hf_tensors
+from checkpoints_convert.safetensors_io import SafetensorsReader
 from checkpoints_convert.servable import refuse_tied_experts
 from megatron_minpro.cluster.facts import Finding, NodeReport
 from megatron_minpro.config import RunConfig
-from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.data.end_tokens import end_token_ids
+from megatron_minpro.data.rows import check_file, is_file
+from megatron_minpro.data.sources import count_questions, load_prompts
 from megatron_minpro.loop.held_out import held_out_prompts
-from megatron_minpro.run import base_model
-from megatron_minpro.run.plug_ins import check_plug_ins
-from megatron_minpro.run.serving import check_server_options
+from megatron_minpro.registry import nearest
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
 from rollout.sglang.environment import default_server_python
+from rollout.sglang.server import check_options, check_port_free, read_key
 
 MAX_CLOCK_DIFFERENCE_S = 5.0
 MIN_FREE_GIB = 1.0
 
 
-def check_settings(config: RunConfig) -> Architecture | None:
-    """Everything that needs neither the machine nor the prompts. The model's architecture, None where it is not known yet.
-
-    Raises ValueError for a plug-in that cannot be used, a layout that the model does not fit, responses longer than its positions, and
-    unknown Megatron or SGLang options.
-    """
-    check_plug_ins(config)
+def check_passed_options(config: RunConfig, *, device: Any) -> None:
+    """An unknown option of Megatron or SGLang. Asks the server environment if there are any of SGLang's."""
     check_option_names(config.megatron)
-    check_server_options(config)
-    architecture = _known_architecture(config)
-    if architecture is not None:
-        refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
-        config.layout.check_model(architecture)
-        check_effect(config.megatron, architecture, recompute=config.actor.recompute)
-        prompt = max(prompts.max_prompt_tokens for prompts in config.prompt_sections.values())
-        if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
-            raise ValueError(
-                f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of up to {prompt} "
-                f"tokens exceed the model's {architecture.max_position_embeddings} positions"
-            )
-    return architecture
+    if config.sglang:
+        check_options(config.sglang, device=device)
 
 
-def _known_architecture(config: RunConfig) -> Architecture | None:
-    folder, warm_up = Path(config.model.path), config.model.warm_up
-    if folder.exists():
-        base_model.check_recipe(config.model, config.prompts)
-        return read_architecture(folder)
-    if warm_up is None:
-        return None
-    # A tokenizer that is yet to be made decides the vocabulary; everything else can be checked with a stand-in for it.
-    return Architecture.from_config({"vocab_size": config.parallel.tp, **warm_up.architecture}, source="model.warm_up.architecture")
+def check_architecture(config: RunConfig, architecture: Architecture) -> None:
+    """A layout that the model does not fit, an option that changes it, responses longer than its positions."""
+    refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
+    config.layout.check_model(architecture)
+    check_effect(config.megatron, architecture, recompute=config.actor.recompute)
+    prompt = max(prompts.max_prompt_tokens for prompts in config.prompt_sections.values())
+    if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
+        raise ValueError(
+            f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of up to {prompt} "
+            f"tokens exceed the model's {architecture.max_position_embeddings} positions"
+        )
 
 
 def check_model(config: RunConfig) -> None:
-    """Raises ValueError when there is neither a model nor a recipe for one."""
+    """Neither a model nor a recipe for one."""
     folder = Path(config.model.path)
     if not folder.exists() and config.model.warm_up is None:
         raise ValueError(f"model.path: {folder} does not exist and model.warm_up is null; expected a Hugging Face model folder")
 
 
+def check_warm_up(config: RunConfig) -> None:
+    """A field of the architecture to be made that no configuration of these models has, or a tokenizer folder that is not there."""
+    warm_up = config.model.warm_up
+    if warm_up is None:
+        return
+    for key in warm_up.architecture:
+        if key not in known_keys():
+            raise ValueError(f"model.warm_up.architecture.{key}: no field of Qwen3's configuration; {nearest(key, known_keys())}")
+    folder = warm_up.tokenizer.folder
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"model.warm_up.tokenizer.folder: {folder} does not exist; expected a folder with a tokenizer")
+
+
+def check_weights(folder: Path, architecture: Architecture) -> None:
+    """Weights that are missing, truncated or of another model, from the files' headers alone."""
+    with SafetensorsReader(folder) as reader:
+        check_hf_tensors(architecture, {name: reader.shape(name) for name in reader.names}, source=folder)
+
+
+def check_tokenizer(tokenizer: Any, *, vocab_size: int, source: str) -> None:
+    """A tokenizer that has more tokens than the model.
+
+    Args:
+        tokenizer: of the model folder.
+        vocab_size: rows of the model's embedding. There may be more of them than tokens.
+        source: names the model in the error.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, vocab_size is {vocab_size}; expected the model's own tokenizer"
+        )
+
+
+def check_end_tokens(config: RunConfig, folder: Path, tokenizer: Any) -> None:
+    """An end token that is unknown, or that is an ordinary word in this tokenizer, which is then another model's."""
+    for token_id in end_token_ids(folder, tokenizer, extra=()):
+        if token_id not in tokenizer.added_tokens_decoder:
+            what = f"the word {tokenizer.decode([token_id])!r}" if token_id < len(tokenizer) else f"beyond its {len(tokenizer)} tokens"
+            raise ValueError(f"{folder}: the end token {token_id} is {what} in the tokenizer; expected the model's own tokenizer")
+    end_token_ids(folder, tokenizer, extra=config.rollout.end_tokens)
+
+
 def check_machine(config: RunConfig, capabilities: Capabilities) -> None:
-    """Raises ValueError when this one machine cannot hold the servers and ranks it would start, or lacks what an option needs."""
+    """This one machine cannot hold the servers and ranks that it would start, or lacks what an option needs."""
     check_machine_options(config.megatron, capabilities)
     servers, tp = config.rollout.servers, config.rollout.tp
     if servers:
         default_server_python()
+    if config.rollout.base_port is not None:
+        for number in range(servers):
+            check_port_free(config.rollout.host, config.rollout.base_port + number)
     if capabilities.device_type == "cpu":
         if servers and tp != 1:
             raise ValueError(f"rollout.tp: {tp}, expected 1 on a CPU")
@@ -85,12 +124,64 @@ def check_machine(config: RunConfig, capabilities: Capabilities) -> None:
         )
 
 
-def check_prompts(config: RunConfig) -> None:
-    """Read both prompt sources once. Raises ValueError naming file, row and field, or the limit that leaves no prompt."""
-    with base_model.tokenizer_of(config.model) as tokenizer:
-        load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
-        if config.evaluation is not None:
-            held_out_prompts(config.evaluation, tokenizer)
+def check_output_folder(config: RunConfig) -> None:
+    """A run folder that cannot be made or written to."""
+    existing = next(path for path in (config.run_dir, *config.run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir: {existing} is a file; expected a folder, or a name that is free")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # root may write where the permissions say otherwise, and not everywhere they allow it
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir: {config.run_dir} cannot be written to ({error.strerror}); expected another output_dir") from error
+
+
+def key_files(config: RunConfig) -> dict[str, str]:
+    """Setting -> file, for the keys that requests must carry."""
+    paths = {"rollout.api_key_path": config.rollout.api_key_path, "rollout.admin_key_path": config.rollout.admin_key_path}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def check_key_files(config: RunConfig) -> None:
+    """A key file that is missing, empty, or has several lines."""
+    for name, path in key_files(config).items():
+        read_key(Path(path), name=name)
+
+
+def check_prompt_files(config: RunConfig) -> None:
+    """A prompt file that is not there, or of a kind that is not read."""
+    for section, prompts in config.prompt_sections.items():
+        if is_file(prompts.source):
+            check_file(prompts.source, key=f"{section}.source")
+
+
+def check_prompts(config: RunConfig, section: str, tokenizer: Any) -> None:
+    """Rows without a question or an answer, limits that leave too few prompts. Reads the source once.
+
+    Args:
+        config: the run.
+        section: prompts or evaluation.prompts.
+        tokenizer: of the model.
+    """
+    if section == "prompts":
+        source, _ = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
+        _check_enough(config, len(source), source.name)
+    elif config.evaluation is not None:
+        held_out_prompts(config.evaluation, tokenizer)
+
+
+def check_rows(config: RunConfig, section: str) -> None:
+    """What check_prompts finds without a tokenizer, in a file."""
+    prompts = config.prompt_sections[section]
+    found = count_questions(**prompts.model_dump())
+    if section == "prompts":
+        _check_enough(config, found, prompts.source)
+
+
+def _check_enough(config: RunConfig, found: int, name: str) -> None:
+    needed = config.rollout.prompts_per_step
+    if found < needed:
+        raise ValueError(f"prompts.source: {name} has {found} prompts, expected at least rollout.prompts_per_step = {needed}")
 
 
 def examine_config(config: RunConfig) -> list[Finding]:
@@ -102,17 +193,14 @@ def examine_config(config: RunConfig) -> list[Finding]:
 
 def missing_paths(config: RunConfig) -> list[str]:
     """`key: path` for every file or folder that the run needs and this machine does not have, or may not write to."""
-    needed = [("model.path", config.model.path, config.model.warm_up is None)]
-    needed += [
-        (f"{section}.source", prompts.source, prompts.source.endswith((".jsonl", ".json", ".parquet")))
-        for section, prompts in config.prompt_sections.items()
-    ]
-    keys = (("rollout.api_key_path", config.rollout.api_key_path), ("rollout.admin_key_path", config.rollout.admin_key_path))
-    needed += [(name, path, True) for name, path in keys if path is not None]
-    absent = [f"{name}: {path} does not exist" for name, path, required in needed if required and not Path(path).exists()]
-    existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        absent.append(f"output_dir: {config.run_dir} cannot be written to")
+    needed = [("model.path", config.model.path)] if config.model.warm_up is None else []
+    needed += [(f"{section}.source", prompts.source) for section, prompts in config.prompt_sections.items() if is_file(prompts.source)]
+    needed += list(key_files(config).items())
+    absent = [f"{name}: {path} does not exist" for name, path in needed if not Path(path).exists()]
+    try:
+        check_output_folder(config)
+    except ValueError as error:
+        absent.append(str(error))
     return absent
 
 

@@ -11,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron_minpro.cluster import planning
-from megatron_minpro.cluster.checks import check_settings
 from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from megatron_minpro.config.shipped import find_config
@@ -76,7 +75,6 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
 
 def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardware: str, gpus_per_node: int) -> tuple[str, RenderableType]:
     """The sbatch command, and what else is to be shown. Raises ValueError for what cannot work, and for what the hardware cannot hold."""
-    check_settings(config)
     path = find_config(path)  # the job script takes a file
     split = split_nodes(config, gpus_per_node=gpus_per_node)
     machine = read_hardware(hardware)

@@ -56,11 +56,11 @@ def train(options: TrainOptions) -> None:
 
         from megatron_minpro.run.dry_run import describe
 
-        Console(highlight=False).print(describe(config))
+        Console(highlight=False).print(describe(config, resume=options.resume))
     elif options.prepare:
-        from megatron_minpro.run.job_config import settle
+        from megatron_minpro.run.preflight import prepare
 
-        typer.echo(settle(config))
+        typer.echo(prepare(config))
     else:
         _train(options, config)
 
@@ -71,7 +71,9 @@ def _show_job(options: TrainOptions, config: RunConfig) -> None:
     from rich.console import Console
 
     from megatron_minpro.cluster import slurm
+    from megatron_minpro.run.preflight import check_job
 
+    check_job(config)
     command, shown = slurm.describe(
         options.config, options.overrides, config, hardware=options.hardware, gpus_per_node=options.gpus_per_node
     )

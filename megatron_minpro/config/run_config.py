@@ -70,6 +70,7 @@ class RunConfig(Section):
         self._check_corrections()
         self._check_behaviour()
         self._check_overlong()
+        self._check_steps()
         return self
 
     def _check_layout(self) -> None:
@@ -125,6 +126,18 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward.overlong.max_tokens = {overlong.max_tokens}: expected at most rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens}, where every response ends; the punishment would never be reached in full"
+            )
+
+    def _check_steps(self) -> None:
+        if self.staleness > self.num_global_steps:
+            raise ValueError(
+                f"staleness = {self.staleness}: expected at most num_global_steps = {self.num_global_steps}, or no lag reaches it"
+            )
+        traced = self.profile.first_and_last
+        if traced is not None and traced[1] >= self.num_global_steps:
+            raise ValueError(
+                f"profile.steps = {self.profile.steps!r}: expected steps from 0 to {self.num_global_steps - 1}, of num_global_steps = "
+                f"{self.num_global_steps}"
             )
 
     @property

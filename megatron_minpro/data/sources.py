@@ -105,6 +105,15 @@ def load_prompts(
     )
 
 
+def count_questions(*, source: str, options: Mapping[str, Any], max_prompt_tokens: int, **layout: str | None) -> int:
+    """The prompts that load_prompts would find in a file if none were too long; no tokenizer is needed. Arguments and errors as there."""
+    del max_prompt_tokens  # needs a tokenizer
+    question_field, answer_field, answer_format, wrapper = _layout(**layout)
+    rows = read_rows(source, dict(options))
+    found = _clean(rows, question_field=question_field, answer_field=answer_field, answer_format=answer_format, wrapper=wrapper)
+    return len(found.agreed)
+
+
 def read_field(row: Mapping[str, Any], path: str, *, where: str) -> Any:
     """The value at a dotted path. Raises ValueError with `where`, the path and the fields that are there instead."""
     value: Any = row
@@ -232,23 +241,8 @@ def _build(
     max_prompt_tokens: int,
 ) -> tuple[PromptList, PromptReport]:
     name = source_name(source)
-    num_rows = empty = wrapped = 0
-    first: dict[str, _Question] = {}
-    labels: dict[str, dict[int | str, Any]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
-    for where, row in rows:
-        num_rows += 1
-        given = field_text(read_field(row, question_field, where=where), question_field, where=where)
-        answer = _answer(read_field(row, answer_field, where=where), answer_field, answer_format, where=where)
-        text = given if wrapper == BARE else unwrap(given, wrapper)
-        wrapped += text != given
-        if not text or not answer:
-            empty += 1
-            continue
-        question = _Question(text, preceding_messages(row, question_field, where=where), row)
-        first.setdefault(question.key, question)
-        labels.setdefault(question.key, {}).setdefault(_comparable(answer), answer)
-
-    agreed = [(first[key], next(iter(answers.values()))) for key, answers in labels.items() if len(answers) == 1]
+    found = _clean(rows, question_field=question_field, answer_field=answer_field, answer_format=answer_format, wrapper=wrapper)
+    agreed = found.agreed
     texts = [wrapper.replace("{question}", question.text) for question, _ in agreed]
     conversations = [[*question.preceding, {"role": "user", "content": text}] for (question, _), text in zip(agreed, texts, strict=True)]
     token_ids = encode_conversations(tokenizer, conversations)
@@ -267,11 +261,11 @@ def _build(
     )
     report = PromptReport(
         source=source,
-        rows=num_rows,
-        empty=empty,
-        wrapped=wrapped,
-        duplicate_rows=num_rows - empty - len(labels),
-        conflicting=len(labels) - len(agreed),
+        rows=found.rows,
+        empty=found.empty,
+        wrapped=found.wrapped,
+        duplicate_rows=found.rows - found.empty - found.distinct,
+        conflicting=found.distinct - len(agreed),
         too_long=len(agreed) - len(prompts),
         max_prompt_tokens=max_prompt_tokens,
         kept=len(prompts),
@@ -279,6 +273,39 @@ def _build(
     if not prompts:
         raise ValueError(f"no prompt is left of {report.summary()}")
     return PromptList(name=name, prompts=prompts), report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Questions:
+    """agreed: one label each. distinct: questions, those that rows label differently included. empty, wrapped: of the rows."""
+
+    agreed: list[tuple[_Question, Any]]
+    rows: int
+    empty: int
+    wrapped: int
+    distinct: int
+
+
+def _clean(
+    source_rows: Iterable[tuple[str, Mapping[str, Any]]], *, question_field: str, answer_field: str, answer_format: str, wrapper: str
+) -> _Questions:
+    num_rows = empty = wrapped = 0
+    first: dict[str, _Question] = {}
+    labels: dict[str, dict[int | str, Any]] = {}  # question -> distinct labels (integers compared as integers) -> their first spelling
+    for where, row in source_rows:
+        num_rows += 1
+        given = field_text(read_field(row, question_field, where=where), question_field, where=where)
+        answer = _answer(read_field(row, answer_field, where=where), answer_field, answer_format, where=where)
+        text = given if wrapper == BARE else unwrap(given, wrapper)
+        wrapped += text != given
+        if not text or not answer:
+            empty += 1
+            continue
+        question = _Question(text, preceding_messages(row, question_field, where=where), row)
+        first.setdefault(question.key, question)
+        labels.setdefault(question.key, {}).setdefault(_comparable(answer), answer)
+    agreed = [(first[key], next(iter(answers.values()))) for key, answers in labels.items() if len(answers) == 1]
+    return _Questions(agreed=agreed, rows=num_rows, empty=empty, wrapped=wrapped, distinct=len(labels))
 
 
 @dataclass(frozen=True, slots=True)

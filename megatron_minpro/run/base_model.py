@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -48,8 +48,28 @@ def recipe(model: ModelConfig, prompts: PromptsConfig) -> str:
 def check_recipe(model: ModelConfig, prompts: PromptsConfig) -> None:
     """Raises ValueError when model.path holds a base model that was made in another way than the config says."""
     made = Path(model.path) / RECIPE_FILE
-    if model.warm_up is not None and made.is_file() and made.read_text(encoding="utf-8") != recipe(model, prompts):
-        raise ValueError(f"model.path: {model.path} was made by another recipe (see its {RECIPE_FILE}); delete it or choose another path")
+    if model.warm_up is None or not made.is_file() or made.read_text(encoding="utf-8") == recipe(model, prompts):
+        return
+    there, here = (_leaves(json.loads(text)) for text in (made.read_text(encoding="utf-8"), recipe(model, prompts)))
+    differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in here | there if there.get(key) != here.get(key)]
+    raise ValueError(
+        f"model.path: {model.path} was made by another recipe ({'; '.join(differing[:4])}); expected another model.path, or "
+        "model.warm_up=null to train the folder as it is"
+    )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, without the sections themselves."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def check_examples(model: ModelConfig, prompts: PromptsConfig, tokenizer: Any) -> None:
+    """Raises ValueError when the worked examples cannot be about these prompts, or there are none."""
+    if model.warm_up is not None and model.warm_up.num_steps:
+        next(_endless_examples(model.warm_up, prompts, tokenizer))
 
 
 def check_plug_ins(warm_up: WarmUpConfig) -> None:
@@ -83,21 +103,7 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
     assert warm_up is not None
     with tokenizer_of(model) as tokenizer:
         companions = companion_files(Path(tokenizer.name_or_path))
-    fields = dict(warm_up.architecture)
-    model_type = fields.get("model_type")
-    config: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if model_type == "qwen3_moe" else "Qwen3ForCausalLM"],
-        "vocab_size": len(tokenizer),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **fields,
-    }
-    architecture = Architecture.from_config(config, source="model.warm_up.architecture")
-    if architecture.vocab_size < len(tokenizer):
-        raise ValueError(f"model.warm_up.architecture.vocab_size: {architecture.vocab_size}, the tokenizer has {len(tokenizer)} tokens")
+    config, architecture = _config_of(model, tokenizer), architecture_of(model, tokenizer)
     companions.pop("generation_config.json", None)  # another model's sampling defaults
     companions["generation_config.json"] = json.dumps({"eos_token_id": tokenizer.eos_token_id, "do_sample": True}).encode()
     companions[RECIPE_FILE] = recipe(model, prompts).encode()
@@ -106,7 +112,7 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
         _random_tensors(
             architecture,
             seed=warm_up.seed,
-            scale=float(fields.get("initializer_range", _DEFAULT_INITIALIZER_RANGE)),
+            scale=float(config.get("initializer_range", _DEFAULT_INITIALIZER_RANGE)),
             dtype=DTYPES[model.dtype],
         ),
         architecture,
@@ -115,6 +121,30 @@ def write_initial_model(model: ModelConfig, prompts: PromptsConfig, destination:
         companions=companions,
         replace=False,
     )
+
+
+def architecture_of(model: ModelConfig, tokenizer: Any) -> Architecture:
+    """Of the model that is to be made. Raises ValueError for one that this project does not train, or with fewer rows than tokens."""
+    architecture = Architecture.from_config(_config_of(model, tokenizer), source="model.warm_up.architecture")
+    if architecture.vocab_size < len(tokenizer):
+        raise ValueError(f"model.warm_up.architecture.vocab_size: {architecture.vocab_size}, the tokenizer has {len(tokenizer)} tokens")
+    return architecture
+
+
+def _config_of(model: ModelConfig, tokenizer: Any) -> dict[str, Any]:
+    """Its config.json."""
+    assert model.warm_up is not None
+    fields = model.warm_up.architecture
+    return {
+        "architectures": ["Qwen3MoeForCausalLM" if fields.get("model_type") == "qwen3_moe" else "Qwen3ForCausalLM"],
+        "vocab_size": len(tokenizer),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **fields,
+    }
 
 
 def _random_tensors(architecture: Architecture, *, seed: int, scale: float, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

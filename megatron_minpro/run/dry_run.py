@@ -9,15 +9,28 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from megatron_minpro.cluster.checks import check_settings
+from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.config import RunConfig, dump_config
+from megatron_minpro.run.preflight import check_dry_run
 from megatron_minpro.run.run_folder import EXPORT_FOLDER
 from parallel.capabilities import detect
 
 
-def describe(config: RunConfig) -> RenderableType:
-    """What `minpro train --dry-run` shows: the resolved configuration, every rank's place, the processes that would start."""
-    architecture = _describe_model(config)
+def describe(config: RunConfig, *, resume: str) -> RenderableType:
+    """Check everything that is on this machine, and show what would start.
+
+    Args:
+        config: the run.
+        resume: auto, never or must.
+
+    Returns:
+        The resolved configuration, every rank's place, the processes, and what was not checked.
+
+    Raises:
+        ValueError: `minpro train` would refuse the configuration.
+    """
+    capabilities = detect()
+    found = check_dry_run(config, resume=resume, capabilities=capabilities)
     layout = config.layout
     ranks = Table(title=f"{layout.world_size} trainer ranks", title_justify="left")
     for name in ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp"):
@@ -38,23 +51,23 @@ def describe(config: RunConfig) -> RenderableType:
         processes.add_row("1 x", f"SGLang server at {endpoint} (started elsewhere)")
     steps = config.num_global_steps
     facts = [
-        *detect().lines(),
-        architecture,
+        *capabilities.lines(),
+        *_describe_model(config, found.architecture),
         f"{steps} global steps x {config.actor.updates_per_step} updates of {config.sequences_per_mini_batch} responses; "
         f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} responses a step; "
         f"staleness {config.staleness}: policy lag {config.actor.updates_per_step * config.staleness} to "
         f"{config.actor.updates_per_step * (config.staleness + 1) - 1} updates",
         f"run folder {config.run_dir}; the policy would be exported to {config.run_dir / EXPORT_FOLDER}",
+        *(f"not checked: {line}" for line in found.not_checked),
     ]
     return Group(Syntax(dump_config(config), "yaml", background_color="default"), ranks, processes, *(Text(fact) for fact in facts))
 
 
-def _describe_model(config: RunConfig) -> str:
-    """One line about the model. Raises ValueError when the settings do not fit it."""
-    architecture = check_settings(config)
-    folder = Path(config.model.path)
+def _describe_model(config: RunConfig, architecture: Architecture | None) -> list[str]:
+    """One line about the model, where it is known."""
     if architecture is None:
-        return f"model {folder}: not on this machine, so its shape and the layout's fit are not checked"
+        return []
+    folder = Path(config.model.path)
     experts = f"{architecture.num_experts} experts" if architecture.num_experts else "dense"
     made = "" if folder.exists() or config.model.warm_up is None else f", to be made in {config.model.warm_up.num_steps} supervised steps"
-    return f"model {folder}: {architecture.num_hidden_layers} layers of {architecture.hidden_size}, {experts}{made}"
+    return [f"model {folder}: {architecture.num_hidden_layers} layers of {architecture.hidden_size}, {experts}{made}"]

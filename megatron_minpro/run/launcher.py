@@ -18,13 +18,13 @@ from types import FrameType
 
 from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
-from megatron_minpro.cluster.checks import check_machine, check_model, check_prompts, check_settings
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.loop.logprob_gap import gap_warning
 from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.finished import stopped, write_report
+from megatron_minpro.run.preflight import check_run_folder, check_start
 from megatron_minpro.run.ranks import start_ranks
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
@@ -36,7 +36,7 @@ from megatron_minpro.run.run_folder import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
-from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
+from megatron_minpro.run.run_state import read_state
 from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
@@ -59,10 +59,7 @@ def run(config: RunConfig, *, resume: str) -> Path:
     Raises ValueError for input that cannot work, before anything starts; RuntimeError when a rank or a server fails, with its last
     words; Interrupted after Ctrl-C. Whatever happens, no child survives.
     """
-    check_model(config)
-    check_settings(config)
-    check_machine(config, detect())
-    check_prompts(config)
+    check_start(config, resume=resume, capabilities=detect(), machine=True)
     run_dir = config.run_dir
     with _ownership(run_dir), _CtrlC() as ctrl_c:
         resumed = prepare_run_folder(config, resume=resume)
@@ -112,21 +109,14 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
 
     Raises ValueError when `resume` and the folder disagree, or when it belongs to another configuration (the differences are named).
     """
+    checkpoint = check_run_folder(config, resume=resume)
     run_dir = config.run_dir
-    written = run_dir / CONFIG_FILE
-    checkpoint = checkpoint_to_continue(run_dir / "checkpoints", config)
-    if resume == "never" and (written.exists() or checkpoint is not None):
-        raise ValueError(f"{run_dir}: holds a run already; expected a new name=... with --resume never")
-    if checkpoint is not None:
-        refuse_unusable(checkpoint, config)
-    if resume == "must" and checkpoint is None:
-        raise ValueError(f"{run_dir}: has no checkpoint to resume from; expected one with --resume must")
     run_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
         forget_unfinished_attempt(run_dir)
     for name in (STOP_FILE, ENDPOINTS_FILE, ERROR_FILE, RESULT_FILE, PROGRESS_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    write_atomically(written, dump_config(config))
+    write_atomically(run_dir / CONFIG_FILE, dump_config(config))
     if checkpoint is None:
         return None
     return read_state(checkpoint).counters.next_step - 1

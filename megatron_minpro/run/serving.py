@@ -14,7 +14,7 @@ from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.config import RunConfig
 from megatron_minpro.run.run_folder import ENDPOINTS_FILE
 from parallel.capabilities import detect
-from rollout.sglang.server import ServerPool, ServerSettings, check_options
+from rollout.sglang.server import ServerPool, ServerSettings
 from rollout.supervisor import Supervisor
 
 _CHECK_EVERY_S = 1.0
@@ -53,12 +53,6 @@ def supervise(config: RunConfig, pool: ServerPool, *, announce: Callable[[str], 
         start_timeout_s=rollout.start_timeout_s,
         announce=announce,
     )
-
-
-def check_server_options(config: RunConfig) -> None:
-    """Raises ValueError naming an `sglang` option that the installed SGLang does not know. Asks the server environment if there are any."""
-    if config.sglang:
-        check_options(config.sglang, device=detect().device_type)
 
 
 def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -> None:

@@ -34,8 +34,8 @@ class Launcher(ModuleType):
             raise self.failure
         return Path("runs")
 
-    def describe(self, config: Any) -> Text:
-        self.calls.append(("describe", config, None))
+    def describe(self, config: Any, *, resume: str) -> Text:
+        self.calls.append(("describe", config, resume))
         return Text("2 ranks would start")
 
 

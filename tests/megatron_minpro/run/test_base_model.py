@@ -128,7 +128,7 @@ def test_a_model_folder_of_another_recipe_is_refused(tmp_path: Path, override: s
     if not is_another_recipe:
         base_model.check_recipe(asked.model, asked.prompts)
         return
-    with pytest.raises(ValueError, match=r"^model\.path: .*/model was made by another recipe \(see its warm_up\.json\)"):
+    with pytest.raises(ValueError, match=r"^model\.path: .*/model was made by another recipe \(.* there, .* here\); expected another"):
         base_model.check_recipe(asked.model, asked.prompts)
 
 

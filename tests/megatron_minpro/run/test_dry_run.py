@@ -25,7 +25,9 @@ SETTINGS = (
 def shown(folder: Path, *overrides: str) -> str:
     paths = [f"output_dir={folder}/runs", f"model.path={folder}/model", "name=test"]
     text = io.StringIO()
-    Console(file=text, width=200).print(describe(load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*paths, *overrides])))
+    Console(file=text, width=200).print(
+        describe(load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*paths, *overrides]), resume="auto")
+    )
     assert list(folder.iterdir()) == []
     return text.getvalue()
 
