@@ -99,7 +99,7 @@ class MathGrader:
 
 
 class RewardGrader:
-    """Grades with a reward of training: final_step, or a function of the user's own."""
+    """Grades with a reward of training: package.module:function, or a name of rewards.reward.REWARDS."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward

@@ -113,7 +113,7 @@ class EvaluationRequest:
     ] = ()
     seed: Annotated[int, Option("of the draws")] = 0
     style: Annotated[str, Option("what the prompt asks for: boxed, dapo (an 'Answer:' line), bare (the question alone)")] = "boxed"
-    grader: Annotated[str | None, Option("math_verify (default), final_step, or package.module:function")] = None
+    grader: Annotated[str | None, Option("math_verify (default) or package.module:function")] = None
     grading_timeout: Annotated[float | None, Option("seconds per answer; default 5")] = None
     grading_workers: Annotated[int, Option("processes that compare answers", minimum=1)] = 2
     config: Annotated[Path | None, Option("of a Megatron checkpoint: folder with config.json and tokenizer; a run's own is found")] = None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +75,15 @@ def test_an_outside_objective_that_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_objective(f"{users_module(text)}:clipped", **options)
+
+
+def test_the_readmes_objective_works_as_printed(cases, run_objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path(__file__).resolve().parents[3] / "megatron_minpro/objectives/README.md"
+    (printed,) = re.findall(r"```python\n(# my_objectives\.py.*?)```", readme.read_text(), flags=re.DOTALL)
+    (tmp_path / "my_objectives.py").write_text(printed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_objectives", raising=False)
+    assert "`objective.name=my_objectives:half_minpro objective.power=0.3`" in readme.read_text()
+    ran = run_objective(make_objective("my_objectives:half_minpro", power=0.3), cases.of_ratios([2, 3, 1.5, 0.5, 9]))
+    expected = torch.tensor([2, 3 * 2**0.3, 1.5 * 2**0.3, 0.5 * 1.5**0.3, math.exp(1.6)])  # the last one is bounded
+    torch.testing.assert_close(ran.weights[0], expected, rtol=1e-5, atol=0)
