@@ -38,6 +38,7 @@ class GenerationRequest:
     sample_index: int = 0  # which of several responses to one prompt
     turn: int = 0  # which response of one conversation
     max_new_tokens: int | None = None  # None: what SamplingParams says
+    stop_token_ids: tuple[int, ...] = ()  # beside those of SamplingParams
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -48,6 +48,18 @@ class Conversation:
                 )
             before = generation.prompt_token_ids + generation.response_token_ids
 
+    @classmethod
+    def of_text(cls, prompt: Prompt, text: str, *, finish_reason: str, num_response_tokens: int) -> Conversation:
+        """One answer of which only the text is known: enough for a reward, not for training."""
+        return cls(
+            prompt=prompt,
+            turns=(Turn(author="model", text=text),),
+            text=text,
+            finish_reason=finish_reason,
+            num_response_tokens=num_response_tokens,
+            generations=(),
+        )
+
     @property
     def response(self) -> str:
         """The text of the model's last answer."""

@@ -13,6 +13,7 @@ from megatron_minpro.config.sections import (
     CheckpointConfig,
     CorrectionsConfig,
     DebugConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     MayChange,
     ModelConfig,
@@ -45,6 +46,9 @@ class RunConfig(Section):
         default_factory=CorrectionsConfig, description="for the difference between server and trainer log-probs; off unless given"
     )
     advantages: AdvantagesConfig = Field(description="from rewards to advantages")
+    environment: EnvironmentConfig = Field(
+        default_factory=EnvironmentConfig, description="what happens between a prompt and its reward; one answer of the model unless given"
+    )
     reward: RewardConfig = Field(description="how a response is judged")
     model: ModelConfig = Field(description="which model is trained")
     prompts: PromptsConfig = Field(description="training prompts")

@@ -58,11 +58,18 @@ class RewardConfig(Choice):
 
     name: str = Field(description="of the reward, or package.module:function")
     overlong: OverlongConfig | None = Field(default=None, description="null: length is not punished")
+    concurrency: MayChange[int] = Field(default=32, ge=1, description="calls that run at once, of a reward that is a coroutine")
 
     @property
     def overlong_options(self) -> dict[str, Any] | None:
         """`overlong` as make_reward takes it."""
         return None if self.overlong is None else self.overlong.model_dump()
+
+
+class EnvironmentConfig(Choice):
+    """What happens between a prompt and its reward; see megatron_minpro/environments."""
+
+    name: str = Field(default="single_turn", description="of the environment, or package.module:function, a coroutine of your own")
 
 
 class AdvantagesConfig(Choice):

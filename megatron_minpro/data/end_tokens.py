@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.hf_config import read_config
-
-_MARK = "end-of-turn-mark"  # stands where the assistant's words stand; no chat template contains it
+from megatron_minpro.data.chat_template import text_behind_an_answer
 
 
 def end_token_ids(folder: Path, tokenizer: Any, *, extra: Iterable[str | int] = ()) -> tuple[int, ...]:
@@ -44,9 +43,7 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     """The special token that the chat template writes right behind an assistant's words; None when it writes none."""
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    behind = rendered.rpartition(_MARK)[2].strip()
+    behind = text_behind_an_answer(tokenizer, [], generation_prompt=False).strip()
     token_ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
     return token_ids[0] if token_ids and token_ids[0] in _special_tokens(tokenizer) else None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Response
@@ -105,16 +106,7 @@ class RewardGrader:
         self._reward = reward
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[Grade]:
-        prompts = [
-            Prompt(prompt_id=problem.problem_id, text=problem.question, token_ids=(), answer=problem.label, source="evaluation")
-            for problem in problems
-        ]
-        results = self._reward.score(
-            prompts,
-            [response.text for response in responses],
-            [response.finish_reason for response in responses],
-            num_response_tokens=[response.num_tokens for response in responses],
-        )
+        results = self._reward.score([_conversation(problem, response) for problem, response in zip(problems, responses, strict=True)])
         return [
             Grade(
                 problem_id=response.problem_id,
@@ -130,6 +122,11 @@ class RewardGrader:
 
     def close(self) -> None:
         self._reward.close()
+
+
+def _conversation(problem: Problem, response: Response) -> Conversation:
+    prompt = Prompt(prompt_id=problem.problem_id, text=problem.question, token_ids=(), answer=problem.label, source="evaluation")
+    return Conversation.of_text(prompt, response.text, finish_reason=response.finish_reason, num_response_tokens=response.num_tokens)
 
 
 def make_grader(name: str, *, style: str, timeout_s: float, workers: int) -> Grader:

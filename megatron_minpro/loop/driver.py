@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -18,12 +17,11 @@ from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop import held_out
-from megatron_minpro.loop.sampler import Sampled, Sampler
-from megatron_minpro.rewards.reward import Reward
+from megatron_minpro.loop.collector import Collected, Collector
+from megatron_minpro.loop.responder import Responder
 from megatron_minpro.tracking.progress import Progress, write_progress
 from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
 from megatron_minpro.tracking.tracker import RunTracker
-from rollout.client import GenerationClient
 from rollout.sglang.control import ServerRefused
 from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
 
@@ -36,14 +34,11 @@ class RunDriver:
 
     config: RunConfig
     run_dir: Path
-    sampler: Sampler
-    client: GenerationClient
+    collector: Collector
+    responder: Responder
     weight_sync: WeightSync
     api_key: str | None
     admin_key: str | None
-    tokenizer: Any
-    end_ids: tuple[int, ...]
-    reward: Reward
     held_out_prompts: list[Prompt]
     tracker: RunTracker
     rollouts: RolloutLog | None
@@ -51,17 +46,17 @@ class RunDriver:
     published_to: tuple[str, ...] = ()
     restarts_reported: int = 0
 
-    def sample(self, step: int, *, policy_version: int) -> Sampled:
+    def collect(self, step: int, *, policy_version: int) -> Collected:
         """The batch of one global step; kept for people to read. Raises what the client raises."""
         self.heartbeat("sample")
-        sampled = self.sampler.sample(step, policy_version=policy_version)
+        collected = self.collector.collect(step, policy_version=policy_version)
         restarts = self.weight_sync.num_restarts - self.restarts_reported
         self.restarts_reported += restarts
-        sampled = replace(sampled, servers={**sampled.servers, "servers/restarts": float(restarts)})
+        collected = replace(collected, servers={**collected.servers, "servers/restarts": float(restarts)})
         if self.rollouts is not None:
-            self.rollouts.write(step, _records(sampled))
+            self.rollouts.write(step, _records(collected))
         self.heartbeat("update")
-        return sampled
+        return collected
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
         """Weights into every server that answers. None, or why no server took them; the tensors are used up in any case."""
@@ -100,10 +95,7 @@ class RunDriver:
         result = held_out.measure(
             self.held_out_prompts,
             self.config.evaluation,
-            client=self.client,
-            tokenizer=self.tokenizer,
-            end_ids=self.end_ids,
-            reward=self.reward,
+            responder=self.responder,
             max_new_tokens=self.config.rollout.max_new_tokens,
             seed=self.config.seed,
             policy_version=policy_version,
@@ -119,22 +111,23 @@ class RunDriver:
         write_progress(self.run_dir, Progress(phase=phase, global_step=self.trained_batches))
 
 
-def _records(sampled: Sampled) -> list[RolloutRecord]:
-    num_trained = len(sampled.batch.samples)
+def _records(collected: Collected) -> list[RolloutRecord]:
+    num_trained = len(collected.batch.samples)
+    samples = (*collected.batch.samples, *collected.dropped)
     return [
         RolloutRecord(
-            prompt_id=response.prompt.prompt_id,
-            prompt=response.prompt.text,
-            response=response.text,
-            answer=response.prompt.answer,
-            extracted=response.result.extracted,
-            error=response.result.error,
-            reward=response.result.reward,
+            prompt_id=conversation.prompt.prompt_id,
+            prompt=conversation.prompt.text,
+            response=conversation.text,
+            answer=conversation.prompt.answer,
+            extracted=result.extracted,
+            error=result.error,
+            reward=result.reward,
             advantage=sample.advantage,
             policy_version=sample.policy_versions[1],
             finish_reason=sample.finish_reason,
             num_response_tokens=sample.num_response_tokens,
             dropped=None if number < num_trained else "dynamic sampling: its group's responses are all equal",
         )
-        for number, (response, sample) in enumerate(zip(sampled.responses, (*sampled.batch.samples, *sampled.dropped), strict=True))
+        for number, ((conversation, result), sample) in enumerate(zip(collected.judged, samples, strict=True))
     ]

@@ -8,11 +8,8 @@ from typing import Any
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import EvaluationConfig
 from megatron_minpro.data.sources import load_prompts
-from megatron_minpro.loop.sampler import judge_responses
+from megatron_minpro.loop.responder import Responder
 from megatron_minpro.report.pass_at_k import mean_pass_at_k, powers_of_two
-from megatron_minpro.rewards.reward import Reward
-from rollout.client import GenerationClient
-from rollout.records import SamplingParams
 
 
 def held_out_prompts(config: EvaluationConfig, tokenizer: Any) -> list[Prompt]:
@@ -27,40 +24,37 @@ def measure(
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
     *,
-    client: GenerationClient,
-    tokenizer: Any,
-    end_ids: tuple[int, ...],
-    reward: Reward,
+    responder: Responder,
     max_new_tokens: int,
     seed: int,
     policy_version: int,
 ) -> dict[str, float]:
     """pass_at_1, pass_at_2, pass_at_4, ... up to samples_per_prompt: means over prompts of the unbiased estimator.
 
-    policy_version: of the weights that are measured. Raises what the client raises.
+    Args:
+        prompts: held-out prompts.
+        config: how many samples, how they are drawn.
+        responder: asks and judges as in training, in the run's environment.
+        max_new_tokens: most tokens after a prompt.
+        seed: of the draws.
+        policy_version: of the weights that are measured.
+
+    Raises:
+        RolloutFailed, WeightsMissing, RuntimeError: as the responder.
     """
-    sampling = SamplingParams(
+    num_samples = config.samples_per_prompt
+    responses, _ = responder.respond(
+        prompts,
+        num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        top_k=-1,
-        stop_token_ids=end_ids,
         seed=seed,
-    )
-    num_samples = config.samples_per_prompt
-    responses, _ = judge_responses(
-        prompts,
-        client=client,
-        tokenizer=tokenizer,
-        reward=reward,
-        sampling=sampling,
-        num_samples=num_samples,
         request_prefix="evaluation",
         policy_version=policy_version,
     )
     correct = [
-        sum(response.result.correct for response in responses[start : start + num_samples])
-        for start in range(0, len(responses), num_samples)
+        sum(result.correct for _, result in responses[start : start + num_samples]) for start in range(0, len(responses), num_samples)
     ]
     sampled = [num_samples] * len(correct)
     return {f"pass_at_{k}": mean_pass_at_k(sampled, correct, k=k, estimator="unbiased") for k in powers_of_two(num_samples)}

@@ -17,9 +17,9 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
+from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
-from megatron_minpro.loop.sampler import Sampled
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from megatron_minpro.objectives.corrections import correct
 from megatron_minpro.objectives.idle_clip import idle_clip
@@ -42,7 +42,7 @@ class ServersFailed(RuntimeError):
 class Driver(Protocol):
     """What happens on rank 0 alone."""
 
-    def sample(self, step: int, *, policy_version: int) -> Sampled: ...
+    def collect(self, step: int, *, policy_version: int) -> Collected: ...
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
@@ -132,19 +132,19 @@ def _train(run: TrainingRun) -> bool:
 def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
     """Sample a batch under the current weights and attach its behaviour log-probs. Raises ServersFailed."""
     with timer("sample"):
-        sampled = ask_servers(run, lambda driver: driver.sample(step, policy_version=run.actor.policy_version))
-        batch = batch_streams.broadcast(None if sampled is None else sampled.batch, group=run.control_group)
-        num_dropped = share(run, len(sampled.dropped) if sampled is not None else None)
-    if sampled is not None:
-        metrics |= sampling_metrics((*batch.samples, *sampled.dropped), group_size=batch.group_size)
+        collected = ask_servers(run, lambda driver: driver.collect(step, policy_version=run.actor.policy_version))
+        batch = batch_streams.broadcast(None if collected is None else collected.batch, group=run.control_group)
+        num_dropped = share(run, len(collected.dropped) if collected is not None else None)
+    if collected is not None:
+        metrics |= sampling_metrics((*batch.samples, *collected.dropped), group_size=batch.group_size)
         if run.config.rollout.dynamic_sampling is not None:
-            metrics |= {"rollout/rounds": sampled.rounds, "rollout/equal_groups": sampled.equal_groups, "rollout/dropped": num_dropped}
-        metrics |= sampled.servers
-        timer.split("sample", "reward", sampled.reward_s)
-        errors = sum(response.result.error is not None for response in sampled.responses)
+            metrics |= {"rollout/rounds": collected.rounds, "rollout/equal_groups": collected.equal_groups, "rollout/dropped": num_dropped}
+        metrics |= collected.servers
+        timer.split("sample", "reward", collected.reward_s)
+        errors = sum(result.error is not None for _, result in collected.judged)
         metrics["reward/errors"] = errors
         if errors:
-            log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(sampled.responses))
+            log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(collected.judged))
     run.counters.rollouts_sampled += len(batch.samples) + num_dropped
     run.counters.rollouts_dropped += num_dropped
     with timer("score"):

@@ -1,16 +1,19 @@
-"""Verifiable rewards: a response and its prompt's label in, a number out.
+"""Verifiable rewards: a finished conversation in, a number out.
 
-A reward sees only the response, never the question: questions may contain "Answer:" or a box themselves.
+A reward reads the answer from the model's words, never from the question: questions may contain "Answer:" or a box themselves.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.objectives.options import check_number
 from megatron_minpro.registry import PlugInError, PlugIns
@@ -20,7 +23,7 @@ from megatron_minpro.rewards.grader_pool import GraderPool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """The judgement of one response."""
+    """The judgement of one conversation."""
 
     reward: float  # what the advantages are made of
     correct: bool  # what pass@k counts
@@ -29,7 +32,7 @@ class RewardResult:
 
 
 class Reward(Protocol):
-    """A scorer of responses. Close it when the run ends: it may own processes."""
+    """A judge of conversations. Close it when the run ends: it may own processes."""
 
     @property
     def name(self) -> str: ...
@@ -39,14 +42,8 @@ class Reward(Protocol):
         """Grading failures so far, by kind."""
         ...
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finish_reasons: Sequence[str],
-        num_response_tokens: Sequence[int] | None = None,
-    ) -> list[RewardResult]:
-        """One result per response, in order. finish_reasons: stop | length | abort. num_response_tokens: for length shaping alone."""
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
+        """One result per conversation, in order."""
         ...
 
     def close(self) -> None: ...
@@ -70,26 +67,21 @@ class MathVerifyReward:
         self._pool = GraderPool(workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
         self.error_counts: Counter[str] = Counter()
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finish_reasons: Sequence[str],
-        num_response_tokens: Sequence[int] | None = None,
-    ) -> list[RewardResult]:
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
         results: list[RewardResult] = []
         undecided: list[tuple[int, str, str]] = []  # index, label, answer
-        for index, (prompt, response, finish_reason) in enumerate(zip(prompts, responses, finish_reasons, strict=True)):
-            extracted = extract_answer(response, style=self._style, truncated=finish_reason != "stop", label=prompt.answer)
+        for index, conversation in enumerate(conversations):
+            label, truncated = _text_label(conversation.prompt, reward=self.name), conversation.finish_reason != "stop"
+            extracted = extract_answer(conversation.response, style=self._style, truncated=truncated, label=label)
             if extracted is None:
                 results.append(_judged(False, None))
                 continue
-            verdict = compare_plainly(prompt.answer, extracted)
+            verdict = compare_plainly(label, extracted)
             if verdict is not None:
                 results.append(_judged(verdict, extracted))
                 continue
             results.append(_judged(False, extracted))  # until the workers have spoken
-            undecided.append((index, prompt.answer, extracted))
+            undecided.append((index, label, extracted))
 
         judgements = self._pool.compare([(label, answer) for _, label, answer in undecided])
         for (index, _, answer), judgement in zip(undecided, judgements, strict=True):
@@ -103,37 +95,44 @@ class MathVerifyReward:
 
 
 class FunctionReward:
-    """A reward of the user's own: `function(prompt, response, finish_reason, **options)` returning a number or a RewardResult.
+    """A reward of your own: `function(prompt, conversation, **options)`, which returns a number or a RewardResult.
 
-    A bare number counts as correct when it is positive.
+    `prompt.row` holds all fields of the data row, `conversation.response` the text of the model's last answer, `conversation.turns`
+    everything that was said. A bare number counts as correct when it is positive. The function may be a coroutine; then up to
+    `concurrency` of its calls run at once.
     """
 
-    def __init__(self, path: str, function: Callable[..., float | RewardResult], options: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, function: Callable[..., Any], options: Mapping[str, Any], *, concurrency: int) -> None:
         self.name = path
         self.error_counts: Counter[str] = Counter()
-        self._function, self._options = function, dict(options)
+        self._function, self._options, self._concurrency = function, dict(options), concurrency
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finish_reasons: Sequence[str],
-        num_response_tokens: Sequence[int] | None = None,
-    ) -> list[RewardResult]:
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
         """Raises ValueError when the function returns neither a finite number nor a RewardResult; its exceptions pass through."""
-        results = []
-        for prompt, response, finish_reason in zip(prompts, responses, finish_reasons, strict=True):
-            value = self._function(prompt, response, finish_reason, **self._options)
-            if not isinstance(value, RewardResult):
-                if not isinstance(value, int | float) or not math.isfinite(value):
-                    raise ValueError(
-                        f"reward {self.name}: returned {value!r} for {prompt.prompt_id}, expected a finite number or a RewardResult"
-                    )
-                value = RewardResult(reward=float(value), correct=value > 0, extracted=None, error=None)
-            if value.error is not None:
-                self.error_counts[value.error.partition(":")[0]] += 1
-            results.append(value)
-        return results
+        if inspect.iscoroutinefunction(self._function):
+            values = asyncio.run(self._call_all(conversations))
+        else:
+            values = [self._function(conversation.prompt, conversation, **self._options) for conversation in conversations]
+        return [self._result(value, conversation.prompt) for value, conversation in zip(values, conversations, strict=True)]
+
+    async def _call_all(self, conversations: Sequence[Conversation]) -> list[Any]:
+        places = asyncio.Semaphore(self._concurrency)
+
+        async def call(conversation: Conversation) -> Any:
+            async with places:
+                return await self._function(conversation.prompt, conversation, **self._options)
+
+        return await asyncio.gather(*(call(conversation) for conversation in conversations))
+
+    def _result(self, value: Any, prompt: Prompt) -> RewardResult:
+        number = _number(value.reward if isinstance(value, RewardResult) else value)
+        if number is None:
+            raise ValueError(f"reward {self.name}: returned {value!r} for {prompt.prompt_id}, expected a finite number or a RewardResult")
+        if not isinstance(value, RewardResult):
+            return RewardResult(reward=number, correct=number > 0, extracted=None, error=None)
+        if value.error is not None:
+            self.error_counts[value.error.partition(":")[0]] += 1
+        return replace(value, reward=number, correct=bool(value.correct))
 
     def close(self) -> None:
         pass
@@ -166,20 +165,10 @@ class OverlongShaping:
     def error_counts(self) -> Mapping[str, int]:
         return self._reward.error_counts
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finish_reasons: Sequence[str],
-        num_response_tokens: Sequence[int] | None = None,
-    ) -> list[RewardResult]:
-        """Raises ValueError without num_response_tokens."""
-        if num_response_tokens is None:
-            raise ValueError("reward.overlong: score needs num_response_tokens")
-        results = self._reward.score(prompts, responses, finish_reasons, num_response_tokens)
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
         return [
-            replace(result, reward=result.reward + self.penalty(num_tokens))
-            for result, num_tokens in zip(results, num_response_tokens, strict=True)
+            replace(result, reward=result.reward + self.penalty(conversation.num_response_tokens))
+            for result, conversation in zip(self._reward.score(conversations), conversations, strict=True)
         ]
 
     def penalty(self, num_tokens: int) -> float:
@@ -194,12 +183,13 @@ class OverlongShaping:
 REWARDS = PlugIns(setting="reward.name", options="reward", known={"math_verify": "megatron_minpro.rewards.reward:MathVerifyReward"})
 
 
-def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, **options: Any) -> Reward:
+def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, concurrency: int = 32, **options: Any) -> Reward:
     """A reward by name.
 
     Args:
         name: math_verify, or package.module:function for a function of your own (see FunctionReward).
         overlong: {max_tokens, buffer_tokens, factor} adds DAPO's length punishment (see OverlongShaping).
+        concurrency: calls of a coroutine that run at once.
         options: passed to the reward.
 
     Raises:
@@ -209,12 +199,25 @@ def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, **optio
         if name in REWARDS.known:
             reward: Reward = REWARDS.find(name, options, passed=0)(**options)
         else:
-            reward = FunctionReward(name, REWARDS.find(name, options, passed=3), options)
+            reward = FunctionReward(name, REWARDS.find(name, options, passed=2), options, concurrency=concurrency)
         return reward if overlong is None else OverlongShaping(reward, **overlong)
     except PlugInError:
         raise
     except ValueError as error:
         raise REWARDS.refused(name, error) from error
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as float: Python's, NumPy's, or a tensor without axes. None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _text_label(prompt: Prompt, *, reward: str) -> str:
+    if not isinstance(prompt.answer, str):
+        raise ValueError(f"reward {reward}: the answer of {prompt.prompt_id} is a {type(prompt.answer).__name__}, expected text")
+    return prompt.answer
 
 
 def _judged(correct: bool, extracted: str | None, error: str | None = None) -> RewardResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_minpro.config import RunConfig, located
 from megatron_minpro.data.sources import check_prompts
+from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.registry import PlugInError
@@ -22,6 +23,7 @@ def check_plug_ins(config: RunConfig) -> None:
     try:
         make_objective(config.objective.name, **config.objective.options)
         make_advantages(config.advantages.estimator, **config.advantages.options)
+        make_environment(config.environment.name, **config.environment.options)
         make_reward(config.reward.name, overlong=config.reward.overlong_options, **config.reward.options).close()
         for section, prompts in config.prompt_sections.items():
             check_prompts(section=section, **prompts.model_dump())

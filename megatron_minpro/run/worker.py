@@ -32,10 +32,12 @@ from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop import trainer
+from megatron_minpro.loop.collector import Collector
 from megatron_minpro.loop.driver import RunDriver
 from megatron_minpro.loop.held_out import held_out_prompts
-from megatron_minpro.loop.sampler import Sampler
+from megatron_minpro.loop.responder import Responder
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import make_reward
@@ -153,7 +155,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         else:
             take_part(tensors)
     if driver is not None:
-        driver.reward.close()
+        driver.responder.reward.close()
         driver.weight_sync.close()
         result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
@@ -191,7 +193,7 @@ class RunCheckpoints:
             actor=self.actor,
             config=self.config,
             counters=self.counters,
-            cursor=self.driver.sampler.cursor.state() if self.driver is not None else None,
+            cursor=self.driver.collector.cursor.state() if self.driver is not None else None,
             waiting=self.buffer.waiting(),
         )
 
@@ -207,13 +209,11 @@ class RunCheckpoints:
 def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
     """Rank 0's part. Waits for the servers."""
     tokenizer = load_tokenizer(Path(config.model.path))
-    end_ids = end_token_ids(Path(config.model.path), tokenizer, extra=config.rollout.end_tokens)
     source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
     log.info("training prompts: %s", report.summary())
     cursor = PromptCursor(source, seed=config.seed)
     if cursor_state is not None:
         cursor.load_state(cursor_state)
-    reward = make_reward(config.reward.name, overlong=config.reward.overlong_options, **config.reward.options)
     held_out = [] if config.evaluation is None else held_out_prompts(config.evaluation, tokenizer)
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
@@ -237,12 +237,21 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
         samples_per_call=None if detect().device_type == "cpu" else rollout.group_size,
         wait_s=rollout.start_timeout_s,
     )
-    sampler = Sampler(
-        cursor=cursor,
+    responder = Responder(
         client=client,
         tokenizer=tokenizer,
-        end_ids=end_ids,
-        reward=reward,
+        end_ids=end_token_ids(Path(config.model.path), tokenizer, extra=rollout.end_tokens),
+        environment=make_environment(config.environment.name, **config.environment.options),
+        reward=make_reward(
+            config.reward.name,
+            overlong=config.reward.overlong_options,
+            concurrency=config.reward.concurrency,
+            **config.reward.options,
+        ),
+    )
+    collector = Collector(
+        cursor=cursor,
+        responder=responder,
         advantages=make_advantages(config.advantages.estimator, **config.advantages.options),
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
@@ -254,16 +263,13 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     return RunDriver(
         config=config,
         run_dir=run_dir,
-        sampler=sampler,
-        client=client,
+        collector=collector,
+        responder=responder,
         weight_sync=make_weight_sync(
             WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
         ),
         api_key=api_key,
         admin_key=admin_key,
-        tokenizer=tokenizer,
-        end_ids=end_ids,
-        reward=reward,
         held_out_prompts=held_out,
         tracker=tracker,
         rollouts=rollouts,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
 
@@ -18,8 +19,8 @@ class RolloutRecord:
 
     prompt_id: str
     prompt: str
-    response: str
-    answer: str  # the label
+    response: str  # everything after the prompt: in a conversation also what the environment said
+    answer: Any  # the label
     extracted: str | None  # the answer found in the response
     error: str | None  # why grading failed; the response then counts as wrong
     reward: float

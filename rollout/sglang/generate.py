@@ -52,7 +52,7 @@ def _sampling_params(request: GenerationRequest, sampling: SamplingParams) -> di
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
-        "stop_token_ids": list(sampling.stop_token_ids),
+        "stop_token_ids": [*sampling.stop_token_ids, *request.stop_token_ids],
         **seed,
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.end_tokens import end_of_turn_id, end_token_ids, response_text, without_special_tokens
 from megatron_minpro.rewards.reward import make_reward
@@ -73,7 +74,8 @@ def test_an_answer_is_right_whatever_token_ends_it(qwen_tokenizer: Any, ending: 
     token_ids = qwen_tokenizer(f"17 + 17 = 34.\nAnswer: 34{ending}")["input_ids"]
     text = response_text(qwen_tokenizer, token_ids, end_ids=(END_OF_TEXT, IM_END))
     served = without_special_tokens(qwen_tokenizer, f"17 + 17 = 34.\nAnswer: 34{ending}")
-    assert [result.reward for result in reward.score([prompt] * 2, [text, served], ["stop"] * 2)] == [1.0, 1.0]
+    said = [Conversation.of_text(prompt, answer, finish_reason="stop", num_response_tokens=9) for answer in (text, served)]
+    assert [result.reward for result in reward.score(said)] == [1.0, 1.0]
     reward.close()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import EvaluationConfig, load_config
+from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop.held_out import held_out_prompts, measure
+from megatron_minpro.loop.responder import Responder
 from megatron_minpro.rewards.reward import make_reward
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
 
@@ -29,17 +32,23 @@ class Client:
         self.tokenizer, self.answers, self.right = tokenizer, answers, right
         self.sampling: SamplingParams | None = None
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int, policy_version: int
-    ) -> list[list[Generation]]:
+    samples_per_call = None
+
+    @asynccontextmanager
+    async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
         assert policy_version == 12
-        self.sampling = sampling
-        groups = []
-        for request, right in zip(requests, self.right, strict=True):
+        self.sampling, self.client = sampling, self
+        yield self
+
+    async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:
+        prompts = dict.fromkeys(request.prompt_token_ids for request in requests)
+        right = dict(zip(prompts, self.right, strict=True))
+        generations = []
+        for request in requests:
             answer = int(self.answers[request.prompt_token_ids])
-            texts = [f"1 + 1 = {answer if j in right else (answer + 1) % 10} ;" for j in range(num_samples)]
-            groups.append([self.generation(request, text) for text in texts])
-        return groups
+            said = answer if request.sample_index in right[request.prompt_token_ids] else (answer + 1) % 10
+            generations.append(self.generation(request, f"1 + 1 = {said} ;"))
+        return generations
 
     def generation(self, request: GenerationRequest, text: str) -> Generation:
         ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
@@ -70,10 +79,13 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_response(chain_token
     found = measure(
         prompts,
         config,
-        client=client,  # type: ignore[arg-type]
-        tokenizer=chain_tokenizer,
-        end_ids=(chain_tokenizer.eos_token_id,),
-        reward=make_reward("megatron_minpro.tasks.arithmetic_chains.reward:final_step"),
+        responder=Responder(
+            client=client,  # type: ignore[arg-type]
+            tokenizer=chain_tokenizer,
+            end_ids=(chain_tokenizer.eos_token_id,),
+            environment=make_environment("single_turn"),
+            reward=make_reward("megatron_minpro.tasks.arithmetic_chains.reward:final_step"),
+        ),
         max_new_tokens=56,
         seed=5,
         policy_version=12,

@@ -16,7 +16,7 @@ from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import trainer
-from megatron_minpro.loop.sampler import Sampled
+from megatron_minpro.loop.collector import Collected
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.run_state import RunCounters
 from megatron_minpro.tracking.metrics_table import check_declared
@@ -100,12 +100,12 @@ class FakeDriver:
         if self.asked in self.trouble:
             raise self.trouble[self.asked]
 
-    def sample(self, step: int, *, policy_version: int) -> Sampled:
+    def collect(self, step: int, *, policy_version: int) -> Collected:
         self.diary.append(("sample", step, policy_version))
         self.ask()
         batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
         kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
-        return Sampled(batch=replace(batch, samples=kept), responses=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
+        return Collected(batch=replace(batch, samples=kept), judged=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
@@ -264,13 +264,13 @@ def test_metrics_of_a_step_by_hand(one_rank_group: dist.ProcessGroup, make_batch
 
 def test_a_lag_other_than_promised_stops_the_run(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch)
-    sample = diary.driver.sample
+    collect = diary.driver.collect
 
-    def fresh_weights_every_step(step: int, *, policy_version: int) -> Sampled:
+    def fresh_weights_every_step(step: int, *, policy_version: int) -> Collected:
         diary.actor.policy_version += 1  # an update that nobody counted
-        return sample(step, policy_version=policy_version)
+        return collect(step, policy_version=policy_version)
 
-    diary.driver.sample = fresh_weights_every_step  # type: ignore[method-assign]
+    diary.driver.collect = fresh_weights_every_step  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"^batch of step 0: policy lag 3 to 4 updates, staleness 2 promises 0 to 1$"):
         trainer.train(diary.run)
 

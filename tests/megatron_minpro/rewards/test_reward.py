@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_minpro.batch.conversation import Conversation, Turn
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.rewards.answers import as_integer, last_answer_line, last_boxed
@@ -44,8 +45,19 @@ def boxed() -> Iterator[MathVerifyReward]:
     reward.close()
 
 
+def judged(reward: Any, prompts: list[Prompt], texts: list[str], finish_reasons: list[str] | None = None) -> list[RewardResult]:
+    """Judgements of one answer to each prompt; the answers stopped by themselves unless told otherwise."""
+    reasons = ["stop"] * len(texts) if finish_reasons is None else finish_reasons
+    return reward.score(
+        [
+            Conversation.of_text(prompt, text, finish_reason=reason, num_response_tokens=len(text))
+            for prompt, text, reason in zip(prompts, texts, reasons, strict=True)
+        ]
+    )
+
+
 def is_correct(reward: Any, answer: str, response: str, finish_reason: str = "stop") -> bool:
-    (result,) = reward.score([prompt(answer)], [response], [finish_reason])
+    (result,) = judged(reward, [prompt(answer)], [response], [finish_reason])
     assert result.error is None
     assert result.reward == float(result.correct)
     return result.correct
@@ -186,7 +198,7 @@ def test_unequal_answers_are_wrong(dapo: MathVerifyReward, boxed: MathVerifyRewa
 
 def test_an_answer_line_in_the_question_is_not_the_response(dapo: MathVerifyReward) -> None:
     question = "Fill in the blank. Answer: 7\n" + 'Remember to put your answer on its own line after "Answer:".'
-    results = dapo.score([prompt("7", question)] * 2, ["I do not know.", "Answer: 7"], ["stop", "stop"])
+    results = judged(dapo, [prompt("7", question)] * 2, ["I do not know.", "Answer: 7"], ["stop", "stop"])
     assert [result.correct for result in results] == [False, True]
     assert results[0].extracted is None
 
@@ -206,17 +218,17 @@ def test_results_come_back_in_order_with_several_workers() -> None:
     reward = make_reward("math_verify", style="boxed", timeout_s=20, workers=2)
     labels = [f"\\frac{{{number}}}{{7}}" for number in range(1, 41)]
     responses = [f"\\boxed{{{number if number % 3 else number + 1}/7}}" for number in range(1, 41)]
-    results = reward.score([prompt(label) for label in labels], responses, ["stop"] * 40)
+    results = judged(reward, [prompt(label) for label in labels], responses, ["stop"] * 40)
     reward.close()
     assert [result.correct for result in results] == [number % 3 != 0 for number in range(1, 41)]
 
 
 def test_a_hang_costs_its_time_limit_is_counted_and_the_next_answer_is_graded() -> None:
     reward = make_reward("math_verify", style="boxed", timeout_s=2)
-    reward.score([prompt("\\pi")], ["\\boxed{\\pi}"], ["stop"])  # the worker is up
+    judged(reward, [prompt("\\pi")], ["\\boxed{\\pi}"], ["stop"])  # the worker is up
     start = time.monotonic()
     responses = [f"\\boxed{{{HANGS}}}", "\\boxed{2/4}"]
-    hung, fine = reward.score([prompt("7"), prompt("\\frac12")], responses, ["stop", "stop"])
+    hung, fine = judged(reward, [prompt("7"), prompt("\\frac12")], responses, ["stop", "stop"])
     seconds = time.monotonic() - start
     reward.close()
     assert hung == RewardResult(reward=0.0, correct=False, extracted=HANGS, error="timeout")
@@ -256,7 +268,7 @@ def test_a_worker_killed_while_idle_is_replaced_without_blaming_an_answer() -> N
 
 
 def test_a_label_that_is_no_mathematics_is_an_error_not_a_verdict(boxed: MathVerifyReward) -> None:
-    (result,) = boxed.score([prompt("$")], ["\\boxed{x}"], ["stop"])
+    (result,) = judged(boxed, [prompt("$")], ["\\boxed{x}"], ["stop"])
     assert not result.correct
     assert result.error is not None and result.error.startswith("ValueError")
 
@@ -299,8 +311,8 @@ def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(
         )
         prompts = [source[index] for index in range(0, len(source), 8)]
         answers = [item.answer for item in prompts]
-        same = reward.score(prompts, [f"\\boxed{{{answer}}}" for answer in answers], ["stop"] * len(prompts))
-        shifted = reward.score(prompts, [f"\\boxed{{{answer}}}" for answer in answers[1:] + answers[:1]], ["stop"] * len(prompts))
+        same = judged(reward, prompts, [f"\\boxed{{{answer}}}" for answer in answers], ["stop"] * len(prompts))
+        shifted = judged(reward, prompts, [f"\\boxed{{{answer}}}" for answer in answers[1:] + answers[:1]], ["stop"] * len(prompts))
         assert all(result.correct for result in same), name
         equal_texts = sum(here == there for here, there in zip(answers, answers[1:] + answers[:1], strict=True))
         assert sum(result.correct for result in shifted) <= equal_texts + 1, name
@@ -317,11 +329,11 @@ def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(
 def test_overlong_shaping_is_eq_13_of_dapo() -> None:
     reward = make_reward(FINAL_STEP, overlong={"max_tokens": 100, "buffer_tokens": 20, "factor": 0.5})
     lengths = [10, 80, 85, 90, 100, 120]
-    results = reward.score([prompt("4")] * 6, ["= 4 ;"] * 6, ["stop"] * 6, num_response_tokens=lengths)
+    results = reward.score(
+        [Conversation.of_text(prompt("4"), "= 4 ;", finish_reason="stop", num_response_tokens=length) for length in lengths]
+    )
     assert [result.reward for result in results] == pytest.approx([1.0, 1.0, 0.875, 0.75, 0.5, 0.5])
     assert all(result.correct for result in results)
-    with pytest.raises(ValueError, match="num_response_tokens"):
-        reward.score([prompt("4")], ["= 4 ;"], ["stop"])
 
 
 def test_overlong_options_are_checked() -> None:
@@ -333,13 +345,13 @@ def test_overlong_options_are_checked() -> None:
 
 def test_a_function_of_the_users_own_is_a_reward(users_module: Callable[[str], str]) -> None:
     name = users_module(
-        "def shorter(prompt, response, finish_reason, *, scale):\n"
-        "    return scale / len(response) if response else 0\n"
-        "def broken(prompt, response, finish_reason):\n"
+        "def shorter(prompt, conversation, *, scale):\n"
+        "    return scale / len(conversation.response) if conversation.response else 0\n"
+        "def broken(prompt, conversation):\n"
         "    return 'good'\n"
         "NOT_A_FUNCTION = 3\n"
     )
-    results = make_reward(f"{name}:shorter", scale=2).score([prompt("4")] * 2, ["abcd", ""], ["stop", "stop"])
+    results = judged(make_reward(f"{name}:shorter", scale=2), [prompt("4")] * 2, ["abcd", ""])
     assert [(result.reward, result.correct) for result in results] == [(0.5, True), (0.0, False)]
     with pytest.raises(ValueError, match="needs the option scale"):
         make_reward(f"{name}:shorter")
@@ -350,7 +362,7 @@ def test_a_function_of_the_users_own_is_a_reward(users_module: Callable[[str], s
     with pytest.raises(ValueError, match="there is no module no_such_module"):
         make_reward("no_such_module:f")
     with pytest.raises(ValueError, match="returned 'good'"):
-        make_reward(f"{name}:broken").score([prompt("4")], ["x"], ["stop"])
+        judged(make_reward(f"{name}:broken"), [prompt("4")], ["x"])
 
 
 @pytest.mark.parametrize(
@@ -371,6 +383,61 @@ def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any
         make_reward(name, **options)
 
 
-def test_lists_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        make_reward(FINAL_STEP).score([prompt("4")], ["= 4 ;"] * 2, ["stop"] * 2)
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("0.5", 0.5),
+        ("True", 1.0),
+        ("np.float32(0.25)", 0.25),
+        ("np.int64(2)", 2.0),
+        ("np.array(0.5)", 0.5),
+        ("torch.tensor(0.75)", 0.75),
+        ("RewardResult(reward=np.float32(0.5), correct=np.bool_(True), extracted=None, error=None)", 0.5),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(users_module: Callable[[str], str], returned: str, expected: float) -> None:
+    imports = "import numpy as np, torch\nfrom megatron_minpro.rewards.reward import RewardResult\n"
+    name = users_module(f"{imports}def reward(prompt, conversation):\n    return {returned}\n")
+    [result] = judged(make_reward(f"{name}:reward"), [prompt("4")], ["x"])
+    assert (result.reward, type(result.reward), result.correct, type(result.correct)) == (expected, float, True, bool)
+
+
+@pytest.mark.parametrize("returned", ["'1'", "None", "float('nan')", "np.float32('inf')", "torch.ones(1)", "np.zeros((1, 1))", "[1]"])
+def test_what_is_no_finite_number_is_refused(users_module: Callable[[str], str], returned: str) -> None:
+    name = users_module(f"import numpy as np, torch\ndef reward(prompt, conversation):\n    return {returned}\n")
+    with pytest.raises(ValueError, match="for p, expected a finite number or a RewardResult"):
+        judged(make_reward(f"{name}:reward"), [prompt("4")], ["x"])
+
+
+def test_a_coroutine_judges_up_to_its_limit_at_once(users_module: Callable[[str], str]) -> None:
+    name = users_module(
+        "import asyncio\n"
+        "running, most = 0, []\n"
+        "async def reward(prompt, conversation):\n"
+        "    global running\n"
+        "    running += 1\n"
+        "    most.append(running)\n"
+        "    await asyncio.sleep(0.01)\n"
+        "    running -= 1\n"
+        "    return int(conversation.response) / 10\n"
+    )
+    results = judged(make_reward(f"{name}:reward", concurrency=3), [prompt("4")] * 9, [str(n) for n in range(9)])
+    assert [result.reward for result in results] == [n / 10 for n in range(9)]
+    assert max(sys.modules[name].most) == 3
+
+
+def test_a_reward_reads_the_row_and_every_turn(users_module: Callable[[str], str]) -> None:
+    name = users_module(
+        "def reward(prompt, conversation):\n"
+        "    said = [(turn.author, turn.text) for turn in conversation.turns]\n"
+        "    return sum(case in conversation.response for case in prompt.answer) + prompt.row['bonus'] + len(said)\n"
+    )
+    asked = Prompt(prompt_id="p", text="?", token_ids=(1,), answer=["a", "b"], source="test", row={"bonus": 10})
+    turns = (Turn(author="model", text="a b"), Turn(author="environment", text="no"), Turn(author="model", text="b"))
+    conversation = Conversation(prompt=asked, turns=turns, text="a b no b", finish_reason="stop", num_response_tokens=3, generations=())
+    assert make_reward(f"{name}:reward").score([conversation])[0].reward == 1 + 10 + 3
+
+
+def test_math_verify_wants_a_label_that_is_text(boxed: MathVerifyReward) -> None:
+    with pytest.raises(ValueError, match=r"^reward math_verify: the answer of p is a list, expected text$"):
+        judged(boxed, [Prompt(prompt_id="p", text="?", token_ids=(1,), answer=["4"], source="test")], ["\\boxed{4}"])

@@ -87,7 +87,7 @@ def plain(batch, *, scale):
 def raw(rewards, group_ids):
     return rewards.float()
 
-def reward(prompt, response, finish_reason, *, bonus=0.0):
+def reward(prompt, conversation, *, bonus=0.0):
     return len(response) + bonus
 
 def prompts(tokenizer, *, count):

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_minpro.data.prompts import Prompt
+from megatron_minpro.batch.conversation import Conversation
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.tasks.arithmetic_chains.reward import final_step
 
 
@@ -23,5 +24,5 @@ from megatron_minpro.tasks.arithmetic_chains.reward import final_step
 )
 def test_final_step_wants_the_right_last_result_and_a_clean_stop(response: str, finish_reason: str, expected: float) -> None:
     prompt = Prompt(prompt_id="0", text="", token_ids=(), answer="4", source="here")
-    result = final_step(prompt, response, finish_reason)
+    result = final_step(prompt, Conversation.of_text(prompt, response, finish_reason=finish_reason, num_response_tokens=9))
     assert (result.reward, result.correct, result.error) == (expected, expected == 1.0, None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.data.prompts import PromptList
 from megatron_minpro.tasks.arithmetic_chains.prompts import ArithmeticChains
 from megatron_minpro.tasks.arithmetic_chains.reward import final_step
@@ -34,7 +35,8 @@ def test_without_noise_every_step_is_right_and_the_reward_is_one(chain_tokenizer
         assert len(response.split()) == 36  # six steps of six words
         for left, operation, right, result in steps_of(response):
             assert eval(f"{left} {operation} {right}") % 10 == result
-        assert final_step(source[index], response, "stop").correct
+        said = Conversation.of_text(source[index], response, finish_reason="stop", num_response_tokens=9)
+        assert final_step(source[index], said).correct
 
 
 def test_on_hard_entries_the_same_mistake_is_made_everywhere(chain_tokenizer: Any) -> None:

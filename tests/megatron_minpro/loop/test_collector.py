@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor, PromptList
-from megatron_minpro.loop.sampler import Sampled, Sampler, choose_groups
+from megatron_minpro.environments.environment import make_environment
+from megatron_minpro.loop.collector import Collected, Collector, choose_groups
+from megatron_minpro.loop.responder import Responder
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import RewardResult
 from rollout.client import RolloutFailed, WeightsMissing
@@ -32,36 +36,38 @@ class Tokenizer:
 class Client:
     """Response j of a request is its first prompt token, then j, then the end; sampled under `version`."""
 
+    samples_per_call = None
+
     def __init__(self, version: int | tuple[int, int] = 4) -> None:
         self.versions = (version, version) if isinstance(version, int) else version
-        self.asked: list[tuple[list[GenerationRequest], SamplingParams, int]] = []
+        self.asked: list[tuple[list[GenerationRequest], SamplingParams]] = []
         self.fails_at: dict[int, Exception] = {}  # by the number of the call
 
     def take_report(self) -> dict[str, float]:
         return {"servers/used": float(len(self.asked))}
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, *, num_samples: int, policy_version: int
-    ) -> list[list[Generation]]:
+    @asynccontextmanager
+    async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
         assert policy_version == 4
-        self.asked.append((list(requests), sampling, num_samples))
+        self.sampling, self.client = sampling, self
+        yield self
+
+    async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:
+        self.asked.append((list(requests), self.sampling))
         if (failure := self.fails_at.pop(len(self.asked), None)) is not None:
             raise failure
         first, last = self.versions
         return [
-            [
-                Generation(
-                    request_id=request.request_id,
-                    prompt_token_ids=request.prompt_token_ids,
-                    response_token_ids=(request.prompt_token_ids[0], j, 99),
-                    engine_logprobs=(-0.1, -0.2, -0.3),
-                    version_spans=(VersionSpan(policy_version=first, start=0, end=1), VersionSpan(policy_version=last, start=1, end=3)),
-                    finish_reason="stop" if j else "length",
-                    latency_s=0.0,
-                    num_retries=0,
-                )
-                for j in range(num_samples)
-            ]
+            Generation(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                response_token_ids=(request.prompt_token_ids[0], request.sample_index, 99),
+                engine_logprobs=(-0.1, -0.2, -0.3),
+                version_spans=(VersionSpan(policy_version=first, start=0, end=1), VersionSpan(policy_version=last, start=1, end=3)),
+                finish_reason="stop" if request.sample_index else "length",
+                latency_s=0.0,
+                num_retries=0,
+            )
             for request in requests
         ]
 
@@ -77,31 +83,32 @@ class SecondWord:
         self.finish_reasons: list[str] = []
         self.num_response_tokens: list[int] = []
 
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
-    ) -> list[RewardResult]:
-        self.texts += responses
-        self.finish_reasons += finish_reasons
-        self.num_response_tokens += num_response_tokens
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
+        self.texts += [conversation.response for conversation in conversations]
+        self.finish_reasons += [conversation.finish_reason for conversation in conversations]
+        self.num_response_tokens += [conversation.num_response_tokens for conversation in conversations]
         results = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            words = response.split()
-            assert words[0] == prompt.answer, "a response is judged by its own prompt"
-            reward = 5.0 if prompt.prompt_id == "p0" else float(words[1])
+        for conversation in conversations:
+            words = conversation.response.split()
+            assert words[0] == conversation.prompt.answer, "a response is judged by its own prompt"
+            reward = 5.0 if conversation.prompt.prompt_id == "p0" else float(words[1])
             results.append(RewardResult(reward=reward, correct=reward == 2, extracted=words[1], error=None))
         return results
 
     def close(self) -> None: ...
 
 
-def make_sampler(client: Client, reward: SecondWord, **changed: Any) -> Sampler:
+def make_collector(client: Client, reward: SecondWord, *, environment: str = "single_turn", **changed: Any) -> Collector:
     prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in range(2))
     options = {
         "cursor": PromptCursor(PromptList(name="test", prompts=prompts), seed=0),
-        "client": client,
-        "tokenizer": Tokenizer(),
-        "end_ids": (97, 99),
-        "reward": reward,
+        "responder": Responder(
+            client=client,  # type: ignore[arg-type]
+            tokenizer=Tokenizer(),
+            end_ids=(97, 99),
+            environment=make_environment(environment),
+            reward=reward,
+        ),
         "advantages": make_advantages("mean_only"),
         "prompts_per_step": 2,
         "group_size": GROUP,
@@ -109,12 +116,12 @@ def make_sampler(client: Client, reward: SecondWord, **changed: Any) -> Sampler:
         "temperature": 0.7,
         "seed": 3,
     }
-    return Sampler(**{**options, **changed})
+    return Collector(**{**options, **changed})
 
 
 def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> None:
     client, reward = Client(), SecondWord()
-    sampled = make_sampler(client, reward).sample(6, policy_version=4)
+    sampled = make_collector(client, reward).collect(6, policy_version=4)
     batch = sampled.batch
     assert (batch.sampled_at_step, batch.policy_version, batch.group_size, batch.num_groups) == (6, 4, GROUP, 2)
     assert [sample.sample_id for sample in batch.samples] == [f"step6-{n}" for n in range(6)]
@@ -134,37 +141,37 @@ def test_a_batch_holds_every_response_with_the_advantage_of_its_own_group() -> N
 
 
 def test_what_people_read_is_in_the_order_of_the_samples() -> None:
-    sampled = make_sampler(Client(), SecondWord()).sample(0, policy_version=4)
-    for response, sample in zip(sampled.responses, sampled.batch.samples, strict=True):
-        assert response.text.startswith(f"{sample.token_ids[0]} {sample.token_ids[3]}")
-        assert (response.result.reward, response.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
+    sampled = make_collector(Client(), SecondWord()).collect(0, policy_version=4)
+    for (conversation, result), sample in zip(sampled.judged, sampled.batch.samples, strict=True):
+        assert conversation.text.startswith(f"{sample.token_ids[0]} {sample.token_ids[3]}")
+        assert (result.reward, conversation.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
 
 
 def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() -> None:
     client = Client()
-    sampler = make_sampler(client, SecondWord())
-    sampler.sample(0, policy_version=4)
-    sampler.sample(1, policy_version=4)
-    [(requests, sampling, num_samples), (later_requests, later_sampling, _)] = client.asked
+    collector = make_collector(client, SecondWord())
+    collector.collect(0, policy_version=4)
+    collector.collect(1, policy_version=4)
+    [(requests, sampling), (later_requests, later_sampling)] = client.asked
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (8, 0.7, 1.0, -1)
-    assert (sampling.stop_token_ids, num_samples) == ((97, 99), GROUP)
+    assert (sampling.stop_token_ids, len(requests)) == ((97, 99), 2 * GROUP)
     assert sampling.seed != later_sampling.seed
-    assert {request.request_id for request in requests}.isdisjoint(request.request_id for request in later_requests)
+    assert {request.name for request in requests}.isdisjoint(request.name for request in later_requests)
     again = Client()
-    make_sampler(again, SecondWord()).sample(0, policy_version=4)
+    make_collector(again, SecondWord()).collect(0, policy_version=4)
     assert again.asked[0] == client.asked[0], "the same seed asks the same again"
 
 
 def test_the_token_that_ended_a_response_is_trained_but_not_graded() -> None:
     reward = SecondWord()
-    sampled = make_sampler(Client(), reward).sample(0, policy_version=4)
+    sampled = make_collector(Client(), reward).collect(0, policy_version=4)
     assert all(sample.token_ids[-1] == 99 for sample in sampled.batch.samples)
     assert [text.split()[2:] for text in reward.texts] == [[]] * 6
 
 
 def test_the_reward_learns_lengths_and_reasons() -> None:
     reward = SecondWord()
-    make_sampler(Client(), reward).sample(0, policy_version=4)
+    make_collector(Client(), reward).collect(0, policy_version=4)
     assert reward.num_response_tokens == [3] * 6
     assert reward.finish_reasons == ["length", "stop", "stop"] * 2
 
@@ -174,12 +181,12 @@ def test_a_response_of_other_weights_is_refused(versions: tuple[int, int]) -> No
     with pytest.raises(
         ValueError, match=rf"^step0-0: sampled under policy versions \({versions[0]}, {versions[1]}\), expected 4 throughout$"
     ):
-        make_sampler(Client(versions), SecondWord()).sample(0, policy_version=4)
+        make_collector(Client(versions), SecondWord()).collect(0, policy_version=4)
 
 
 def test_prompts_go_on_where_the_last_batch_ended() -> None:
-    sampler = make_sampler(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
-    seen = [int(sampler.sample(step, policy_version=4).batch.samples[0].token_ids[0]) for step in range(4)]
+    collector = make_collector(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
+    seen = [int(collector.collect(step, policy_version=4).batch.samples[0].token_ids[0]) for step in range(4)]
     assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]
 
 
@@ -188,7 +195,7 @@ def test_a_failed_call_asks_for_the_same_responses_again_and_loses_no_prompt(fai
     rewards = {f"p{i}": row for i, row in enumerate([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])}
     client, cursor = Client(), InOrder()
     client.fails_at = {2: failure}
-    sampler = make_sampler(
+    collector = make_collector(
         client,
         Scripted(rewards),
         cursor=cursor,
@@ -196,11 +203,11 @@ def test_a_failed_call_asks_for_the_same_responses_again_and_loses_no_prompt(fai
         dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
     )
     with pytest.raises(type(failure)):
-        sampler.sample(7, policy_version=4)
+        collector.collect(7, policy_version=4)
     assert cursor.position == 0
-    sampled = sampler.sample(7, policy_version=4)
+    sampled = collector.collect(7, policy_version=4)
     undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
-    assert sampled.responses == undisturbed.responses and cursor.position == end.position
+    assert sampled.judged == undisturbed.judged and cursor.position == end.position
     assert client.asked[:2] == client.asked[2:4]
     assert sampled.servers == {"servers/used": 5.0}
 
@@ -215,10 +222,8 @@ class Scripted(SecondWord):
         super().__init__()
         self.rewards = rewards
 
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], finish_reasons: Sequence[str], num_response_tokens: Sequence[int]
-    ) -> list[RewardResult]:
-        rewards = [self.rewards[prompt.prompt_id][int(text.split()[1])] for prompt, text in zip(prompts, responses, strict=True)]
+    def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
+        rewards = [self.rewards[said.prompt.prompt_id][int(said.response.split()[1])] for said in conversations]
         return [RewardResult(reward=x, correct=x > 0.5, extracted=None, error=None) for x in rewards]
 
 
@@ -243,16 +248,16 @@ class InOrder:
 EQUAL, MIXED, SHAPED = (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, -0.5, 0.25)  # SHAPED: all wrong, told apart by their lengths
 
 
-def dynamically(rewards: list[Sequence[float]], *, equal: str = "reward", max_rounds: int = 3) -> tuple[Sampled, Client, InOrder]:
+def dynamically(rewards: list[Sequence[float]], *, equal: str = "reward", max_rounds: int = 3) -> tuple[Collected, Client, InOrder]:
     client, cursor = Client(), InOrder()
-    sampler = make_sampler(
+    collector = make_collector(
         client,
         Scripted({f"p{i}": row for i, row in enumerate(rewards)}),
         cursor=cursor,
         prompts_per_step=3,
         dynamic_sampling=DynamicSamplingConfig(equal=equal, max_rounds=max_rounds),
     )
-    return sampler.sample(7, policy_version=4), client, cursor
+    return collector.collect(7, policy_version=4), client, cursor
 
 
 def prompts_of(samples: Sequence[Any]) -> list[int]:
@@ -261,7 +266,7 @@ def prompts_of(samples: Sequence[Any]) -> list[int]:
 
 def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() -> None:
     sampled, client, cursor = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
-    assert [[request.prompt_token_ids[0] - 10 for request in requests] for requests, _, _ in client.asked] == [[0, 1, 2], [3, 4], [5]]
+    assert [[request.prompt_token_ids[0] - 10 for request in requests[::GROUP]] for requests, _ in client.asked] == [[0, 1, 2], [3, 4], [5]]
     assert prompts_of(sampled.batch.samples) == [1, 4, 5] and prompts_of(sampled.dropped) == [0, 2, 3]
     assert (sampled.rounds, sampled.equal_groups, cursor.position) == (3, 0, 6)
     assert [sample.reward for sample in sampled.batch.samples] == list(MIXED) * 3
@@ -273,10 +278,10 @@ def test_every_response_is_either_in_the_batch_or_dropped_and_has_a_name_and_a_s
     sampled, client, _ = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     everything = [*sampled.batch.samples, *sampled.dropped]
     assert sorted(int(sample.sample_id.removeprefix("step7-")) for sample in everything) == list(range(18))
-    names = [request.request_id for requests, _, _ in client.asked for request in requests]
-    assert len(set(names)) == 6, "a response's seed hangs on its request's name"
-    for response, sample in zip(sampled.responses, everything, strict=True):
-        assert response.prompt.token_ids == tuple(sample.token_ids[:2].tolist())
+    names = [request.name for requests, _ in client.asked for request in requests]
+    assert len(set(names)) == 18, "a response's seed depends on its request's name"
+    for (conversation, _), sample in zip(sampled.judged, everything, strict=True):
+        assert conversation.prompt.token_ids == tuple(sample.token_ids[:2].tolist())
 
 
 def test_when_the_rounds_run_out_the_earliest_equal_groups_fill_the_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -297,9 +302,9 @@ def test_rewards_that_length_shaping_told_apart_are_equal_by_correctness() -> No
 def test_a_full_first_round_is_the_batch_of_a_sampler_without_the_option() -> None:
     rewards = Scripted(dict.fromkeys(("p0", "p1"), MIXED))
     plain_client, client = Client(), Client()
-    plain = make_sampler(plain_client, rewards).sample(0, policy_version=4)
+    plain = make_collector(plain_client, rewards).collect(0, policy_version=4)
     option = DynamicSamplingConfig(equal="reward", max_rounds=2)
-    dynamic = make_sampler(client, rewards, dynamic_sampling=option).sample(0, policy_version=4)
+    dynamic = make_collector(client, rewards, dynamic_sampling=option).collect(0, policy_version=4)
     assert (content([dynamic.batch]), dynamic.dropped, client.asked) == (content([plain.batch]), (), plain_client.asked)
 
 
@@ -308,8 +313,8 @@ def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones
     prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers)
     rewards = Scripted({f"p{i}": EQUAL if i % 3 else MIXED for i in numbers})
 
-    def sampler() -> Sampler:
-        return make_sampler(
+    def collector() -> Collector:
+        return make_collector(
             Client(),
             rewards,
             cursor=PromptCursor(PromptList(name="test", prompts=prompts), seed=5),
@@ -317,16 +322,16 @@ def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones
             dynamic_sampling=DynamicSamplingConfig(equal="reward", max_rounds=3),
         )
 
-    whole, resumed = sampler(), sampler()
-    batches = [whole.sample(step, policy_version=4) for step in range(2)]
+    whole, resumed = collector(), collector()
+    batches = [whole.collect(step, policy_version=4) for step in range(2)]
     assert batches[0].rounds == 3, "the seed is one that needs further rounds"
     state = whole.cursor.state()
-    batches += [whole.sample(step, policy_version=4) for step in range(2, 4)]
+    batches += [whole.collect(step, policy_version=4) for step in range(2, 4)]
     resumed.cursor.load_state(state)
-    continued = [resumed.sample(step, policy_version=4).batch for step in range(2, 4)]
+    continued = [resumed.collect(step, policy_version=4).batch for step in range(2, 4)]
     assert content(continued) == content([sampled.batch for sampled in batches[2:]])
-    again = sampler()
-    repeated = [again.sample(step, policy_version=4) for step in range(4)]
+    again = collector()
+    repeated = [again.collect(step, policy_version=4) for step in range(4)]
     assert content([sampled.batch for sampled in repeated]) == content([sampled.batch for sampled in batches])
     assert [sample_content(sampled.dropped) for sampled in repeated] == [sample_content(sampled.dropped) for sampled in batches]
 

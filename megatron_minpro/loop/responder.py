@@ -1,0 +1,79 @@
+"""From prompts to judged conversations: the environment asks the servers, the reward judges. Runs on one rank only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_minpro.batch.conversation import Conversation
+from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.environments.conversations import hold_conversations
+from megatron_minpro.environments.environment import Environment
+from megatron_minpro.rewards.reward import Reward, RewardResult
+from rollout.client import GenerationClient
+from rollout.records import SamplingParams
+
+Judged = tuple[Conversation, RewardResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responder:
+    """What training batches and held-out measurements have in common."""
+
+    client: GenerationClient
+    tokenizer: Any
+    end_ids: tuple[int, ...]  # tokens that end an answer
+    environment: Environment
+    reward: Reward
+
+    def respond(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        request_prefix: str,
+        policy_version: int,
+    ) -> tuple[list[Judged], float]:
+        """`num_samples` conversations on every prompt, prompt by prompt, each with its judgement; and the seconds spent on judging.
+
+        Args:
+            prompts: what to ask.
+            num_samples: conversations per prompt.
+            max_new_tokens: most tokens after a prompt.
+            temperature, top_p: how to sample.
+            seed: together with request_prefix and the place of a conversation it makes every answer repeatable.
+            request_prefix: begins the names of the requests.
+            policy_version: every token is sampled under these weights.
+
+        Raises:
+            RolloutFailed, WeightsMissing: as the client. The same call, made again, asks the servers only for what is missing.
+            RuntimeError: the environment failed.
+        """
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=-1, stop_token_ids=self.end_ids, seed=seed
+        )
+
+        async def ask() -> list[Conversation]:
+            async with self.client.session(sampling, policy_version=policy_version) as session:
+                return await hold_conversations(
+                    self.environment,
+                    prompts,
+                    session=session,
+                    tokenizer=self.tokenizer,
+                    end_ids=self.end_ids,
+                    max_new_tokens=max_new_tokens,
+                    num_samples=num_samples,
+                    request_prefix=request_prefix,
+                )
+
+        conversations = asyncio.run(ask())
+        began = time.perf_counter()
+        results = self.reward.score(conversations)
+        return list(zip(conversations, results, strict=True)), time.perf_counter() - began
