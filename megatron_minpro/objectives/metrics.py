@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -47,10 +48,7 @@ def token_metrics(
     """
     mask_T = batch.loss_mask_T
     count = mask_T.sum().double()
-
-    def mean_of(x_T: Shaped[Tensor, " T"]) -> Float64[Tensor, " 2"]:
-        return torch.stack([torch.where(mask_T, x_T.detach().double(), 0.0).sum(), count])
-
+    mean_of = partial(_sum_and_count, mask_T=mask_T, count=count)
     d_T = log_ratio_T.detach()
     ratio_T = ratio(d_T.double())
     bounded_T = d_T.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -70,6 +68,10 @@ def token_metrics(
         "log_ratio/histogram": histogram(d_T, mask_T),
         "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
     }
+
+
+def _sum_and_count(x_T: Shaped[Tensor, " T"], mask_T: Tensor, count: Tensor) -> Float64[Tensor, " 2"]:
+    return torch.stack([torch.where(mask_T, x_T.detach().double(), 0.0).sum(), count])
 
 
 def histogram(x_T: Float[Tensor, " T"], mask_T: Bool[Tensor, " T"]) -> Float64[Tensor, " bins"]:
