@@ -49,10 +49,11 @@ test-faults: setup ## kill -9 of random processes at random moments, 20 seeds (h
 
 overlay: $(OVERLAY) ## a later Megatron-Core in a folder of its own, which tests/parallel/test_megatron_overlay.py lays over .venv
 
-lint: $(TRAINER) ## ruff, mypy, shellcheck
+lint: $(TRAINER) ## ruff, mypy, import-linter, shellcheck
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 	.venv/bin/shellcheck --external-sources $(SHELL_FILES)
 
 format: $(TRAINER) ## let ruff format and fix

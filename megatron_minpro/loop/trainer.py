@@ -18,12 +18,12 @@ from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.collector import Collected
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from megatron_minpro.objectives.corrections import correct
 from megatron_minpro.objectives.idle_clip import idle_clip
-from megatron_minpro.run.run_state import RunCounters
 from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
 from parallel.packing import TokenSequence
 from parallel.weights import take_part

@@ -21,12 +21,12 @@ from checkpoints_convert.atomic_directory import fsync_tree
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
     LATEST_FILE,
     STATE_FILE,
     WAITING_FILE,
-    RunCounters,
     describe_model,
     file_sizes,
     join_batches,

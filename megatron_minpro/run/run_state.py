@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,13 @@ from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
+from megatron_minpro.loop.counters import RunCounters
 from parallel.actor import MegatronActor
 
 ACTOR_FOLDER = "actor"
 STATE_FILE = "run.json"
 WAITING_FILE = "waiting.safetensors"
 LATEST_FILE = "latest"
-
-
-@dataclass(slots=True, kw_only=True)
-class RunCounters:
-    """Where a run stands. Seconds and what counts lost responses are kept by rank 0; the rest is the same on all ranks."""
-
-    next_step: int = 0  # the global step that comes next
-    trained_batches: int = 0
-    rollouts_sampled: int = 0
-    rollouts_trained: int = 0
-    rollouts_lost: int = 0
-    rollouts_dropped: int = 0  # by dynamic sampling
-    tokens_trained: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
-
-    def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
-        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
-
-        metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
-        """
-        kept = self.rollouts_sampled - self.rollouts_lost
-        sampled = max((int(line.get("total/rollouts_sampled") or 0) for line in metrics), default=0)
-        self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
-        self.rollouts_sampled = kept + self.rollouts_lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collector
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.driver import RunDriver
 from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.loop.responder import Responder
@@ -111,7 +112,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     if checkpoint is None and first:
         forget_unfinished_attempt(run_dir)
     buffer = StalenessBuffer(config.staleness)
-    counters, cursor_state = run_state.RunCounters(), None
+    counters, cursor_state = RunCounters(), None
     if checkpoint is not None:
         saved = run_state.load(checkpoint, actor=actor, config=config)
         counters, cursor_state = saved.counters, saved.cursor
@@ -181,7 +182,7 @@ class RunCheckpoints:
     writer: CheckpointWriter
     config: RunConfig
     actor: MegatronActor
-    counters: run_state.RunCounters
+    counters: RunCounters
     buffer: StalenessBuffer
     driver: RunDriver | None
 
@@ -206,7 +207,7 @@ class RunCheckpoints:
         return self.writer.failure()
 
 
-def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
+def build_driver(config: RunConfig, run_dir: Path, counters: RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
     """Rank 0's part. Waits for the servers."""
     tokenizer = load_tokenizer(Path(config.model.path))
     source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
@@ -277,7 +278,7 @@ def build_driver(config: RunConfig, run_dir: Path, counters: run_state.RunCounte
     )
 
 
-def count_lost(run_dir: Path, counters: run_state.RunCounters) -> None:
+def count_lost(run_dir: Path, counters: RunCounters) -> None:
     """Count what an earlier attempt sampled after its last checkpoint, and keep the count before the metrics that tell it are cut."""
     path = run_dir / LOST_FILE
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else counters.rollouts_lost

@@ -17,9 +17,9 @@ from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.config import load_config
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
-from megatron_minpro.run.run_state import RunCounters
 from parallel import process_groups
 from parallel.actor import MegatronActor
 from parallel.capabilities import detect

@@ -17,8 +17,8 @@ from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collected
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.run.run_state import RunCounters
 from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import LocalTokens, UpdateReport
 from parallel.packing import TokenSequence

@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 
 from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.config import load_config
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
-from megatron_minpro.run.run_state import RunCounters
 from parallel.actor_checkpoint import write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.run import launcher
-from megatron_minpro.run.run_state import RunCounters
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
-from megatron_minpro.run.run_state import RunCounters, latest_checkpoint
+from megatron_minpro.run.run_state import latest_checkpoint
 from rollout.records import VersionSpan
 from tests.megatron_minpro.conftest import content
 

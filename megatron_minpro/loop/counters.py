@@ -1,0 +1,30 @@
+"""Where a run stands: what the loop counts, and a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class RunCounters:
+    """Where a run stands. Seconds and what counts lost responses are kept by rank 0; the rest is the same on all ranks."""
+
+    next_step: int = 0  # the global step that comes next
+    trained_batches: int = 0
+    rollouts_sampled: int = 0
+    rollouts_trained: int = 0
+    rollouts_lost: int = 0
+    rollouts_dropped: int = 0  # by dynamic sampling
+    tokens_trained: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
+
+    def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
+        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
+
+        metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
+        """
+        kept = self.rollouts_sampled - self.rollouts_lost
+        sampled = max((int(line.get("total/rollouts_sampled") or 0) for line in metrics), default=0)
+        self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
+        self.rollouts_sampled = kept + self.rollouts_lost
