@@ -23,12 +23,18 @@ __all__ = ["ConfigError", "dump_config", "flatten_differences", "load_config", "
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file (or a shipped one by its name), apply key=value overrides from left to right, validate.
+    """Read a YAML file, apply key=value overrides from left to right, validate.
 
-    Values of overrides are YAML. A top-level section may be the path of a .yaml file that holds it (objective=configs/objective/grpo.yaml).
-    ${NAME} in a string is an environment variable. All paths are relative to the working directory.
-    Nothing of the user's own runs here: `megatron_minpro.run.plug_ins` checks in a second step what names and options lead to.
-    Raises ConfigError, one line: which file and line (or the command line), which key, its value, what was expected.
+    A top-level section may be the path of a .yaml file that holds it (objective=configs/objective/grpo.yaml). ${NAME} in a string is an
+    environment variable. All paths are relative to the working directory. Nothing of the user's own runs here:
+    `megatron_minpro.run.plug_ins` checks in a second step what names and options lead to.
+
+    Args:
+        path: a file, or the name of a shipped configuration.
+        overrides: key=value; the value is YAML.
+
+    Raises:
+        ConfigError: one line says which file and line (or the command line), which key, its value, and what was expected.
     """
     path = find_config(path)
     settings = Settings()

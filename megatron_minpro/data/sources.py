@@ -64,19 +64,25 @@ def load_prompts(
 ) -> tuple[PromptSource, PromptReport]:
     """Read a prompt source, clean it, apply the chat template.
 
-    tokenizer: a transformers tokenizer with a chat template.
-    source: package.module:function, a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset ("owner/name").
-    max_prompt_tokens: longer prompts (template included) are dropped and counted; from a plug-in they are an error.
-    options: the plug-in's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
-    preset: a key of PRESETS, the layout of a well-known data set; the four arguments below override its values.
-    question_field, answer_field: dotted paths into a row, numbers index lists ("prompt.0.content").
-    answer_format: a key of ANSWER_FORMATS; "plain" when neither it nor a preset is given.
-    wrapper: a key of WRAPPERS, or a text that contains {question} once; None without a preset sends the bare question.
-
     A question that comes with a wrapper around it is unwrapped before the wrapper is put around it. Rows with the same question
     (differences of white space ignored) and the same answer become one prompt. Rows with the same question and different answers are
     all dropped: nobody can tell which label is right. The order of the source is kept.
-    Raises ValueError naming source, row and field for anything missing or malformed, and when no prompt is left.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        source: package.module:function, a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset ("owner/name").
+        max_prompt_tokens: longer prompts (template included) are dropped and counted; from a plug-in they are an error.
+        options: the plug-in's options; for a Hugging Face dataset `split` (required), `name`, `revision`.
+        preset: a key of PRESETS, the layout of a well-known data set; the four arguments below override its values.
+        question_field, answer_field: dotted paths into a row, numbers index lists ("prompt.0.content").
+        answer_format: a key of ANSWER_FORMATS; "plain" when neither it nor a preset is given.
+        wrapper: a key of WRAPPERS, or a text that contains {question} once; None without a preset sends the bare question.
+
+    Returns:
+        The prompts, and what became of the rows.
+
+    Raises:
+        ValueError: something is missing or malformed, naming source, row and field; or no prompt is left.
     """
     if max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")

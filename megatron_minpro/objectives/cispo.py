@@ -19,7 +19,17 @@ def cispo(
     """J = 1/N sum_t sg(clip(rho_t, 1 - clip_low, 1 + clip_high)) A_t log pi_theta(t) (arXiv:2506.13585, eqs. 4 and 5).
 
     Defaults: the bounds of the MinPRO paper's comparison, 1 and 4 (arXiv:2601.22718), so no lower bound, as CISPO's paper advises; that
-    paper does not publish its upper one. Raises ValueError for an option out of range.
+    paper does not publish its upper one.
+
+    Args:
+        batch: one packed micro-batch.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     return scaled_cispo(
         batch, scale=1.0, clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, aggregation_length=aggregation_length
@@ -37,7 +47,14 @@ def scaled_cispo(
 ) -> ObjectiveOutput:
     """CISPO with every weight times `scale` after the clip: the control for the smaller steps that MinPRO's minimum implies.
 
-    scale has no published default; the mean weight of a MinPRO run over that of a CISPO run is the one to compare with.
+    Args:
+        batch: one packed micro-batch.
+        scale: multiplies every weight after the clip. It has no published default; the mean weight of a MinPRO run over that
+            of a CISPO run is the one to compare with.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
     """
     check_number("scale", scale, above=0)
     log_low, log_high = log_bounds(clip_low, clip_high)

@@ -29,7 +29,18 @@ def ctpo(
     Defaults: the paper's bounds, square-root growth and sequence-mean; its released run uses token_mean. As there, a token's log ratio is
     held within +-20 and the cumulative one at most at max_log_ratio (a value, not a gate: the gradient remains until the clip stops it).
     Left out: the released run's extra clip for A < 0 and its sequence-level correction for the engine, which are not in the paper's
-    objective. Raises ValueError for an option out of range.
+    objective.
+
+    Args:
+        batch: one packed micro-batch.
+        width_low, width_high: of the bounds at the first token.
+        power: how the bounds grow with the token's place.
+        max_log_ratio: the cumulative log ratio is held at this value; the gradient remains until the clip stops it.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     for name, value in (("width_low", width_low), ("width_high", width_high), ("power", power)):
         check_number(name, value, at_least=0)

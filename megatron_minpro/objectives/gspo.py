@@ -15,7 +15,15 @@ def gspo(batch: TokenBatch, *, clip_low: float = 2e-3, clip_high: float = 2e-3) 
 
     Defaults: 2e-3 on both sides, GSPO's bounds as the MinPRO paper's baseline uses them (arXiv:2601.22718); GSPO's own are 3e-4 and 4e-4.
     The aggregation is the method's own, seq_mean_token_mean. The gradient runs through every token of the sequence and equals that of
-    the sequence's ratio where A is constant in it. Raises ValueError for an option out of range.
+    the sequence's ratio where A is constant in it.
+
+    Args:
+        batch: one packed micro-batch.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)

@@ -22,7 +22,16 @@ def minpro(
     Choices: the *product* is clipped, once, and the whole weight is detached. The minimum is exclusive and skips masked tokens. An empty
     prefix, which the paper leaves open, has ratio 1, its theorem's empty product: the first trained token has w = clip(rho). The
     minimum is not capped at 1: while all earlier ratios exceed 1, so does it. Ratios [2, 3, 1.5, 0.5, 4] give weights [2, 5, 3, 0.75, 2].
-    Raises ValueError for an option out of range.
+
+    Args:
+        batch: one packed micro-batch.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)

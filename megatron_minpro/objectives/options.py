@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 
 def check_number(name: str, value: object, *, at_least: float | None = None, above: float | None = None) -> float:
-    """A finite number (not a bool, not text) within the given bounds, as float."""
+    """A finite number (not a bool, not text) within the given bounds, as float.
+
+    Args:
+        name: of the option, for the error.
+        value: what the user gave.
+        at_least: lower bound that is allowed itself.
+        above: lower bound that is not.
+
+    Raises:
+        ValueError: naming the option, its value and what was expected.
+    """
     bound = f" of at least {at_least}" if at_least is not None else f" above {above}" if above is not None else ""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")

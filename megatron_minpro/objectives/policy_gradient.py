@@ -30,8 +30,16 @@ def weighted_policy_gradient(
 ) -> ObjectiveOutput:
     """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with w = scale * exp(clamp(log_weights, log_low, log_high)).
 
-    The whole weight is detached, so the gradient is exactly -w A / divisor. It is bounded in log space, before exp. Bounds are numbers
-    or [T]. Tokens where keep_T is False have weight 0 (counted as hard-clipped); their share of the divisor remains.
+    The whole weight is detached, so the gradient is exactly -w A / divisor. It is bounded in log space, before exp.
+
+    Args:
+        batch: one packed micro-batch.
+        log_ratio_T: log pi_theta - log pi_old, for the metrics.
+        scanned: the answers of `scan_batch`.
+        log_weights_T: log of the weights before they are bounded.
+        log_low, log_high: the bounds, in log space: numbers or [T].
+        scale: multiplies the bounded weights.
+        keep_T: tokens where it is False have weight 0 (counted as hard-clipped); their share of the divisor remains.
     """
     log_weights_T = log_weights_T.detach()
     bounded_T = torch.minimum(torch.maximum(log_weights_T, _as_tensor(log_low, log_weights_T)), _as_tensor(log_high, log_weights_T))
@@ -53,8 +61,16 @@ def ppo_clip(
 ) -> ObjectiveOutput:
     """loss = sum_t max(-A r, -A clip(r, low, high)) / divisor (PPO, arXiv:1707.06347, eq. 7), r = exp(differentiable_log_ratio_T).
 
-    dual_clip c: for A < 0 also at most -A c (arXiv:1912.09729, eq. 5). The gradient is 0 where A > 0 and r > high, A < 0 and r < low, and
-    A < 0 and r > c; elsewhere -r A / divisor. r is held within exp(+-20) and without gradient outside. Bounds are numbers or [T].
+    The gradient is 0 where A > 0 and r > high, A < 0 and r < low, and A < 0 and r > c; elsewhere -r A / divisor. r is held within
+    exp(+-20) and without gradient outside.
+
+    Args:
+        batch: one packed micro-batch.
+        log_ratio_T: the token's own log ratio, for the metrics.
+        scanned: the answers of `scan_batch`.
+        differentiable_log_ratio_T: log of the ratio r that is clipped, with gradient.
+        log_low, log_high: the bounds, in log space: numbers or [T].
+        dual_clip: c: for A < 0 the loss is also at most -A c (arXiv:1912.09729, eq. 5); None: off.
     """
     d_T, advantages_T = differentiable_log_ratio_T, advantages(batch)
     ratio_T = ratio(d_T)

@@ -35,7 +35,18 @@ def prefix_filter(
     Defaults: 1 % (the paper) and CISPO's bounds. Choices that the paper leaves open: the ranking spans the whole mini-batch, in log space;
     the denominator stays the number of all trained tokens; the base is CISPO. At most `fraction` is dropped: bins of value_bins.py (0.1 %
     wide) go as a whole, so tokens that tie are kept together.
-    statistics: the sum of `prefix_filter_statistics` over the mini-batch. Raises ValueError for an option out of range.
+
+    Args:
+        batch: one packed micro-batch.
+        statistics: the sum of `prefix_filter_statistics` over the mini-batch.
+        fraction: of the trained tokens, at most this share is dropped.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     if check_number("fraction", fraction, at_least=0) >= 1:
         raise ValueError(f"fraction must be below 1, got {fraction!r}")

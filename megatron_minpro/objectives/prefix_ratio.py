@@ -20,7 +20,17 @@ def prefix_ratio(
     """J = 1/N sum_t sg(clip(prod_{i<=t} rho_i, 1 - clip_low, 1 + clip_high)) A_t log pi_theta(t).
 
     Defaults as MinPRO's. Choice: the product includes the token's own ratio, is formed in log space over trained tokens, and is clipped
-    once, at the end. Ratios [2, 3, 1.5, 0.5, 4] give weights [2, 5, 5, 4.5, 5]. Raises ValueError for an option out of range.
+    once, at the end. Ratios [2, 3, 1.5, 0.5, 4] give weights [2, 5, 5, 4.5, 5].
+
+    Args:
+        batch: one packed micro-batch.
+        clip_low: the ratio's lower bound is 1 - clip_low; 1 or more: no lower bound.
+        clip_high: its upper bound is 1 + clip_high.
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)

@@ -31,11 +31,20 @@ def topr(
 
     Defaults: the paper's canonical tapers a+ = b+ = b- = 1, a- = 0. Others: (1, 1, 0, 0) trains on good responses alone, (1, 1, 1, 1) is
     REINFORCE, (0, 1, 0, 1) truncated importance sampling.
-    level, of r: `sequence` the product of the trajectory's ratios (the paper), `sequence_mean` its geometric mean (verl's documentation),
-    `token` each token's own (ROLL, Trinity-RFT).
     Choices: the paper's rewards are +-1 without baseline; here the sign is the advantage's. Sums over a trajectory's tokens and the mean
     over trajectories are the paper's gradient.
-    Raises ValueError for an option out of range, or a low taper above its high one.
+
+    Args:
+        batch: one packed micro-batch.
+        positive_low, positive_high: a+ and b+, the taper of responses with A > 0.
+        negative_low, negative_high: a- and b-, the taper of the others.
+        level: of r. `sequence`: the product of the trajectory's ratios (the paper). `sequence_mean`: its geometric mean (verl's
+            documentation). `token`: each token's own (ROLL, Trinity-RFT).
+        aggregation: what the sum over tokens is divided by; see aggregation.py.
+        aggregation_length: the constant of aggregation `constant`, else None.
+
+    Raises:
+        ValueError: an option is out of range, or a low taper is above its high one.
     """
     check_choice("level", level, LEVELS)
     log_low_positive, log_high_positive = _log_taper("positive", positive_low, positive_high)
