@@ -13,7 +13,8 @@ from megatron_minpro.evaluation.problems import Problem
 from megatron_minpro.evaluation.responses import Response
 from megatron_minpro.rewards.answers import AnswerStyle, Tolerance, compare_plainly, extract_answer
 from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
-from megatron_minpro.rewards.reward import Reward, make_reward
+from megatron_minpro.rewards.registry import make_reward
+from megatron_minpro.rewards.reward import Reward
 
 _REMEMBERED_PAIRS = 50_000
 
@@ -100,7 +101,7 @@ class MathGrader:
 
 
 class RewardGrader:
-    """Grades with a reward of training: package.module:function, or a name of rewards.reward.REWARDS."""
+    """Grades with a reward of training: package.module:function, or a name of rewards.registry.REWARDS."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward

@@ -6,9 +6,7 @@ another model: pi_old is then not the policy that sampled. Mean |difference| per
     float32 on both sides     3e-7 measured (configs/tiny_moe_cpu.yaml); the limit is 1e-4
     bfloat16 on either side   8 bits of mantissa: a logit of 10 is rounded by up to 0.03; the limit is 0.05
 
-Weights of another policy version lie above the first limit: up to 15 updates of that run at a learning rate of 4e-5 move log-probs by
-0.016 (root mean square). The second limit finds another model, not weights that are a few small updates old: the policy versions and
-debug.check_weights are for those.
+A server that is one update behind lies above the first limit: the smallest useful update moves log-probs by 1e-3 and more.
 """
 
 from __future__ import annotations

@@ -257,10 +257,18 @@ EXACT = Tolerance()
 
 
 def compare_plainly(label: str, answer: str, *, tolerance: Tolerance = EXACT) -> bool | None:
-    """Whether an answer equals its label by text and digits alone; None when that cannot decide.
+    """Whether an answer equals its label by text and digits alone. Linear in the length of both.
 
     Integers and numerals with a base ("52_8") are decided both ways. Other numbers are left open where rounding (up to 1e-6 of the label)
-    or a percent sign on one side may explain the difference; different texts always are, as sympy may know more.
+    or a percent sign on one side may explain the difference; different texts always are, as the worker may know more.
+
+    Args:
+        label: as the data set has it.
+        answer: as the model wrote it, box or marker removed.
+        tolerance: how far a number may lie from its label.
+
+    Returns:
+        The verdict; None when text and digits cannot decide.
     """
     here, there = _integer_digits(label), _integer_digits(answer)
     if here is not None and there is not None and tolerance == EXACT:
@@ -275,7 +283,7 @@ def compare_plainly(label: str, answer: str, *, tolerance: Tolerance = EXACT) ->
             return True
         explained = abs(expected - found) <= _ROUNDING * abs(expected) or ("%" in label) != ("%" in answer)
         return None if explained else False
-    return True if _spelling(label) == _spelling(answer) else None
+    return True if spelling(label) == spelling(answer) else None
 
 
 def for_math_verify(answer: str) -> str:
@@ -285,7 +293,7 @@ def for_math_verify(answer: str) -> str:
     return _SHORT_SUBSCRIPT.sub(r"_\1", text)
 
 
-def _spelling(answer: str) -> str:
+def spelling(answer: str) -> str:
     """An answer without what has no meaning: white space, sizes of brackets and fractions, braces around one letter of a subscript."""
     text = strip_decoration(answer).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     for mark in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "~"):

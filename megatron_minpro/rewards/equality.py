@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_minpro.rewards.answers import last_boxed
+from megatron_minpro.rewards.answers import last_boxed, spelling
 from megatron_minpro.rewards.quantities import Quantity, quantities_equal, read_quantity, split_unit, without_explanation
 from megatron_minpro.rewards.relations import (
     answer_of_equation,
@@ -44,7 +44,7 @@ _BASES = {
     "sixteen": 16, "bin": 2, "oct": 8, "dec": 10, "hex": 16,
 }  # fmt: skip
 _BASED = re.compile(
-    r"\(?\s*([0-9][0-9A-Za-z]*|[A-Fa-f][0-9A-Fa-f]*[0-9][0-9A-Fa-f]*)\s*\)?\s*"
+    r"\(?\s*([0-9][0-9A-Za-z]*|[A-Fa-f][0-9A-Fa-f]*[0-9][0-9A-Fa-f]*|[A-Fa-f]{2,}(?=\)?_\{?16))\s*\)?\s*"
     r"(?:_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?\(?([0-9]{1,2}|[a-z]+)\)?\s*\}?\s*\}?"
     r"|\(?(?:\\text\s*\{)?\s*\(?(?:in )?base[ -]*([0-9]{1,2}|[a-z]+)\s*\)?\}?\)?)"
 )
@@ -105,9 +105,7 @@ def same_answer(label: str, answer: str, *, relative: float, absolute: float, sa
     both = _quantities(wanted, found, allowed)
     if both is not None:
         return both
-    interval_wanted, interval_found = as_interval(wanted), as_interval(found)
-    if (interval_wanted is None) != (interval_found is None):
-        wanted, found = interval_wanted or wanted, interval_found or found
+    wanted, found = _intervals(wanted, found)
     listed = _lists(wanted, found, allowed)
     if listed is not None:
         return listed
@@ -117,7 +115,9 @@ def same_answer(label: str, answer: str, *, relative: float, absolute: float, sa
     if found_unit is not None or (wanted_unit is not None and read_quantity(found) is not None):
         wanted, found = wanted_head, found_head
     readings = approximated(found)
-    return any(same_mathematics(wanted, reading) for reading in readings)
+    if any(same_mathematics(wanted, reading) for reading in readings):
+        return True
+    return label.strip() != answer.strip() and spelling(wanted) == spelling(found)  # typography alone differed
 
 
 def _tidied(text: str) -> str:
@@ -233,6 +233,14 @@ def _sides(wanted: str, found: str, same_mathematics: SameMathematics) -> tuple[
             return None
         answers.append(answer)
     return wanted, ", ".join(answers) if len(answers) > 1 else answers[0] if answers else found
+
+
+def _intervals(wanted: str, found: str) -> tuple[str, str]:
+    """Both sides, inequalities written as intervals; two inequalities only where they are in the same variable."""
+    here, there = as_interval(wanted), as_interval(found)
+    if here is not None and there is not None and here[0] != there[0]:
+        return wanted, found
+    return wanted if here is None else here[1], found if there is None else there[1]
 
 
 def _lists(wanted: str, found: str, allowed: Tolerances) -> bool | None:

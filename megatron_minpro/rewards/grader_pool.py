@@ -147,7 +147,16 @@ class GraderPool:
     """`workers` processes, started at the first use and kept. Close it, or use it as a context manager."""
 
     def __init__(self, *, workers: int, timeout_s: float, memory_mb: int) -> None:
-        """timeout_s: wall-clock limit per answer. memory_mb: address space of one worker. Raises ValueError for values out of range."""
+        """A pool without processes yet.
+
+        Args:
+            workers: answers graded at the same time.
+            timeout_s: wall-clock limit per answer.
+            memory_mb: address space of one worker.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
         if workers < 1:
             raise ValueError(f"math_verify: workers must be at least 1, got {workers}")
         if not timeout_s > 0:
@@ -162,7 +171,18 @@ class GraderPool:
         self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="math-verify")
 
     def compare(self, pairs: Sequence[tuple[str, str]], *, tolerances: Sequence[Tolerance] | None = None) -> list[Verdict]:
-        """Verdicts on (label, answer) pairs, in order. tolerances: one per pair; None: numbers must be equal."""
+        """Grade answers.
+
+        Args:
+            pairs: (label, answer).
+            tolerances: one per pair; None: numbers must be equal.
+
+        Returns:
+            One verdict per pair, in order.
+
+        Raises:
+            RuntimeError: a worker did not start.
+        """
         return list(self._threads.map(self._compare_one, pairs, [EXACT] * len(pairs) if tolerances is None else tolerances))
 
     def worker_pids(self) -> list[int]:

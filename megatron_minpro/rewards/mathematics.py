@@ -13,8 +13,8 @@ from megatron_minpro.rewards.answers import for_math_verify
 _SMALL_BELOW, _SMALL_RELATIVE = sympy.Float("1e-3", 60), sympy.Float("1e-4", 60)
 # It compares through floats of 15 digits in places; integers at least this large are compared exactly instead.
 _EXACT_FROM = 10**15
-_DIGITS = 60  # of closed expressions without a decimal point: different ones agree in fewer digits, equal ones in more than 40
-_EQUAL_BELOW = sympy.Float("1e-40", 60)
+_DIGITS = 100  # of closed expressions without a decimal point: different ones agree in fewer than 90, equal ones in all but a few
+_EQUAL_BELOW = sympy.Float("1e-90", 100)
 _SAMPLE = sympy.Rational(17, 7)  # a positive value for the first variable of an expression; the next ones follow it
 
 
@@ -62,7 +62,7 @@ def _as_math(text: str) -> str:
 
 
 def _as_number(parsed: list[Any]) -> Any:
-    """The value of what math-verify has read to 60 digits, when it is one finite number; sympy's floats have no limit of size."""
+    """The value of what math-verify has read to 100 digits, when it is one finite number; sympy's floats have no limit of size."""
     if not parsed or not isinstance(parsed[0], sympy.Expr) or not parsed[0].is_number:
         return None
     value = parsed[0].doit().evalf(_DIGITS)  # percentages come as products that sympy was told not to work out

@@ -35,11 +35,12 @@ _CHANGES = frozenset(
         "or", "and", "plus", "minus", "times", "over", "to", "if", "unless", "otherwise", "but", "than", "wait", "no", "mod", "modulo",
         "base", "factorial", "squared", "cubed", "half", "halves", "quarter", "third", "thirds", "quarters", "fifths", "divided",
         "multiplied", "power", "raised", "between", "through", "until", "except", "more", "less", "maybe", "perhaps", "possibly",
-        "either", "actually", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "max", "min", "gcd", "lcm", "deg",
-        "lim", "sum", "det", "arcsin", "arccos", "arctan", "pi", "theta", "alpha", "beta", "choose", "hundredths", "tenths",
+        "either", "actually", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "gcd", "lcm", "deg",
+        "arcsin", "arccos", "arctan", "pi", "theta", "alpha", "beta", "choose", "hundredths", "tenths",
         "thousandths", "eighths", "remainder", "with", "ratio",
     )
 )  # fmt: skip
+_SHORT_WORDS = frozenset(("of", "in", "on", "at", "sq", "cu", "is", "we"))
 _PLAIN_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,.;:'\"()/-])*")
 _WORD = re.compile(r"[^\W\d_]+")
 _ARROW = re.compile(r"^(?:\\(?:to|implies|Rightarrow|quad|qquad)(?![A-Za-z])|--+)\s*")
@@ -147,11 +148,13 @@ def _behind(quantity: Quantity, rest: str, apart: bool) -> Quantity | None:
         first = _WORD.match(rest)
         assert first is not None
         touching = not apart and first[0].isascii()
-        if len(first[0]) == 1 and not apart:
+        if len(first[0]) == 1 and touching:
             return None
         if (found := read_unit(rest)) is not None and not (touching and len(first[0]) < 2):
             return replace(quantity, unit=found[0]) if _says_nothing(found[1]) else None
-        if touching or (len(first[0]) < 3 and first[0].isascii() and not EXPLANATION.match(f" {rest}")):
+        if touching or (
+            len(first[0]) < 3 and first[0].isascii() and first[0].lower() not in _SHORT_WORDS and not EXPLANATION.match(f" {rest}")
+        ):
             return None
     if _CONGRUENCE.match(rest):
         return quantity

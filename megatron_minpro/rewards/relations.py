@@ -128,11 +128,14 @@ def is_name(side: str) -> bool:
     return len(letters) > 1 and len(set(letters)) == len(letters)
 
 
-def as_interval(text: str) -> str | None:
-    """An inequality in one variable as an interval: "1 \\le x < 2" gives "[1,2)", "x > 3 or x < 0" gives a union; None for anything else.
+def as_interval(text: str) -> tuple[str, str] | None:
+    """An inequality in one variable as an interval: "1 \\le x < 2" gives "[1,2)", "x > 3 or x < 0" gives a union.
 
     Args:
         text: LaTeX as typography.as_latex writes it.
+
+    Returns:
+        The variable and the interval; None for anything else.
     """
     pieces = split_top(text, re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"))
     intervals = []
@@ -143,7 +146,7 @@ def as_interval(text: str) -> str | None:
             return None
         variables.add(found[0])
         intervals.append(found[1])
-    return "\\cup ".join(intervals) if len(variables) == 1 else None
+    return (variables.pop(), "\\cup ".join(intervals)) if len(variables) == 1 else None
 
 
 def _one_interval(text: str) -> tuple[str, str] | None:

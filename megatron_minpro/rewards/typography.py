@@ -44,17 +44,18 @@ _SIGNS = {
 _SIGN_TABLE = str.maketrans(_SIGNS)
 
 _COLOUR = re.compile(
-    r"\\(?:textcolor|colorbox)\s*(?:\[[^\]{}]*\])?\s*\{[^{}]*\}|\\color\s*(?:\[[^\]{}]*\])?\s*\{[^{}]*\}|\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"\\(?:textcolor|mathcolor|colorbox)\s*(?:\[[^\]{}]*\])?\s*\{[^{}]*\}|\\color\s*(?:\[[^\]{}]*\])?\s*\{[^{}]*\}"
+    r"|\\bbox\s*\[[^\[\]]*\]|\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}"
 )
 _LAYOUT = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|centering|bf|bfseries|it|large|Large|LARGE|huge|Huge|small"
     r"|normalsize|tiny|boldmath|qedhere|checkmark|blacksquare|notag|nonumber)(?![A-Za-z])"
     r"|\\[hv]space\*?\s*\{[^{}]*\}|\\(?:tag|label)\*?\s*\{[^{}]*\}|\\(?:begin|end)\s*\{(?:align|aligned|equation|gather|gathered|center)\*?\}"
 )
-_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|mathsf|mathtt|mathnormal|underline|ensuremath|mathord|displaylines)(?=\s*\{)")
+_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|mathsf|mathtt|mathnormal|underline|ensuremath|mathord|fbox|framebox)(?=\s*\{)")
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?(?=[^A-Za-z0-9]|$)")
 _POWER = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\+-])")
-_MARKUP = re.compile(r"</?(?:b|i|em|strong|p|br|span|div|u|answer|code|center|mark)\s*/?>", re.IGNORECASE)
+_MARKUP = re.compile(r"</?(?:s|b|i|em|strong|p|br|span|div|u|answer|code|center|mark)\s*/?>", re.IGNORECASE)
 _DOLLAR = re.compile(r"(?<!\\)\$")  # a math delimiter, not money
 _SPACING = re.compile(r"(?<!\\)\\(?:[,;:!> \n]|quad(?![A-Za-z])|qquad(?![A-Za-z])|thinspace|enspace|space(?![A-Za-z]))|~")
 
@@ -62,8 +63,8 @@ _SPACING = re.compile(r"(?<!\\)\\(?:[,;:!> \n]|quad(?![A-Za-z])|qquad(?![A-Za-z]
 _SPELLINGS = (
     ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("\\leqslant", "\\le"), ("\\geqslant", "\\ge"),
     ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\neq", "\\ne"), ("<=", "\\le "), (">=", "\\ge "), ("\\lt", "<"), ("\\gt", ">"),
-    ("\\simeq", "\\approx"), ("\\degree", "^\\circ"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("+/-", "\\pm "), ("\\colon", ":"),
-    ("\\ast", "*"), ("&=", "="), ("&nbsp;", " "), ("&lt;", "<"), ("&gt;", ">"),
+    ("\\simeq", "\\approx"), ("\\varnothing", "\\emptyset"), ("\\degree", "^\\circ"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"),
+    ("+/-", "\\pm "), ("\\colon", ":"), ("\\ast", "*"), ("&=", "="), ("&nbsp;", " "), ("&lt;", "<"), ("&gt;", ">"),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.registry import PlugInError
-from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model
 from megatron_minpro.run.weight_sync import WEIGHT_SYNCS
 from megatron_minpro.tracking.tracker import make_tracker

@@ -41,7 +41,7 @@ from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.loop.responder import Responder
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
-from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model, run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.finished import summarise

@@ -12,7 +12,7 @@ import pytest
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.end_tokens import end_of_turn_id, end_token_ids, response_text, without_special_tokens
-from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.rewards.registry import make_reward
 
 IM_END, END_OF_TEXT = 151645, 151643
 

@@ -15,7 +15,7 @@ from megatron_minpro.evaluation.grading import Disagreement, Grade, MathGrader, 
 from megatron_minpro.evaluation.problems import Problem, read_problems
 from megatron_minpro.evaluation.responses import Response, ResponseStore
 from megatron_minpro.rewards.answers import Tolerance
-from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.rewards.registry import make_reward
 
 HANGS = "9^{9^{9^{9}}}"  # sympy would work it out
 

@@ -15,7 +15,7 @@ from megatron_minpro.config import EvaluationConfig, load_config
 from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop.held_out import held_out_prompts, measure
 from megatron_minpro.loop.responder import Responder
-from megatron_minpro.rewards.reward import make_reward
+from megatron_minpro.rewards.registry import make_reward
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -61,6 +61,9 @@ def judge(pool: GraderPool, style: AnswerStyle, label: str, response: str) -> bo
         "Answer: “72”。",
         "Answer: ~72",
         "Answer: **72** ✓",
+        "Answer: 72; the sum is even.",
+        "Answer: 72 sq. units",
+        "Answer: There are exactly 72 of them",
     ],
 )
 def test_the_answer_is_found_behind_its_mark(pool: GraderPool, response: str) -> None:
@@ -152,8 +155,9 @@ RIGHT = {
         ("(2,5]", "5 ≥ t > 2"),
         ("(-\\infty,0)\\cup(3,\\infty)", "x<0\\text{ or }x>3"),
         ("x>3", "(3,\\infty)"),
+        ("0<x<3", "3>x>0"),
     ],
-    "base": [("38", "46_8"), ("46_8", "46"), ("46_8", "46_{\\text{eight}}"), ("46_8", "(46)_{8}")],
+    "base": [("38", "46_8"), ("255", "FF_{16}"), ("46_8", "46"), ("46_8", "46_{\\text{eight}}"), ("46_8", "(46)_{8}")],
     "time": [("4:05", "04:05"), ("4:05\\text{ PM}", "4:05")],
     "list": [("\\{1,5\\}", "5, 1"), ("(2^{90},\\frac12)", "(8^{30},0.5)"), ("1, 5", "x=5 \\text{ or } x=1")],
 }
@@ -165,6 +169,7 @@ WRONG = {
         ("10^{-20}x", "10^{-21}x"),
         ("[10^{-30},1]", "[10^{-31},1]"),
         ("\\frac{10^{30}}{7}", "\\frac{10^{30}+1}{7}"),
+        ("\\sqrt{10^{40}+1}", "10^{20}"),
     ],
     "equation": [("6", "x^2=6"), ("6", "2x=6"), ("6", "x-1=6"), ("6", "3+4=6"), ("6", "7=6"), ("6", "\\log_2 8=6"), ("2,3", "x^2=2,x=3")],
     "unit": [("6\\text{ m}", "6\\text{ cm}"), ("6\\text{ m}", "6\\text{ m}^2"), ("\\$6", "6 cents"), ("\\pi\\text{ m}", "\\pi\\text{ km}")],

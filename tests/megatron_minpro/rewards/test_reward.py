@@ -19,7 +19,10 @@ from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.rewards.answers import as_integer, last_answer_line, last_boxed
 from megatron_minpro.rewards.grader_pool import GraderPool, Verdict
-from megatron_minpro.rewards.reward import MathVerifyReward, OverlongShaping, RewardResult, make_reward
+from megatron_minpro.rewards.math_verify import MathVerifyReward
+from megatron_minpro.rewards.overlong import OverlongShaping
+from megatron_minpro.rewards.registry import make_reward
+from megatron_minpro.rewards.reward import RewardResult
 
 FINAL_STEP = "megatron_minpro.tasks.arithmetic_chains.reward:final_step"
 
