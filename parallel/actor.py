@@ -230,6 +230,23 @@ class MegatronActor:
         finally:
             self._swap(self._snapshot, policy_version=latest)
 
+    def capture_kept(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
+        """A copy of the kept weights, as a function that writes them for `load_kept`; see actor_checkpoint.capture_model."""
+        with self.kept_weights():
+            return actor_checkpoint.capture_model(directory, self._modules)
+
+    def load_kept(self, directory: Path, *, policy_version: int) -> None:
+        """Keep the weights that `capture_kept` wrote. The model's own weights and the optimizer stay as they are.
+
+        Args:
+            directory: what the function of `capture_kept` filled, also on another layout.
+            policy_version: optimizer steps that these weights have behind them.
+        """
+        self.keep_weights()
+        with self.kept_weights():
+            actor_checkpoint.load_model(directory, self._modules)
+        self.kept_version = policy_version
+
     def _swap(self, snapshot: WeightSnapshot, *, policy_version: int) -> None:
         settle_weights(self._chunks)
         snapshot.swap()

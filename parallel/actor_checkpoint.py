@@ -153,25 +153,40 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
     if hasattr(optimizer, "chained_optimizers"):
         description = copy.copy(optimizer)
         description.chained_optimizers = [each.description for each in inner]
-    strategy = _Capture("torch_dist", 1)
-    strategy.empty = frozenset().union(*(each.storages() for each in inner))
     gc.freeze()  # Megatron collects garbage once per optimizer: over a whole program's objects that takes longer than the copies
     try:
         state = _sharded_state(modules, description, is_loading=False)
     finally:
         gc.unfreeze()
-    dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+    strategy = _copy_tensors(directory, state, empty=frozenset().union(*(each.storages() for each in inner)))
 
     def write(group: dist.ProcessGroup) -> None:
         for each in inner:
             each.fill(strategy.to_fill)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=not strategy.keep_only_main_replica, flatten_state_dict=False)
-        write_shards(directory, strategy.captured, planner, group)
-        # At once: what torch and Megatron made of them may wait for the garbage collector.
-        strategy.captured.clear()
+        _write_copies(directory, strategy, group)
         inner.clear()
 
     return write
+
+
+def capture_model(directory: Path, modules: Sequence[HiddenStateModel]) -> Callable[[dist.ProcessGroup], None]:
+    """Collective. As `capture`, for the model alone: what the result writes is read by `load_model`."""
+    strategy = _copy_tensors(directory, _sharded_model(modules), empty=frozenset())
+    return lambda group: _write_copies(directory, strategy, group)
+
+
+def _copy_tensors(directory: Path, state: dict[str, Any], *, empty: frozenset[int]) -> _Capture:
+    """Collective. Copy this rank's part of a sharded state. empty: addresses of storages that are filled later."""
+    strategy = _Capture("torch_dist", 1)
+    strategy.empty = empty
+    dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+    return strategy
+
+
+def _write_copies(directory: Path, strategy: _Capture, group: dist.ProcessGroup) -> None:
+    planner = MCoreSavePlanner(dedup_replicated_tensors=not strategy.keep_only_main_replica, flatten_state_dict=False)
+    write_shards(directory, strategy.captured, planner, group)
+    strategy.captured.clear()  # at once: what torch and Megatron made of them may wait for the garbage collector
 
 
 def write_shards(directory: Path, state: dict[str, Any], planner: checkpoint.SavePlanner, group: dist.ProcessGroup) -> None:

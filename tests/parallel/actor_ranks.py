@@ -85,13 +85,19 @@ def save_while_training(
     actor: MegatronActor, groups: process_groups.ProcessGroups, sequences: list[TokenSequence], run: dict, path: Path
 ) -> None:
     """A thread writes what was captured, while the actor takes another step."""
+    kept = path.with_name("kept")
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
+        kept.mkdir()
     dist.barrier()
+    writers = [actor.capture(path)]
+    if run.get("swap_weights"):
+        writers.append(actor.capture_kept(kept))
     with ThreadPoolExecutor(1) as thread:
-        written = thread.submit(actor.capture(path), groups.saving)
+        written = [thread.submit(write, groups.saving) for write in writers]
         actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
-        written.result()
+        for each in written:
+            each.result()
 
 
 def micro_batches_alive(actor: MegatronActor, sequences: list[TokenSequence]) -> list[int]:
@@ -200,6 +206,8 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
             save_while_training(actor, groups, sequences, run, out / "actor")
             actor = build(fixture, layout, groups, run)
             actor.load(out / "actor", policy_version=step)
+            if run.get("swap_weights"):
+                actor.load_kept(out / "kept", policy_version=first_step)
         if run.get("swap_weights") and step == first_step:
             scored = actor.logprobs(sequences)
             actor.keep_weights()

@@ -81,7 +81,7 @@ def results(
                 runs["not overlapped"] = {**train, "max_tokens": 48}
                 runs["overlapped, swapped"] = {**runs["overlapped"], "swap_weights": True}
             if name in SWAPPED:
-                runs["swapped"] = {**train, "swap_weights": True}
+                runs["swapped"] = {**train, "swap_weights": True, "reload_before_step": 2}
             if name in POISONED:
                 runs["poisoned"] = {**train, "poison": {"rank": POISONED[name], "residue": POISON}}
             if name in BF16:
