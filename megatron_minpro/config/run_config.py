@@ -38,6 +38,11 @@ class RunConfig(Section):
     output_dir: MayChange[str] = Field(default="runs", min_length=1, description="folder that holds the run folders")
     num_global_steps: MayChange[int] = Field(ge=1, description="batches trained; may grow when a run is continued, also a finished one")
     staleness: int = Field(ge=0, description="a batch sampled at global step k is trained at step k + staleness; 0 is on-policy")
+    schedule: MayChange[Literal["overlapped", "serial"] | None] = Field(
+        default=None,
+        description="overlapped: sample batch k while batch k - staleness is trained; serial: one after the other; the numbers are the "
+        "same. null: overlapped for staleness >= 1, else serial",
+    )
     behaviour_logprobs: Literal["trainer", "engine"] = Field(
         description="whose log-probabilities are pi_old; trainer: computed under the sampling weights; engine: as sampled"
     )
@@ -68,6 +73,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
+        self._check_schedule()
         self._check_layout()
         self._check_mini_batches()
         self._check_micro_batch()
@@ -76,6 +82,10 @@ class RunConfig(Section):
         self._check_overlong()
         self._check_steps()
         return self
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "overlapped" and self.staleness == 0:
+            raise ValueError("schedule = 'overlapped': expected staleness of at least 1, or null; on policy a batch is trained as it comes")
 
     def _check_layout(self) -> None:
         layout, dp = self.layout, self.parallel.dp
@@ -152,6 +162,11 @@ class RunConfig(Section):
     def remember(self, origins: Origins) -> None:
         """Keep where each setting was written, for errors that are found later."""
         self._origins = origins
+
+    @property
+    def effective_schedule(self) -> Literal["overlapped", "serial"]:
+        """The schedule, with null resolved."""
+        return self.schedule or ("overlapped" if self.staleness else "serial")
 
     @property
     def layout(self) -> ParallelLayout:

@@ -278,6 +278,9 @@ class ActorConfig(Section):
     )
     recompute: MayChange[Literal["none", "selective", "full"]] = Field(description="which activations the backward pass computes again")
     logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
+    kept_weights: MayChange[Literal["device", "pinned_host"]] = Field(
+        default="device", description="where the overlapped schedule keeps the weights that sample: beside the model, or in host memory"
+    )
 
 
 class ParallelConfig(Section):

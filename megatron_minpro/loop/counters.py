@@ -19,6 +19,10 @@ class RunCounters:
     tokens_trained: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, over all attempts
 
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Count wall seconds of a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
     def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
         """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
 
@@ -28,3 +32,11 @@ class RunCounters:
         sampled = max((int(line.get("total/rollouts_sampled") or 0) for line in metrics), default=0)
         self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
         self.rollouts_sampled = kept + self.rollouts_lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfStep:
+    """A global step whose update is done and whose batch is missing: no server answered. Only the overlapped schedule leaves one."""
+
+    metrics: dict[str, float]  # of the update
+    seconds: dict[str, float]  # by phase, so far

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -45,10 +46,23 @@ class RunDriver:
     trained_batches: int = 0
     published_to: tuple[str, ...] = ()
     restarts_reported: int = 0
+    held_cursor: dict[str, Any] | None = None
+
+    def hold_cursor(self) -> None:
+        """A batch is about to be sampled in another thread: a checkpoint that is made meanwhile draws its prompts again."""
+        self.held_cursor = self.collector.cursor.state()
+
+    def release_cursor(self) -> None:
+        """The batch is there."""
+        self.held_cursor = None
+
+    def cursor_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the prompt cursor."""
+        return self.collector.cursor.state() if self.held_cursor is None else self.held_cursor
 
     def collect(self, step: int, *, policy_version: int) -> Collected:
         """The batch of one global step; kept for people to read. Raises what the client raises."""
-        self.heartbeat("sample")
+        self.heartbeat("sample" if self.held_cursor is None else "sample and train")
         collected = self.collector.collect(step, policy_version=policy_version)
         restarts = self.weight_sync.num_restarts - self.restarts_reported
         self.restarts_reported += restarts

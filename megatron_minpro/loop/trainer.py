@@ -1,9 +1,11 @@
-"""The loop: collect, delay, update, publish. Every rank runs it; what only one rank can do hangs on `Driver`."""
+"""The parts of a global step, and the serial schedule: sample, score, delay, update, publish. Every rank runs them.
+
+`Driver` is what rank 0 does for all. overlapped.py arranges the same parts so that sampling and training run at the same time.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.collector import Collected
-from megatron_minpro.loop.counters import RunCounters
+from megatron_minpro.loop.counters import HalfStep, RunCounters
 from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
@@ -32,11 +34,13 @@ from rollout.client import RolloutFailed, WeightsMissing
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MOST_VOID_PUBLISHES = 3  # in a row, before a response is given up: whatever is wrong then will not pass
+_MOST_FAILED_PUBLISHES = 3  # in a row, before a response is given up: whatever is wrong then will not pass
 
 
 class ServersFailed(RuntimeError):
-    """The servers gave no answer. Raised on all ranks together; nothing of the run's state has changed since the last global step."""
+    """The servers gave no answer. Raised on all ranks together. The state is that of the last whole global step, or of half a step."""
+
+    half_step: HalfStep | None = None  # set where the step's update is done and its batch is missing
 
 
 class Driver(Protocol):
@@ -47,12 +51,14 @@ class Driver(Protocol):
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
+    def hold_cursor(self) -> None: ...  # a checkpoint that is made from now on draws the prompts of the batch under way again
+    def release_cursor(self) -> None: ...
 
 
 class Checkpoints(Protocol):
     """On every rank. `save` returns once the state is copied; `wait` when it is on disk. Both raise on all ranks together."""
 
-    def save(self) -> None: ...
+    def save(self, half_step: HalfStep | None = None) -> None: ...
     def wait(self) -> None: ...
     def failure(self) -> str | None: ...
 
@@ -73,25 +79,33 @@ class TrainingRun:
     at_step: Callable[[int], None] = lambda step: None  # told that a global step begins
     reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
 
+    @property
+    def last_step(self) -> int:
+        """The global step at which nothing is left to train."""
+        return self.config.num_global_steps + self.config.staleness
 
-def train(run: TrainingRun) -> bool:
-    """Run to the end, or until a stop is asked for. True when all batches are trained. Checkpoints are on disk when it returns.
+    def evaluation_label(self, step: int) -> str | None:
+        """The name of the held-out measurement that is due before global step `step`; None where none is."""
+        every = 0 if self.config.evaluation is None else self.config.evaluation.every
+        return f"step_{step:06d}" if every and step % every == 0 and 0 < step < self.last_step else None
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        """Whether the state before global step `step` is saved. Where sampling ends a longer run would go on differently."""
+        return step % self.config.checkpoint.every == 0 or step in (self.config.num_global_steps, self.last_step)
+
+    def needs_publish(self, step: int) -> bool:
+        """Whether somebody asks the servers for the weights that global step `step` ends with."""
+        return step + 1 < self.config.num_global_steps or step + 1 == self.last_step or self.evaluation_label(step + 1) is not None
+
+
+def train_serially(run: TrainingRun) -> bool:
+    """Sample, score, update and publish, one after the other. True when all batches are trained, False after a stop.
 
     The last `staleness` global steps sample nothing: they train what is still waiting, so that nothing sampled is lost.
-    Raises ServersFailed, with a checkpoint of the last whole step on disk.
+    Raises ServersFailed.
     """
-    try:
-        return _train(run)
-    except ServersFailed:
-        run.checkpoints.save()
-        run.checkpoints.wait()
-        raise
-
-
-def _train(run: TrainingRun) -> bool:
     config, counters = run.config, run.counters
-    last_step = config.num_global_steps + config.staleness
-    while counters.next_step < last_step:
+    while counters.next_step < run.last_step:
         step = counters.next_step
         run.at_step(step)
         timer = PhaseTimer()
@@ -102,25 +116,17 @@ def _train(run: TrainingRun) -> bool:
         due = run.buffer.pop(step)
         if due is not None:
             update(run, due, timer, metrics)
-            with timer("sync"):
-                publish(run)
+            if run.needs_publish(step):
+                with timer("sync"):
+                    publish(run)
         counters.next_step = step + 1
-        for phase, seconds in timer.seconds.items():
-            counters.seconds[phase] = counters.seconds.get(phase, 0.0) + seconds
-            metrics[f"time/{phase}"] = seconds
-        finish_step(run, step, due, metrics)
-        done = counters.next_step == last_step
-        every = 0 if config.evaluation is None else config.evaluation.every
-        if every and counters.next_step % every == 0 and not done:
-            evaluate(run, f"step_{counters.next_step:06d}")
-        stopping, failure = share(run, (run.stop_requested(), run.checkpoints.failure()) if run.driver else None)
-        if failure is not None:
-            raise RuntimeError(failure)
-        sampling_ends = counters.next_step == config.num_global_steps  # a longer run would go on differently from here
-        if done or stopping or sampling_ends or counters.next_step % config.checkpoint.every == 0:
-            start = time.perf_counter()
-            run.checkpoints.save()
-            counters.seconds["checkpoint"] = counters.seconds.get("checkpoint", 0.0) + time.perf_counter() - start
+        finish_step(run, step, due, timer, metrics)
+        done = counters.next_step == run.last_step
+        if (label := run.evaluation_label(counters.next_step)) is not None:
+            evaluate(run, label)
+        stopping = stop_requested(run)
+        if stopping or run.checkpoint_is_due(counters.next_step):
+            save(run)
         if stopping and not done:
             run.checkpoints.wait()
             log.warning("stopped after global step %d, checkpoint written", step)
@@ -129,12 +135,40 @@ def _train(run: TrainingRun) -> bool:
     return True
 
 
+def stop_requested(run: TrainingRun) -> bool:
+    """Collective. Whether rank 0 was asked to stop. Raises RuntimeError on all ranks when a checkpoint could not be written."""
+    stopping, failure = share(run, (run.stop_requested(), run.checkpoints.failure()) if run.driver else None)
+    if failure is not None:
+        raise RuntimeError(failure)
+    return stopping
+
+
+def save(run: TrainingRun) -> None:
+    """Begin to write a checkpoint; the pause is counted."""
+    start = time.perf_counter()
+    run.checkpoints.save()
+    run.counters.add_seconds("checkpoint", time.perf_counter() - start)
+
+
 def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
     """Sample a batch under the current weights and attach its behaviour log-probs. Raises ServersFailed."""
     with timer("sample"):
         collected = ask_servers(run, lambda driver: driver.collect(step, policy_version=run.actor.policy_version))
-        batch = batch_streams.broadcast(None if collected is None else collected.batch, group=run.control_group)
-        num_dropped = share(run, len(collected.dropped) if collected is not None else None)
+        batch = take_in(run, collected, timer, metrics)
+    return score(run, batch, timer, metrics)
+
+
+def take_in(run: TrainingRun, collected: Collected | None, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
+    """Collective. Give rank 0's batch to all ranks and count it.
+
+    Args:
+        run: the run.
+        collected: what the servers gave on rank 0, None elsewhere.
+        timer: gets the seconds of judging, out of those of sampling.
+        metrics: gets what is known of the sampled responses.
+    """
+    batch = batch_streams.broadcast(None if collected is None else collected.batch, group=run.control_group)
+    num_dropped = share(run, len(collected.dropped) if collected is not None else None)
     if collected is not None:
         metrics |= sampling_metrics((*batch.samples, *collected.dropped), group_size=batch.group_size)
         if run.config.rollout.dynamic_sampling is not None:
@@ -144,9 +178,21 @@ def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, f
         errors = sum(result.error is not None for _, result in collected.judged)
         metrics["reward/errors"] = errors
         if errors:
-            log.warning("step %d: %d of %d responses could not be graded and count as wrong", step, errors, len(collected.judged))
+            log.warning(
+                "step %d: %d of %d responses could not be graded and count as wrong", batch.sampled_at_step, errors, len(collected.judged)
+            )
     run.counters.rollouts_sampled += len(batch.samples) + num_dropped
     run.counters.rollouts_dropped += num_dropped
+    return batch
+
+
+def score(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
+    """The batch with its behaviour log-probs, under the weights that the actor has now: those that sampled the batch."""
+    if run.actor.policy_version != batch.policy_version:
+        raise RuntimeError(
+            f"batch of step {batch.sampled_at_step}: sampled by policy version {batch.policy_version}, "
+            f"scored by version {run.actor.policy_version}"
+        )
     with timer("score"):
         scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
     engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
@@ -219,13 +265,20 @@ def publish(run: TrainingRun) -> str | None:
     return failure
 
 
-def ask_servers(run: TrainingRun, ask: Callable[[Driver], T]) -> T | None:
-    """`ask(driver)` on rank 0, None on the others.
+def ask_servers(run: TrainingRun, ask: Callable[[Driver], T], *, policy_version: int | None = None) -> T | None:
+    """Collective. `ask(driver)` on rank 0, None on the others.
 
-    Where no server holds the actor's weights (all were restarted since), all ranks publish them and rank 0 asks again.
-    Raises ServersFailed on all ranks when there is no answer, or when the weights cannot be published.
+    Where no server holds the wanted weights (all were restarted since), all ranks publish them and rank 0 asks again.
+
+    Args:
+        run: the run.
+        ask: called on rank 0, again after each publish.
+        policy_version: of the weights that are asked: the actor's, or the kept ones; None: the actor's.
+
+    Raises:
+        ServersFailed: on all ranks, when there is no answer, or when the weights cannot be published.
     """
-    void_publishes = 0
+    failed_publishes = 0
     while True:
         answer, trouble = None, None
         if run.driver is not None:
@@ -242,24 +295,41 @@ def ask_servers(run: TrainingRun, ask: Callable[[Driver], T]) -> T | None:
         log.warning("%s: %s", remedy, reason)
         if remedy == "give up":
             raise ServersFailed(reason)
-        failure = publish(run)
-        void_publishes = 0 if failure is None else void_publishes + 1
-        if failure is not None and void_publishes == _MOST_VOID_PUBLISHES:
+        with weights_of(run, run.actor.policy_version if policy_version is None else policy_version):
+            failure = publish(run)
+        failed_publishes = 0 if failure is None else failed_publishes + 1
+        if failure is not None and failed_publishes == _MOST_FAILED_PUBLISHES:
             raise ServersFailed(failure)
+
+
+@contextmanager
+def weights_of(run: TrainingRun, policy_version: int) -> Iterator[None]:
+    """Inside the block the actor has the weights of that version: its own, or the kept ones. Raises RuntimeError when it has neither."""
+    if policy_version == run.actor.policy_version:
+        yield
+    elif policy_version == run.actor.kept_version:
+        with run.actor.kept_weights():
+            yield
+    else:
+        raise RuntimeError(
+            f"policy version {policy_version} is wanted; the actor is at {run.actor.policy_version} and keeps {run.actor.kept_version}"
+        )
 
 
 def evaluate(run: TrainingRun, label: str) -> None:
     """Held-out measurement on rank 0 while the others wait. Raises ServersFailed."""
     start = time.perf_counter()
     ask_servers(run, lambda driver: driver.evaluate(label, policy_version=run.actor.policy_version))
-    run.counters.seconds["evaluate"] = run.counters.seconds.get("evaluate", 0.0) + time.perf_counter() - start
+    run.counters.add_seconds("evaluate", time.perf_counter() - start)
 
 
-def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metrics: dict[str, float]) -> None:
+def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer: PhaseTimer, metrics: dict[str, float]) -> None:
     """Write the step's metrics down. Throughput counts a response token once, in the step that trains it."""
     counters = run.counters
-    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-    tokens = metrics.get("batch/tokens", 0.0)
+    seconds = timer.wall_s()
+    for phase, duration in timer.seconds.items():
+        counters.add_seconds(phase, duration)
+        metrics[f"time/{phase}"] = duration
     metrics |= {
         "policy/version": run.actor.policy_version,
         "total/batches_trained": counters.trained_batches,
@@ -268,7 +338,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, metri
         "total/rollouts_trained": counters.rollouts_trained,
         "total/rollouts_dropped": counters.rollouts_dropped,
         "time/step": seconds,
-        "throughput/tokens_per_second": tokens / seconds if seconds else math.nan,  # a step may do nothing while the buffer fills
+        "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
     }
     for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
         if warning is not None and kind not in run.reported:
@@ -333,14 +403,24 @@ def share(run: TrainingRun, value: T | None) -> Any:
 
 
 class PhaseTimer:
-    """Wall seconds by phase of one step."""
+    """Wall seconds of one step, and of its phases. Phases may overlap: their sum is no time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._started_at = time.perf_counter()
+        self._wall_s: float | None = None
+
+    def stop(self) -> None:
+        """The step ends now; what is measured later still counts for its phases."""
+        self._wall_s = time.perf_counter() - self._started_at
+
+    def wall_s(self) -> float:
+        """From the beginning of the step to `stop`, or to now."""
+        return time.perf_counter() - self._started_at if self._wall_s is None else self._wall_s
 
     def split(self, phase: str, part: str, seconds: float) -> None:
         """Count `seconds` of a phase under a name of their own."""
-        self.seconds[phase] -= seconds
+        self.seconds[phase] = self.seconds.get(phase, 0.0) - seconds
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @contextmanager

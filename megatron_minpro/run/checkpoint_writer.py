@@ -21,9 +21,10 @@ from checkpoints_convert.atomic_directory import fsync_tree
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.counters import RunCounters
+from megatron_minpro.loop.counters import HalfStep, RunCounters
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
+    KEPT_FOLDER,
     LATEST_FILE,
     STATE_FILE,
     WAITING_FILE,
@@ -35,7 +36,7 @@ from parallel.actor import MegatronActor
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"^step_(\d{6})$")
+_NAME = re.compile(r"^step_\d{6}(_half)?$")
 
 
 class CheckpointWriter:
@@ -68,9 +69,11 @@ class CheckpointWriter:
         counters: RunCounters,
         cursor: dict[str, Any] | None,
         waiting: Sequence[RolloutBatch],
+        half_step: HalfStep | None = None,
     ) -> None:
-        """Copy the state as it is now and begin to write it. cursor: rank 0's prompt cursor state (ignored elsewhere).
+        """Copy the state as it is now and begin to write it.
 
+        cursor: rank 0's prompt cursor state (ignored elsewhere). half_step: set where the actor's kept weights belong to the state.
         Waits for the former checkpoint first. The new one appears by rename after all of it, from all ranks, is on disk. Nothing is
         written when the newest checkpoint is of this step already. Raises RuntimeError when the former one failed, OSError when there
         is no room to begin, ValueError for a waiting batch without behaviour log-probs.
@@ -79,23 +82,28 @@ class CheckpointWriter:
         for sample in (sample for batch in waiting for sample in batch.samples):
             if sample.behaviour_logprobs is None:
                 raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
-        name = f"step_{counters.next_step:06d}"
+        name = f"step_{counters.next_step:06d}{'' if half_step is None else '_half'}"
         partial = self._directory / f".{name}.partial"
-        if not self._on_first_rank(lambda: self._make_room(name, partial)):
+        folders = [ACTOR_FOLDER] if half_step is None else [ACTOR_FOLDER, KEPT_FOLDER]
+        if not self._on_first_rank(lambda: self._make_room(name, partial, folders=folders)):
             return
-        write_actor = actor.capture(partial / ACTOR_FOLDER)
+        writers = [actor.capture(partial / ACTOR_FOLDER)]
+        if half_step is not None:
+            writers.append(actor.capture_kept(partial / KEPT_FOLDER))
         state = {
             "config": config.model_dump(mode="json"),
             "counters": asdict(counters),
             "policy_version": actor.policy_version,
             "model": describe_model(actor.architecture),
             "cursor": copy.deepcopy(cursor),
+            "half_step": None if half_step is None else {**asdict(half_step), "policy_version": actor.kept_version},
         }
         batches = tuple(waiting)  # they never change
 
         def write() -> None:
             try:
-                write_actor(self._saving_group)  # returns when every rank's part is on disk
+                for write_part in writers:
+                    write_part(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
                     self._finish(partial, name, state, batches, end_of_sampling=f"step_{config.num_global_steps:06d}")
             except BaseException as error:  # nobody else would hear of it
@@ -138,13 +146,14 @@ class CheckpointWriter:
             raise outcome[0]
         return outcome[0]
 
-    def _make_room(self, name: str, partial: Path) -> bool:
+    def _make_room(self, name: str, partial: Path, *, folders: Sequence[str]) -> bool:
         latest = self._directory / LATEST_FILE
         if latest.exists() and latest.read_text().strip() == name:
             return False
         for unfinished in self._directory.glob(".step_*.partial"):
             shutil.rmtree(unfinished)
-        (partial / ACTOR_FOLDER).mkdir(parents=True)
+        for folder in folders:
+            (partial / folder).mkdir(parents=True)
         return True
 
     def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch], *, end_of_sampling: str) -> None:

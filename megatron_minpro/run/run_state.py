@@ -2,6 +2,7 @@
 
 checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
                         run.json            counters, prompt cursor, policy version; the size of every other file
+                        sampling_weights/   after half a step alone: the weights that are to sample the missing batch
                         waiting.safetensors the batches that are sampled but not trained yet
 checkpoints/latest                          name of the newest complete directory
 """
@@ -23,10 +24,11 @@ from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
-from megatron_minpro.loop.counters import RunCounters
+from megatron_minpro.loop.counters import HalfStep, RunCounters
 from parallel.actor import MegatronActor
 
 ACTOR_FOLDER = "actor"
+KEPT_FOLDER = "sampling_weights"
 STATE_FILE = "run.json"
 WAITING_FILE = "waiting.safetensors"
 LATEST_FILE = "latest"
@@ -39,6 +41,7 @@ class SavedRun:
     counters: RunCounters
     cursor: dict[str, Any]
     waiting: tuple[RolloutBatch, ...]
+    half_step: HalfStep | None
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -99,6 +102,7 @@ class StateFile:
     waiting: list[dict[str, Any]]
     model: dict[str, Any]  # describe_model of what was trained
     files: dict[str, int]  # bytes of every other file of the checkpoint, by its path inside it
+    half_step: dict[str, Any] | None  # of HalfStep, and policy_version of the weights in KEPT_FOLDER
 
 
 def read_state(checkpoint: Path) -> StateFile:
@@ -181,7 +185,11 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
         waiting = _read_batches(path, state.waiting)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
-    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting)
+    half_step = None
+    if state.half_step is not None:
+        actor.load_kept(checkpoint / KEPT_FOLDER, policy_version=state.half_step["policy_version"])
+        half_step = HalfStep(metrics=state.half_step["metrics"], seconds=state.half_step["seconds"])
+    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting, half_step=half_step)
 
 
 def join_batches(batches: Sequence[RolloutBatch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:

@@ -33,7 +33,7 @@ from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.environments.environment import make_environment
-from megatron_minpro.loop import trainer
+from megatron_minpro.loop import schedule, trainer
 from megatron_minpro.loop.collector import Collector
 from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.driver import RunDriver
@@ -112,10 +112,10 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     if checkpoint is None and first:
         forget_unfinished_attempt(run_dir)
     buffer = StalenessBuffer(config.staleness)
-    counters, cursor_state = RunCounters(), None
+    counters, cursor_state, half_step = RunCounters(), None, None
     if checkpoint is not None:
         saved = run_state.load(checkpoint, actor=actor, config=config)
-        counters, cursor_state = saved.counters, saved.cursor
+        counters, cursor_state, half_step = saved.counters, saved.cursor, saved.half_step
         buffer.restore(saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
     driver = build_driver(config, run_dir, counters, cursor_state) if first else None
@@ -134,7 +134,9 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
         at_step=profiler.at_step,
     )
-    trainer.publish(run)  # the servers' weights are the actor's from the first request on, resumed or not
+    # The servers' weights are those that sample next from the first request on, resumed or not.
+    with trainer.weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
+        trainer.publish(run)
     if config.evaluation is not None:
         measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
         if not measured and checkpoint is not None:
@@ -142,7 +144,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         if not measured:
             trainer.evaluate(run, "before")
     try:
-        complete = trainer.train(run)
+        complete = schedule.train(run, half_step=half_step)
     finally:
         writer.join()  # what was captured is complete, whatever ends this
     profiler.close()
@@ -186,16 +188,17 @@ class RunCheckpoints:
     buffer: StalenessBuffer
     driver: RunDriver | None
 
-    def save(self) -> None:
-        """Capture what the other fields hold now."""
+    def save(self, half_step: run_state.HalfStep | None = None) -> None:
+        """Save the current state of the fields above. half_step: see CheckpointWriter.save."""
         if self.driver is not None:
             self.driver.heartbeat("checkpoint")
         self.writer.save(
             actor=self.actor,
             config=self.config,
             counters=self.counters,
-            cursor=self.driver.collector.cursor.state() if self.driver is not None else None,
+            cursor=self.driver.cursor_state() if self.driver is not None else None,
             waiting=self.buffer.waiting(),
+            half_step=half_step,
         )
 
     def wait(self) -> None:

@@ -36,6 +36,7 @@ def add_checkpoint(config: RunConfig, next_step: int) -> None:
         "policy_version": 0,
         "cursor": {},
         "waiting": [],
+        "half_step": None,
         "files": {},
         "model": {},
     }

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.loop.counters import RunCounters
+from megatron_minpro.loop.counters import HalfStep, RunCounters
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.run_state import latest_checkpoint
@@ -40,6 +40,7 @@ class FakeActor:
 
     def __init__(self, policy_version: int = 0, *, failure: Exception | None = None) -> None:
         self.policy_version = policy_version
+        self.kept_version: int | None = None
         self.architecture = Architecture.from_config(MODEL, source="test")
         self.failure = failure
         self.may_write = Event()
@@ -56,6 +57,18 @@ class FakeActor:
                 raise self.failure
 
         return write
+
+    def capture_kept(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
+        kept = self.kept_version
+
+        def write(group: dist.ProcessGroup) -> None:
+            (directory / "weights").write_text(str(kept))
+
+        return write
+
+    def load_kept(self, directory: Path, *, policy_version: int) -> None:
+        assert (directory / "weights").read_text() == str(policy_version)
+        self.kept_version = policy_version
 
     def load(self, directory: Path, *, policy_version: int) -> None:
         if self.failure is not None:
@@ -137,6 +150,33 @@ def test_correction_weights_come_back_bit_for_bit_or_not_at_all(
     samples = [replace(sample, correction_weights=sample.engine_logprobs) for sample in awkward_batch(make_batch, 4).samples]
     waiting = (plain, replace(awkward_batch(make_batch, 4), samples=tuple(samples)))
     assert content(load(save(tmp_path / "checkpoints", 5, waiting=waiting)).waiting) == content(waiting)
+
+
+def test_half_a_step_comes_back_with_the_weights_that_sample(tmp_path: Path, one_rank_group: dist.ProcessGroup) -> None:
+    half_step = HalfStep(metrics={"loss/total": 1 / 3, "policy/entropy": math.nan}, seconds={"update": 0.1})
+    actor = FakeActor(48)
+    actor.kept_version = 32
+    save(tmp_path, 3)
+    one = writer(tmp_path, one_rank_group)
+    one.save(
+        actor=actor,  # type: ignore[arg-type]
+        config=CONFIG,
+        counters=RunCounters(next_step=3, trained_batches=2),
+        cursor={"epoch": 1, "position": 7},
+        waiting=(),
+        half_step=half_step,
+    )
+    one.wait()
+    latest = run_state.latest_checkpoint(tmp_path)
+    assert latest == tmp_path / "step_000003_half"  # beside the whole step of the same number, and newer
+    loaded = FakeActor()
+    saved = load(latest, actor=loaded)
+    assert saved.half_step is not None
+    assert (loaded.policy_version, loaded.kept_version, saved.counters.next_step) == (48, 32, 3)
+    assert saved.half_step.metrics["loss/total"] == 1 / 3 and math.isnan(saved.half_step.metrics["policy/entropy"])
+    assert saved.half_step.seconds == half_step.seconds
+    save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003_half", "step_000004"]
 
 
 def test_a_run_without_waiting_batches_comes_back_empty(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:

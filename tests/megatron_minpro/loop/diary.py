@@ -1,0 +1,179 @@
+"""A training run whose actor, servers and checkpoints only keep a diary. For the tests of the two schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_minpro.batch.sample import RolloutBatch, Sample
+from megatron_minpro.batch.staleness import StalenessBuffer
+from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.loop import trainer
+from megatron_minpro.loop.collector import Collected
+from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.objectives import make_objective
+from megatron_minpro.tracking.metrics_table import check_declared
+from parallel.actor import UpdateReport
+from parallel.packing import TokenSequence
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+UPDATES = 2
+SMALL = (
+    "num_global_steps=4",
+    "staleness=2",
+    f"actor.updates_per_step={UPDATES}",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=2",
+    "checkpoint.every=3",
+    "rollout.logprob_gap_action=warn",  # the numbers below are not those of one model
+)
+MakeBatch = Callable[..., RolloutBatch]
+MakeSample = Callable[..., Sample]
+
+
+def small_config(*overrides: str) -> RunConfig:
+    return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*SMALL, *overrides])
+
+
+class FakeActor:
+    """Scores every position with -(policy version + 1) / 8, exact in fp32, and counts updates."""
+
+    def __init__(self, diary: list[tuple], policy_version: int = 0) -> None:
+        self.diary = diary
+        self.policy_version = policy_version
+        self.kept_version: int | None = None
+        self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
+        self.learning_rates: list[float] = []
+        self.corrections: list[float] = []
+        self.unit_ratios = torch.tensor([0.0, 1.0])
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        self.diary.append(("score", self.policy_version))
+        return [torch.full((sequence.num_positions,), -(self.policy_version + 1) / 8) for sequence in sequences]
+
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: float) -> UpdateReport:
+        seen = {x for sequence in minibatch for x in sequence.streams["behaviour_logprobs"][sequence.loss_mask].tolist()}
+        self.trained.append((self.policy_version, seen))
+        self.learning_rates.append(learning_rate)
+        for sequence in minibatch:
+            if "correction_weights" in sequence.streams:
+                self.corrections += sequence.streams["correction_weights"][sequence.loss_mask].tolist()
+        self.diary.append(("update", self.policy_version))
+        self.policy_version += 1
+        tokens = sum(int(sequence.loss_mask.sum()) for sequence in minibatch)
+        return UpdateReport(
+            loss=float(self.policy_version),
+            grad_norm=0.5,
+            learning_rate=learning_rate,
+            policy_version=self.policy_version,
+            num_tokens=tokens,
+            metrics={"policy/entropy": torch.tensor([float(self.policy_version), 1.0]), "ratio/unit": self.unit_ratios},
+        )
+
+    def keep_weights(self, *, place: str) -> None:
+        self.diary.append(("keep", self.policy_version))
+        self.kept_version = self.policy_version
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        assert self.kept_version is not None
+        latest, self.policy_version = self.policy_version, self.kept_version
+        yield
+        self.policy_version = latest
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.tensor(float(self.policy_version))
+
+
+class FakeDriver:
+    """Samples numbered batches under the version it is told; writes down everything."""
+
+    def __init__(self, diary: list[tuple], make_batch: MakeBatch) -> None:
+        self.diary = diary
+        self.make_batch = make_batch
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.fields: Callable[[int], dict[str, Any]] = lambda policy_version: {}
+        self.num_dropped = 0  # samples of every batch that go to the dropped ones
+        self.asked = self.published = 0
+        self.cursor_is_held = False
+        self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
+        self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
+
+    def ask(self) -> None:
+        self.asked += 1
+        if self.asked in self.trouble:
+            raise self.trouble[self.asked]
+
+    def collect(self, step: int, *, policy_version: int) -> Collected:
+        self.diary.append(("sample", step, policy_version))
+        self.ask()
+        batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
+        kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
+        return Collected(batch=replace(batch, samples=kept), judged=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
+
+    def hold_cursor(self) -> None:
+        self.cursor_is_held = True
+
+    def release_cursor(self) -> None:
+        self.cursor_is_held = False
+
+    def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
+        self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
+        self.published += 1
+        return self.void.get(self.published)
+
+    def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
+
+    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+        check_declared(metrics)
+        self.diary.append(("record", step, None if trained is None else trained.sampled_at_step))
+        self.lines.append((step, dict(metrics)))
+
+    def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
+        self.diary.append(("evaluate", label, policy_version))
+        self.ask()
+        return {}
+
+
+class FakeCheckpoints:
+    """Notes when a checkpoint begins and when somebody waits for it. `fails_at`: the step after which writing has failed."""
+
+    def __init__(self, lines: list[tuple], next_step: Callable[[], int]) -> None:
+        self.lines = lines
+        self.next_step = next_step
+        self.fails_at: int | None = None
+
+    def save(self, half_step: HalfStep | None = None) -> None:
+        self.lines.append(("save", self.next_step()) if half_step is None else ("save half", self.next_step(), half_step))
+
+    def wait(self) -> None:
+        self.lines.append(("wait",))
+
+    def failure(self) -> str | None:
+        return None if self.fails_at is None or self.next_step() <= self.fails_at else "no space"
+
+
+class Diary:
+    """A run whose every call across the process border is kept in `lines`."""
+
+    def __init__(self, config: RunConfig, group: Any, make_batch: MakeBatch, *, policy_version: int = 0, stop_after: int | None = None):
+        self.lines: list[tuple] = []
+        self.actor = FakeActor(self.lines, policy_version)
+        self.driver = FakeDriver(self.lines, make_batch)
+        self.run = trainer.TrainingRun(
+            config=config,
+            actor=self.actor,  # type: ignore[arg-type]
+            objective=make_objective("minpro"),
+            buffer=StalenessBuffer(config.staleness),
+            counters=RunCounters(),
+            driver=self.driver,  # type: ignore[arg-type]
+            control_group=group,
+            stop_requested=lambda: stop_after is not None and self.run.counters.next_step > stop_after,
+            checkpoints=FakeCheckpoints(self.lines, lambda: self.run.counters.next_step),
+        )
