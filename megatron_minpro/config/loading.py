@@ -85,7 +85,7 @@ def _free_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         if ON_RESUME in field.metadata:
             yield f"{prefix}{name}"
-        for section in _sections_of(field.annotation):
+        for section in sections_of(field.annotation):
             yield from _free_keys(section, f"{prefix}{name}.")
 
 
@@ -151,11 +151,11 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         yield dotted, field.description or ""
-        for section in _sections_of(field.annotation):
+        for section in sections_of(field.annotation):
             yield from _walk(section, f"{dotted}.")
 
 
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The section that a field holds, if it holds one: Section, or Section | None."""
     members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]

@@ -86,15 +86,17 @@ METRICS: tuple[Metric, ...] = (
     _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _TRAINER, "response tokens sampled in this step"),
     _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _TRAINER, "length of a sampled response"),
     _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _TRAINER, "sampled responses cut at rollout.max_new_tokens"),
-    _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, "loop/sampler.py", "times that dynamic sampling asked for responses"),
+    _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, "loop/collector.py", "times that dynamic sampling asked for responses"),
     _metric(
         "rollout/equal_groups",
         "groups",
         Combined.BATCH_SUM,
-        "loop/sampler.py",
+        "loop/collector.py",
         "equal groups that dynamic sampling had to keep in the batch",
     ),
-    _metric("rollout/dropped", "responses", Combined.BATCH_SUM, "loop/sampler.py", "responses that dynamic sampling dropped in this step"),
+    _metric(
+        "rollout/dropped", "responses", Combined.BATCH_SUM, "loop/collector.py", "responses that dynamic sampling dropped in this step"
+    ),
     _metric("servers/used", "servers", Combined.BATCH_SUM, _SERVERS, "servers that gave at least one response"),
     _metric("servers/retries", "responses", Combined.BATCH_SUM, _SERVERS, "responses that were asked for again after a failure"),
     _metric("servers/restarts", "restarts", Combined.BATCH_SUM, "loop/driver.py", "servers that were started again since the last step"),

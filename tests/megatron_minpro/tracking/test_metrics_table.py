@@ -21,6 +21,13 @@ def test_a_name_tells_a_logarithm_from_a_ratio() -> None:
             assert metric.unit in ("ratio", "fraction")
 
 
+def test_every_metric_names_the_file_that_computes_it() -> None:
+    packages = metrics_reference.PAGE.parents[2]
+    for metric in METRICS:
+        root = packages if metric.source.startswith(("rollout/", "parallel/")) else packages / "megatron_minpro"
+        assert (root / metric.source).is_file(), metric
+
+
 def test_the_reference_page_is_current() -> None:
     assert metrics_reference.PAGE.read_text(encoding="utf-8") == metrics_reference.render(), (
         "stale: python -m megatron_minpro.tracking.metrics_reference"
