@@ -18,7 +18,9 @@ from megatron_minpro.option import Option
 class DoctorOptions:
     """What `minpro doctor` is asked for."""
 
-    config: Annotated[Path | None, Option("a run's YAML file: are its model, prompts and keys here?", argument=True)] = None
+    config: Annotated[
+        Path | None, Option("a run's YAML file, or the name of a shipped one: are its model, prompts and keys here?", argument=True)
+    ] = None
     overrides: Overrides = ()
     as_json: AsJson = False
     peers: Annotated[str, Option("host names of a job's nodes, trainers first; run the same command on each")] = ""

@@ -74,7 +74,7 @@ def plan(options: PlanOptions) -> None:
         _calibrate(console)
         return
     if options.config is None:
-        raise ValueError("CONFIG is missing; expected a run's YAML file, or --calibrate")
+        raise ValueError("CONFIG is missing; expected a run's YAML file, the name of a shipped one, or --calibrate")
 
     from megatron_minpro.cluster import planning
     from parallel.planner import view
