@@ -20,6 +20,7 @@ from checkpoints_convert.servable import refuse_tied_experts
 from megatron_minpro.cluster.facts import Finding, NodeReport
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.end_tokens import end_token_ids
+from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.rows import check_file, is_file
 from megatron_minpro.data.sources import count_questions, load_prompts
 from megatron_minpro.loop.held_out import held_out_prompts
@@ -155,17 +156,20 @@ def check_prompt_files(config: RunConfig) -> None:
             check_file(prompts.source, key=f"{section}.source")
 
 
-def check_prompts(config: RunConfig, section: str, tokenizer: Any) -> None:
-    """Rows without a question or an answer, limits that leave too few prompts. Reads the source once.
+def check_prompts(config: RunConfig, section: str, tokenizer: Any, *, dealt: Mapping[str, Any] | None) -> None:
+    """Rows without a question or an answer, limits that leave too few prompts, other rows than those dealt. Reads the source once.
 
     Args:
         config: the run.
         section: prompts or evaluation.prompts.
         tokenizer: of the model.
+        dealt: where the run's cursor stood at the checkpoint that it continues from; None for a fresh run.
     """
     if section == "prompts":
         source, _ = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
         _check_enough(config, len(source), source.name)
+        if dealt is not None:
+            PromptCursor(source, seed=config.seed).load_state(dealt)
     elif config.evaluation is not None:
         held_out_prompts(config.evaluation, tokenizer)
 

@@ -13,7 +13,7 @@ from megatron_minpro.data.rows import is_file, is_source_of_rows
 from megatron_minpro.run import base_model
 from megatron_minpro.run.plug_ins import check_plug_ins
 from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
-from megatron_minpro.run.run_state import checkpoint_to_continue, refuse_unusable
+from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
 from parallel.capabilities import Capabilities, detect
 
 
@@ -123,7 +123,8 @@ def _check_here(config: RunConfig, *, resume: str, capabilities: Capabilities, m
     checks.check_passed_options(config, device=capabilities.device_type)
     architecture = _architecture(config)
     checks.check_architecture(config, architecture)
-    check_run_folder(config, resume=resume)
+    checkpoint = check_run_folder(config, resume=resume)
+    dealt = None if checkpoint is None else read_state(checkpoint).cursor
     if folder.exists():
         checks.check_weights(folder, architecture)
     if machine:
@@ -138,7 +139,7 @@ def _check_here(config: RunConfig, *, resume: str, capabilities: Capabilities, m
             base_model.check_examples(config.model, config.prompts, tokenizer)
         for section, prompts in config.prompt_sections.items():
             if read_hub or not _is_hub(prompts.source):
-                checks.check_prompts(config, section, tokenizer)
+                checks.check_prompts(config, section, tokenizer, dealt=dealt)
     return architecture
 
 

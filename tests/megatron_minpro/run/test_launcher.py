@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -25,7 +28,9 @@ def tiny(folder: Path, *overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*paths, *overrides])
 
 
-def add_checkpoint(config: RunConfig, next_step: int) -> None:
+def add_checkpoint(
+    config: RunConfig, next_step: int, *, cursor: Mapping[str, Any] = MappingProxyType({}), model: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     name = f"step_{next_step:06d}"
     folder = config.run_dir / "checkpoints"
     (folder / name).mkdir(parents=True)
@@ -34,11 +39,11 @@ def add_checkpoint(config: RunConfig, next_step: int) -> None:
         "config": config.model_dump(mode="json"),
         "counters": counters,
         "policy_version": 0,
-        "cursor": {},
+        "cursor": dict(cursor),
         "waiting": [],
         "half_step": None,
         "files": {},
-        "model": {},
+        "model": dict(model),
     }
     (folder / name / "run.json").write_text(json.dumps(state))
     (folder / "latest").write_text(name)

@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from checkpoints_convert.hf_config import read_architecture
+from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro import cli
 from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.data.prompts import PromptCursor
+from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.run import base_model, preflight
 from megatron_minpro.run.dry_run import describe
+from megatron_minpro.run.run_state import describe_model
 from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 from parallel.capabilities import detect
 from tests.megatron_minpro.run.test_launcher import add_checkpoint
@@ -254,6 +259,20 @@ def test_a_dry_run_accepts_what_the_cases_start_from(place: Path, capsys: pytest
     for settings in (("model.warm_up=null",), (*OWN, "prompts.source=own.jsonl")):
         assert dry_run(place, *settings) == 0, capsys.readouterr().err
         assert "not checked" not in capsys.readouterr().out
+
+
+def test_a_run_is_not_continued_on_other_labels(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = (*OWN, "prompts.source=own.jsonl")
+    config = tiny(place, *settings)
+    source, _ = load_prompts(tokenizer=load_tokenizer(place / "model"), **config.prompts.model_dump())
+    cursor = PromptCursor(source, seed=config.seed)
+    cursor.next(8)
+    add_checkpoint(config, 1, cursor=cursor.state(), model=describe_model(read_architecture(place / "model")))
+    assert dry_run(place, *settings) == 0, capsys.readouterr().err
+    write_rows(place / "own.jsonl", 40, a="7")
+    capsys.readouterr()
+    assert dry_run(place, *settings) == 2
+    assert "prompt cursor: the labels of source 'own' have changed since the run was saved" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
