@@ -25,6 +25,7 @@ import httpx
 
 from rollout.gate import Gate, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.refusals import refusal
 from rollout.sglang.control import KEEPALIVE
 from rollout.sglang.generate import read_generation, request_body, response_seed
 
@@ -328,9 +329,9 @@ class GenerationSession:
             raise _Retryable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
         name = requests[0].name if len(requests) == 1 else f"{requests[0].name} and {len(requests) - 1} more"
         if response.status_code in RETRIED_STATUS:
-            raise _Retryable(f"HTTP {response.status_code}: {response.text[:300]}")
+            raise _Retryable(refusal(response.status_code, response.text))
         if response.status_code != 200:
-            raise RolloutFailed(f"{endpoint}: request {name}: HTTP {response.status_code}: {response.text[:300]}")
+            raise RolloutFailed(f"{endpoint}: request {name}: {refusal(response.status_code, response.text)}")
         try:
             answers = response.json()
         except ValueError as error:

@@ -13,6 +13,7 @@ from megatron_minpro.data.end_tokens import response_text, without_special_token
 from megatron_minpro.evaluation.responses import Response
 from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, response_seed, run_all
 from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.refusals import refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +118,12 @@ class OpenAISource:
                 failure = f"{type(error).__name__}: {error}"
                 continue
             if answer.status_code in RETRIED_STATUS:
-                failure = f"HTTP {answer.status_code}: {answer.text[:300]}"
+                failure = refusal(answer.status_code, answer.text)
+                if await self._engine_is_dead(http, endpoint):
+                    failure = f"its engine has died, the server's log says why ({failure})"
                 continue
             if answer.status_code != 200:
-                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: HTTP {answer.status_code}: {answer.text[:300]}")
+                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {refusal(answer.status_code, answer.text)}")
             try:
                 response = read_openai(answer.json(), sample)
             except ValueError as error:
@@ -131,6 +134,13 @@ class OpenAISource:
                 )
             failure = "aborted by the server"
         raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {failure} (gave up after {self._max_retries + 1} attempts)")
+
+    async def _engine_is_dead(self, http: httpx.AsyncClient, endpoint: str) -> bool:
+        """A server process may outlive its engine: vLLM's /health then answers 503. A server that cannot be asked is not called dead."""
+        try:
+            return (await http.get(f"{endpoint}/health", timeout=5.0)).status_code >= 500
+        except httpx.HTTPError:
+            return False
 
 
 def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["completions", "chat"], model: str) -> dict[str, Any]:

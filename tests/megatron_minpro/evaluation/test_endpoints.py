@@ -106,13 +106,21 @@ class Handler(BaseHTTPRequestHandler):
 
     seen: ClassVar[set[int]] = set()
 
+    engine_is_dead: ClassVar[bool] = False
+
     def do_GET(self) -> None:
+        if self.path == "/health":
+            self._reply(503 if self.engine_is_dead else 200, {})
+            return
         self._reply(200, {"data": [{"id": "tiny"}] if self.path == "/v1/models" else [{"id": "a"}, {"id": "b"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if body["prompt"] == [400]:
             self._reply(400, {"error": "too long"})
+        elif body["prompt"] == [500]:
+            message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+            self._reply(500, {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}})
         elif body["prompt"] == [503] or body["seed"] not in self.seen:
             self.seen.add(body["seed"])
             self._reply(503, {})
@@ -181,6 +189,19 @@ def test_a_refused_or_failing_request_ends_with_its_reason(source: Callable[...,
         ask(400)
     with pytest.raises(RolloutFailed, match=r"HTTP 503.*gave up after 2 attempts"):
         ask(503)
+
+
+def test_a_server_whose_engine_has_died_is_one_line(source: Callable[..., OpenAISource], monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Wanted(benchmark="set", problem_id="p0", sample=0, text="", token_ids=(500,))
+    said = "HTTP 500: EngineCore encountered an issue. See stack trace (above) for the root cause."
+    with pytest.raises(RolloutFailed) as alive:
+        source().run([sample], SAMPLING, lambda *_: None)
+    assert f"/v1/completions: set/p0/0: {said} (gave up after 2 attempts)" in str(alive.value)
+    monkeypatch.setattr(Handler, "engine_is_dead", True)
+    with pytest.raises(RolloutFailed) as dead:
+        source().run([sample], SAMPLING, lambda *_: None)
+    assert f"set/p0/0: its engine has died, the server's log says why ({said}) (gave up after 2 attempts)" in str(dead.value)
+    assert "\n" not in str(dead.value)
 
 
 def test_the_served_model_is_asked_for(flaky: str) -> None:
