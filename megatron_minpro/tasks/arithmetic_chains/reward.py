@@ -8,7 +8,7 @@ from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.rewards.reward import RewardResult
 
-_LAST_STEP = re.compile(r"= ([0-9]+) ;")
+_LAST_STEP = re.compile(r"= ([0-9]{1,1000}) ;")  # Python refuses to read integers of more than 4,300 digits
 
 
 def final_step(prompt: Prompt, conversation: Conversation) -> RewardResult:

@@ -9,6 +9,8 @@ from megatron_minpro.tasks.arithmetic_chains.chains import CHAIN_END, EQUALS, OP
 
 CALL = CHAIN_END  # the word that ends a question
 
+_MAX_DIGITS = 1000  # Python refuses to read integers of more than 4,300
+
 
 async def calculator(prompt: Prompt, model: Model, *, modulus: int, max_calls: int = 16) -> Conversation:
     """A chain of arithmetic, with a calculator at hand.
@@ -39,6 +41,10 @@ def reply(said: str, *, modulus: int) -> str:
         modulus: of the result.
     """
     match said.split()[-4:]:
-        case [left, operation, right, word] if word == CALL and operation in OPERATIONS and left.isdecimal() and right.isdecimal():
+        case [left, operation, right, word] if word == CALL and operation in OPERATIONS and _is_number(left) and _is_number(right):
             return f"{EQUALS} {apply_operation(int(left), operation, int(right), modulus=modulus)} {STEP_END}"
     return STEP_END
+
+
+def _is_number(word: str) -> bool:
+    return word.isdecimal() and len(word) <= _MAX_DIGITS

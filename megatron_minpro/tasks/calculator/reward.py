@@ -8,7 +8,7 @@ from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.rewards.reward import RewardResult
 
-_LAST_RESULT = re.compile(r"= ([0-9]+) ;")
+_LAST_RESULT = re.compile(r"= ([0-9]{1,1000}) ;")  # Python refuses to read integers of more than 4,300 digits
 
 
 def last_result(prompt: Prompt, conversation: Conversation) -> RewardResult:

@@ -252,3 +252,68 @@ def test_powers_and_factorials_of_any_size_are_compared_exactly(base: int, power
     assert by_rules(f"{base}^{{{power + 1}}}", f"{base}\\cdot {base}^{{{power}}}+{off}") is (off == 0)
     assert by_rules(f"\\frac{{1}}{{{base}^{{{power}}}}}", f"\\frac{{{off + 1}}}{{{base}^{{{power}}}}}") is (off == 0)
     assert by_rules(f"{power}!", str(math.factorial(power) + off)) is (off == 0)
+
+
+_PIECES = [
+    "1",
+    "2",
+    "x",
+    "\\frac",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "\\{",
+    "\\}",
+    "=",
+    "<",
+    "\\le ",
+    ",",
+    ":",
+    "^",
+    "_",
+    "!",
+    "%",
+    "\\text{",
+    "cm",
+    " ",
+    "or",
+]
+_PIECES += [
+    "\\sqrt",
+    "0.",
+    "\\overline",
+    "...",
+    "½",
+    "√",
+    "²",
+    "°",
+    "\\$",
+    "$",
+    "\\boxed{",
+    "base",
+    "pm",
+    "\\approx ",
+    "-",
+    "/",
+    "\\",
+    "**",
+    "`",
+    "|",
+]
+scraps = st.lists(st.sampled_from(_PIECES), max_size=12).map("".join)
+
+
+@settings(deadline=None)
+@given(scraps, scraps)
+def test_scraps_of_latex_break_no_rule(label: str, answer: str) -> None:
+    for style in ("dapo", "boxed"):
+        found = extract_answer(f"Answer: {answer}\n\\boxed{{{answer}}}", style=style, truncated=False, label=label)  # type: ignore[arg-type]
+        assert found is None or isinstance(found, str)
+    assert compare_plainly(label, answer) in (True, False, None)
+    verdicts = [
+        same_answer(here, there, relative=0.0, absolute=0.0, same_mathematics=lambda *_: False)
+        for here, there in ((label, label + " "), (label, answer))
+    ]
+    assert all(isinstance(verdict, bool) for verdict in verdicts)

@@ -12,6 +12,8 @@ from megatron_minpro.tasks.arithmetic_chains.reward import final_step
     [
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "stop", 1.0),
         ("= 4 ;", "stop", 1.0),  # a lucky guess
+        ("= 004 ;", "stop", 1.0),
+        (f"= {'4' * 5000} ;", "stop", 0.0),  # more digits than Python reads
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "length", 0.0),
         ("3 + 4 = 7 ; 7 * 2 = 4 ;", "abort", 0.0),
         ("3 + 4 = 7 ; 7 * 2 = 4", "stop", 0.0),

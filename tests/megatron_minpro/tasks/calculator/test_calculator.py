@@ -102,6 +102,13 @@ def test_a_conversation_without_end_is_cut_off(chain_tokenizer: Any, chains: Ari
     assert (found.finish_reason, last_result(found.prompt, found).correct) == ("length", False)
 
 
+def test_more_digits_than_python_reads_are_no_number(chain_tokenizer: Any, chains: ArithmeticChains) -> None:
+    digits = "9" * 5000
+    assert reply(f"{digits} + 1 :", modulus=10) == ";"
+    said = Conversation.of_text(chains[0], f"1 + 1 = {digits} ;", finish_reason="stop", num_response_tokens=9)
+    assert not last_result(chains[0], said).correct
+
+
 def test_the_last_result_counts_whoever_computed_it(chain_tokenizer: Any, chains: ArithmeticChains) -> None:
     right, wrong = chains[0].answer, str((int(chains[0].answer) + 1) % 10)
     by_hand = talk(chain_tokenizer, chains, [f"1 + 1 = {right} ; <|end|>"])
