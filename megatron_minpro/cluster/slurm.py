@@ -61,7 +61,7 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
     """One line for a shell. Overrides that the script itself sets from its variables are left out."""
     variables = {
         "CONFIG": str(path),
-        "RUN_DIR": str(run_dir),
+        "RUN_DIR": str(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir),
         "TRAINER_NODES": str(split.trainers),
         "SERVERS_PER_NODE": str(split.servers_per_node),
     }

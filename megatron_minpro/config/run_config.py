@@ -15,6 +15,7 @@ from megatron_minpro.config.sections import (
     DebugConfig,
     EnvironmentConfig,
     EvaluationConfig,
+    LocalPath,
     MayChange,
     ModelConfig,
     ObjectiveConfig,
@@ -35,7 +36,9 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run; its folder is output_dir/name")
     seed: int = Field(ge=0, description="of prompt order, sampling and dropout")
-    output_dir: MayChange[str] = Field(default="runs", min_length=1, description="folder that holds the run folders")
+    output_dir: MayChange[LocalPath] = Field(
+        default="runs", min_length=1, validate_default=True, description="folder that holds the run folders"
+    )
     num_global_steps: MayChange[int] = Field(ge=1, description="batches trained; may grow when a run is continued, also a finished one")
     staleness: int = Field(ge=0, description="a batch sampled at global step k is trained at step k + staleness; 0 is on-policy")
     schedule: MayChange[Literal["overlapped", "serial"] | None] = Field(

@@ -6,9 +6,10 @@ Keys with a default are those that cannot move a trained number (places, ports, 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from parallel.optimizer_settings import OptimizerSettings
 from rollout.loopback import is_loopback
@@ -20,6 +21,20 @@ ON_RESUME = "may change on resume"
 # A setting of this type may differ between attempts at one run: it says where and when, not what is computed. (Another layout changes the
 # order of sums at most.) On a section it covers every setting of the section.
 MayChange = Annotated[T, ON_RESUME]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else path  # an empty one is refused by its length
+
+
+def _absolute_file(source: str) -> str:
+    return _absolute(source) if Path(source).expanduser().is_file() else source
+
+
+# A path is resolved once, where it is read: servers and other machines' processes have working folders of their own.
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+# The same for a setting that may also name something else.
+LocalFile = Annotated[str, AfterValidator(_absolute_file)]
 
 
 class Section(BaseModel):
@@ -83,7 +98,7 @@ class AdvantagesConfig(Choice):
 class TokenizerConfig(Choice):
     """The tokenizer of a base model that is made: an existing one, or a plug-in that writes one. The other keys are its options."""
 
-    folder: str | None = Field(default=None, description="folder with a tokenizer to take over")
+    folder: LocalPath | None = Field(default=None, description="folder with a tokenizer to take over")
     name: str | None = Field(default=None, description="package.module:function, called with the folder that it writes a tokenizer into")
 
     @model_validator(mode="after")
@@ -122,7 +137,7 @@ class WarmUpConfig(Section):
 class ModelConfig(Section):
     """Which model is trained."""
 
-    path: str = Field(min_length=1, description="folder in Hugging Face format: config.json, safetensors, tokenizer")
+    path: LocalPath = Field(min_length=1, description="folder in Hugging Face format: config.json, safetensors, tokenizer")
     dtype: Dtype = Field(description="of parameters and activations in the trainer; master weights and log-probabilities are float32")
     warm_up: WarmUpConfig | None = Field(description="how to make the folder when it does not exist; null: it must exist")
 
@@ -130,8 +145,9 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """Where prompts come from and how a row becomes a prompt; the keys are the arguments of megatron_minpro.data.sources.load_prompts."""
 
-    source: str = Field(
-        min_length=1, description="path of a .jsonl or .parquet file, a Hugging Face dataset (owner/name), or package.module:function"
+    source: LocalFile = Field(
+        min_length=1,
+        description="a .jsonl, .jsonl.gz, .json or .parquet file, a Hugging Face data set (owner/name), or package.module:function",
     )
     max_prompt_tokens: int = Field(ge=1, description="longer prompts (after the chat template) are dropped and counted")
     options: dict[str, Any] = Field(default_factory=dict, description="of the plug-in; split, name, revision of a Hugging Face dataset")
@@ -229,8 +245,8 @@ class RolloutConfig(Section):
         default="127.0.0.1", description="address the servers bind to; any other than loopback demands the two keys"
     )
     base_port: MayChange[int | None] = Field(default=None, ge=1024, le=65535, description="first port; null: free ports are chosen")
-    api_key_path: MayChange[str | None] = Field(default=None, description="one-line file with the key that every request must carry")
-    admin_key_path: MayChange[str | None] = Field(default=None, description="one-line file with the key for changing weights")
+    api_key_path: MayChange[LocalPath | None] = Field(default=None, description="one-line file with the key that every request must carry")
+    admin_key_path: MayChange[LocalPath | None] = Field(default=None, description="one-line file with the key for changing weights")
     start_timeout_s: MayChange[float] = Field(
         default=300.0, gt=0, description="until a server is ready; a run waits so long while none answers"
     )

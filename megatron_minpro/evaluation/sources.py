@@ -45,12 +45,14 @@ def _own_servers(plan: Plan, *, announce: Callable[[str], None]) -> ServerPool:
     request, logs = plan.request, plan.out / places.LOGS_FOLDER
     folder = hugging_face_folder(plan.location, converted=plan.out / places.CONVERTED_FOLDER, announce=announce)
     announce(f"starting {request.serving.servers} server(s) for {folder}; logs in {logs}")
-    return ServerPool.start(
+    pool = ServerPool.start(
         _server_settings(request.serving, folder, seed=request.seed),
         num_servers=request.serving.servers,
         log_dir=logs,
         start_timeout_s=request.serving.start_timeout_s,
     )
+    pool.check_weights()
+    return pool
 
 
 def _openai(plan: Plan, endpoints: Sequence[str], *, api_key: str | None) -> OpenAISource:

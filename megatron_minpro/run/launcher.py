@@ -174,6 +174,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
             pool.wait_until_ready(
                 config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)
             )
+            pool.check_weights()
         endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
         if pool is not None:

@@ -72,6 +72,7 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
     with ServerPool.launch(settings, num_servers=rollout.servers, log_dir=folder, base_port=rollout.base_port) as pool:
         try:
             pool.wait_until_ready(rollout.start_timeout_s)
+            pool.check_weights()
             write_atomically(path, json.dumps(pool.endpoints) + "\n")
             announce(f"ready: {' '.join(pool.endpoints)} (Ctrl-C ends them)")
             with closing(supervise(config, pool, announce=announce)) as supervisor:

@@ -100,6 +100,8 @@ class ServerSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not Path(self.model_path).is_absolute():  # a server's working folder is another
+            raise ValueError(f"model.path: {self.model_path} is relative, expected an absolute path")
         if not (Path(self.model_path) / "config.json").is_file():
             raise ValueError(f"model.path: {self.model_path} holds no config.json, expected a Hugging Face model folder")
         if self.device not in ("cpu", "cuda"):
@@ -292,6 +294,25 @@ class ServerPool:
                 done, pending = wait(pending, timeout=_ABORT_POLL_S, return_when=FIRST_EXCEPTION)
                 for ready in done:
                     ready.result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def check_weights(self) -> None:
+        """Prove that every server holds the weights of its model folder. Raises ChecksumMismatch, with all servers ended."""
+        from rollout.weights.loaded import check_loaded  # here: with torch, which starting a server needs not
+
+        settings = self.settings
+        try:
+            for endpoint in self.endpoints:
+                check_loaded(
+                    endpoint,
+                    settings.model_path,
+                    dtype=settings.dtype,
+                    exact=settings.device == "cpu" and settings.tp == 1,
+                    api_key=settings.api_key,
+                    admin_key=settings.admin_key,
+                )
         except BaseException:
             self.stop()
             raise

@@ -96,7 +96,7 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
         (["--ep", "1,2", "--measure", "--row", "9"], "--row: 9, expected 0 to 2"),
         (["--ep", "1,2", "--measure", "--nodes", "2"], "expected --row beside it"),
         (["--ep", "1", "--predict", "--mean-tokens", "57"], "--mean-tokens: 57 is more than rollout.max_new_tokens = 56"),
-        (["--ep", "1", "--measure", "model.path=absent", "model.warm_up=null"], "model.path: absent does not exist"),
+        (["--ep", "1", "--measure", "model.path=absent", "model.warm_up=null"], "/absent does not exist"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

@@ -219,7 +219,7 @@ def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
             "command line: reward.overlong.max_tokens = 'long': expected a valid integer",
         ),
         ("model.warm_up.examples=null", "model.warm_up.num_steps = 800: expected 0 without examples"),
-        ("model.warm_up.tokenizer.folder=x", "model.warm_up.tokenizer.folder = 'x': expected either a folder or the name of a plug-in"),
+        ("model.warm_up.tokenizer.folder=x", "x': expected either a folder or the name of a plug-in"),
         ("model.warm_up.tokenizer={folder: x, modulus: 3}", "model.warm_up.tokenizer.modulus = 3: expected no option beside folder"),
         ("name=a/b", "command line: name = 'a/b': expected match pattern"),
         ("model.path=${MINPRO_NO_SUCH_VARIABLE}/m", "the environment variable MINPRO_NO_SUCH_VARIABLE is not set"),
@@ -476,3 +476,22 @@ def test_reading_a_configuration_runs_no_code_of_the_user(tmp_path: Path) -> Non
 )
 def test_only_what_computes_nothing_may_change_on_resume(key: str, free: bool) -> None:
     assert may_change_on_resume(key) is free
+
+
+def test_every_path_is_absolute_from_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    settings = ["model.path=base", "output_dir=out", "rollout.api_key_path=~/key", "model.warm_up=null", "prompts.options={}"]
+    config = load_config("tiny_moe_cpu", [*settings, "prompts.source=rows.jsonl", "evaluation.prompts.source=owner/name"])
+    assert (config.model.path, config.run_dir) == (str(tmp_path / "base"), tmp_path / "out/tiny_moe_cpu")
+    assert config.rollout.api_key_path == str(Path.home() / "key")
+    assert config.prompts.source == str(tmp_path / "rows.jsonl")
+    assert config.evaluation is not None and config.evaluation.prompts.source == "owner/name"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
+def test_an_empty_path_is_refused() -> None:
+    assert "model.path = '': expected" in error_of('model.path=""')

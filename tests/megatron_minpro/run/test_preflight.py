@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
     "csv as source": (
         lambda place: (place / "data.csv").write_text("q,a\n"),
         (*OWN, "prompts.source=data.csv"),
-        ("prompts.source = 'data.csv'", ".csv is not read", "expected a .jsonl"),
+        ("prompts.source = ", "data.csv': .csv is not read", "expected a .jsonl"),
     ),
     "missing prompt file with the warm-up": (
         None,
