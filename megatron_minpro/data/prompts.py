@@ -49,14 +49,15 @@ class PromptList:
             "questions": digest(prompt.text for prompt in self.prompts),
             "labels": digest(prompt.answer for prompt in self.prompts),
             "token_ids": digest(prompt.token_ids for prompt in self.prompts),
+            "rows": digest(prompt.row for prompt in self.prompts),  # environments and rewards may read any field
         }
 
 
 def digest(values: Iterable[Any]) -> str:
-    """16 hexadecimal digits that depend on every value and on their order. values: JSON types."""
+    """16 hexadecimal digits that depend on every value and on their order. values: JSON types, or what Python can show, as dates."""
     state = hashlib.sha256()
     for value in values:
-        state.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
+        state.update(json.dumps(value, default=repr, sort_keys=True).encode() + b"\n")
     return state.hexdigest()[:16]
 
 
@@ -124,6 +125,10 @@ class PromptCursor:
                 self._position = 0
                 self._start_epoch(self._epoch + 1)
         return prompts
+
+    def examples(self, num_prompts: int) -> list[Prompt]:
+        """The first prompts of the source, at most num_prompts. Deals nothing out."""
+        return [self._source[index] for index in range(min(num_prompts, len(self._source)))]
 
     def state(self) -> dict[str, Any]:
         """Everything load_state needs, as JSON types."""

@@ -17,6 +17,8 @@ from megatron_minpro.data.wrappers import BARE, WRAPPERS, unwrap
 from megatron_minpro.registry import PlugInError, PlugIns, nearest
 from megatron_minpro.rewards.answers import as_integer, last_boxed
 
+_EXACT_INTEGERS = 2**53  # floats from here on skip integers
+
 # Where the answer stands inside the answer field.
 ANSWER_FORMATS: dict[str, Callable[[str], str | None]] = {
     "plain": lambda text: text,
@@ -221,8 +223,8 @@ def field_text(value: Any, path: str, *, where: str) -> str:
         where: source and row, for the error.
 
     Raises:
-        ValueError: neither text nor a finite number. JSON readers take NaN and Infinity for numbers; as a label they grade every
-            response wrong.
+        ValueError: neither text nor a finite number, or a number with more digits than its storage holds. JSON readers take NaN and
+            Infinity for numbers; such labels would grade every response wrong.
     """
     if value is None:
         return ""
@@ -230,9 +232,13 @@ def field_text(value: Any, path: str, *, where: str) -> str:
         return _whole_text(value, path, where=where).strip()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: field {path!r} is a {type(value).__name__}, expected text or a number")
+    if isinstance(value, int):
+        return str(value)
     if not math.isfinite(value):
         raise ValueError(f"{where}: field {path!r} is {value}, expected text or a finite number")
-    return str(int(value)) if float(value).is_integer() else repr(value)
+    if abs(value) >= _EXACT_INTEGERS:
+        raise ValueError(f"{where}: field {path!r} is {value!r}, a float that does not hold all its digits; expected it as text")
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _build(

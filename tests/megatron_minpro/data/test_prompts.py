@@ -99,7 +99,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
         ({"epoch": -1}, "epoch -1"),
         ({"next_prompt_id": "numbered-99"}, "the prompts have changed"),
         ({"extra": 1}, "has the keys"),
-        ({"digests": {}}, "the labels and questions and token_ids of source 'numbered' have changed"),
+        ({"digests": {}}, "the labels and questions and rows and token_ids of source 'numbered' have changed"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change: dict[str, Any], message: str) -> None:
@@ -114,6 +114,7 @@ def test_a_state_of_another_run_is_refused(change: dict[str, Any], message: str)
     [
         ({"answer": "other"}, "the labels of source 'numbered' have changed"),
         ({"text": "other"}, "the questions of source 'numbered' have changed"),
+        ({"row": {"tests": ["assert f(1)"]}}, "the rows of source 'numbered' have changed"),
         ({"token_ids": (9, 9)}, "the token_ids of source 'numbered' have changed"),
     ],
 )
@@ -208,7 +209,7 @@ def test_dapos_own_layout_wrapped_and_repeated_gives_the_bare_copies_prompts(tmp
 
 
 def test_differently_written_equal_integers_do_not_conflict(tmp_path: Path, chain_tokenizer: Any) -> None:
-    rows = [{"question": "1 + 2", "answer": answer} for answer in ("025", "25", "25.0", 25)]
+    rows = [{"question": "1 + 2", "answer": answer} for answer in ("025", "25", "25.0", 25, 25.0)]
     source, report = load(chain_tokenizer, write_jsonl(tmp_path / "x.jsonl", rows))
     assert (len(source), source[0].answer, report.conflicting) == (1, "025", 0)
 
@@ -353,6 +354,7 @@ def test_gsm8k_answers_come_from_behind_the_hashes_without_commas(tmp_path: Path
             {"question_field": "messages.1.content"},
             r"x\.jsonl: line 1: field 'messages.0.content' holds U\+DFFF alone at character 1",
         ),
+        ([{"question": "1", "answer": 1e23}], {}, r"line 1: field 'answer' is 1e\+23, a float that does not hold all its digits; expected"),
         ([[1]], {}, r"line 1 is a list, expected a JSON object"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "boxed"}, r"holds no answer in the format 'boxed'"),
         ([{"question": "1", "answer": "1"}], {"answer_format": "bocksed"}, r"did you mean 'boxed'"),

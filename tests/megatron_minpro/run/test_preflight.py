@@ -272,7 +272,7 @@ def test_a_run_is_not_continued_on_other_labels(place: Path, capsys: pytest.Capt
     write_rows(place / "own.jsonl", 40, a="7")
     capsys.readouterr()
     assert dry_run(place, *settings) == 2
-    assert "prompt cursor: the labels of source 'own' have changed since the run was saved" in capsys.readouterr().err
+    assert "prompt cursor: the labels and rows of source 'own' have changed since the run was saved" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
