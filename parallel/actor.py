@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,28 +63,38 @@ class ActorSettings:
     megatron_options: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalTokens:
-    """What a loss function sees of one micro-batch on one rank. T: this rank's packed tokens, padding (masked) included."""
-
-    logprobs_T: Tensor  # fp32, carries the gradient
-    entropy_T: Tensor  # fp32, detached
-    loss_mask_T: Tensor  # bool
-    streams: Mapping[str, Tensor]  # fp32 [T] each
-    shard: SequenceShard
-    global_tokens: int  # trained tokens of the whole mini-batch
-    global_sequences: int  # its sequences with at least one trained token
+Result = TypeVar("Result", covariant=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOutput:
-    """loss: this micro-batch's share of the mini-batch loss; shares add up. metrics: sums and counts that add up too."""
+class TokenFunction(Protocol[Result]):
+    """What the caller makes of one micro-batch on one rank. T: this rank's packed tokens, padding (masked) included."""
 
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
+    def __call__(
+        self,
+        *,
+        logprobs_T: Tensor,
+        entropy_T: Tensor,
+        loss_mask_T: Tensor,
+        streams: Mapping[str, Tensor],
+        shard: SequenceShard,
+        global_tokens: int,
+        global_sequences: int,
+    ) -> Result:
+        """
+        Args:
+            logprobs_T: fp32, carries the gradient.
+            entropy_T: fp32, detached.
+            loss_mask_T: bool.
+            streams: fp32 [T] each, those of the sequences.
+            shard: where the tokens belong.
+            global_tokens: trained tokens of the whole mini-batch.
+            global_sequences: its sequences with at least one trained token.
+        """
+        ...
 
 
-LossFunction = Callable[[LocalTokens], LossOutput]
+# The micro-batch's share of the mini-batch loss, and metrics: sums and counts. Both add up over ranks and micro-batches.
+LossFunction = TokenFunction[tuple[Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,7 +291,7 @@ class MegatronActor:
         dist.all_reduce(flat)
         return list(flat.cpu().split(sizes))
 
-    def sum_statistics(self, minibatch: Sequence[TokenSequence], statistics_fn: Callable[[LocalTokens], Tensor]) -> Tensor:
+    def sum_statistics(self, minibatch: Sequence[TokenSequence], statistics_fn: TokenFunction[Tensor]) -> Tensor:
         """Forward only: what statistics_fn makes of every micro-batch, added up over the mini-batch. fp64 on the CPU, on all ranks.
 
         For the few objectives that must know the whole mini-batch before any gradient. statistics_fn returns one shape always.
@@ -291,9 +301,9 @@ class MegatronActor:
         totals: dict[str, Tensor] = {}
 
         def add(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            local = self._local_tokens(micro_batch, hidden, module, watch, counts)
-            _add_to(totals, {"statistics": statistics_fn(local)})
-            return local.logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
+            found = self._call(statistics_fn, micro_batch, hidden, module, watch, counts)
+            _add_to(totals, {"statistics": found})
+            return found.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
             self._run(self._micro_batches(minibatch), add, forward_only=True)
@@ -312,9 +322,9 @@ class MegatronActor:
         totals: dict[str, Tensor] = {}
 
         def compute_loss(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            out = loss_fn(self._local_tokens(micro_batch, hidden, module, watch, counts))
-            _add_to(totals, {"loss": out.loss.detach(), **out.metrics})
-            return out.loss, torch.zeros((), dtype=torch.int), None
+            loss, metrics = self._call(loss_fn, micro_batch, hidden, module, watch, counts)
+            _add_to(totals, {"loss": loss.detach(), **metrics})
+            return loss, torch.zeros((), dtype=torch.int), None
 
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
@@ -347,12 +357,18 @@ class MegatronActor:
     def _watch(self) -> FiniteWatch:
         return FiniteWatch(rank=self._groups.coordinates.rank, control_group=self._groups.control)
 
-    def _local_tokens(
-        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, watch: FiniteWatch, counts: _Counts
-    ) -> LocalTokens:
+    def _call(
+        self,
+        function: TokenFunction[Any],
+        micro_batch: MicroBatch,
+        hidden: Tensor,
+        module: HiddenStateModel,
+        watch: FiniteWatch,
+        counts: _Counts,
+    ) -> Any:
         logprobs_T, entropy_T = self._score(micro_batch, hidden, module, watch, with_entropy=True)
         assert entropy_T is not None
-        return LocalTokens(
+        return function(
             logprobs_T=logprobs_T,
             entropy_T=entropy_T,
             loss_mask_T=micro_batch.loss_mask_T,

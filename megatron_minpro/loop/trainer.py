@@ -26,7 +26,7 @@ from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_w
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from megatron_minpro.objectives.corrections import correct
 from megatron_minpro.objectives.idle_clip import idle_clip
-from parallel.actor import LocalTokens, LossFunction, LossOutput, MegatronActor, UpdateReport
+from parallel.actor import LossFunction, MegatronActor, UpdateReport
 from parallel.packing import TokenSequence
 from parallel.weights import take_part
 from rollout.client import RolloutFailed, WeightsMissing
@@ -366,33 +366,30 @@ def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence
     """What the objective must know of the whole mini-batch; None, and no forward pass, for all but a few."""
     if not objective.needs_minibatch_statistics:
         return None
-    return actor.sum_statistics(sequences, lambda local: objective.minibatch_statistics(token_batch(local)))
+
+    def statistics_fn(*, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any) -> torch.Tensor:
+        return objective.minibatch_statistics(TokenBatch(**tokens, **by_token(streams)))
+
+    return actor.sum_statistics(sequences, statistics_fn)
 
 
 def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None) -> LossFunction:
     """The actor's view of an objective, plus the entropy of the trained tokens."""
 
-    def loss_fn(local: LocalTokens) -> LossOutput:
-        out = objective(token_batch(local), statistics)
-        entropy = local.entropy_T[local.loss_mask_T]
-        entropy_and_count = torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])
-        return LossOutput(loss=out.loss, metrics={**out.metrics, "policy/entropy": entropy_and_count})
+    def loss_fn(
+        *, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        batch = TokenBatch(**tokens, **by_token(streams))
+        out = objective(batch, statistics)
+        entropy = entropy_T[batch.loss_mask_T]
+        return out.loss, {**out.metrics, "policy/entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])}
 
     return loss_fn
 
 
-def token_batch(local: LocalTokens) -> TokenBatch:
-    """The objective's record from the actor's."""
-    return TokenBatch(
-        logprobs_T=local.logprobs_T,
-        behaviour_logprobs_T=local.streams["behaviour_logprobs"],
-        advantages_T=local.streams["advantages"],
-        correction_weights_T=local.streams.get("correction_weights"),
-        loss_mask_T=local.loss_mask_T,
-        shard=local.shard,
-        global_tokens=local.global_tokens,
-        global_sequences=local.global_sequences,
-    )
+def by_token(streams: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The sequences' streams (batch/sample.py) as fields of a TokenBatch."""
+    return {f"{name}_T": stream for name, stream in streams.items()}
 
 
 def share(run: TrainingRun, value: T | None) -> Any:

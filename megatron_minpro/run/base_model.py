@@ -22,7 +22,7 @@ from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.registry import PlugIns
-from parallel.actor import LocalTokens, LossOutput, MegatronActor
+from parallel.actor import MegatronActor
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence
 
@@ -211,7 +211,6 @@ def _training_sequences(examples: Sequence[tuple[str, str]], tokenizer: Any) -> 
     return sequences
 
 
-def cross_entropy(local: LocalTokens) -> LossOutput:
+def cross_entropy(*, logprobs_T: Tensor, loss_mask_T: Tensor, global_tokens: int, **unused: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Mean negative log-likelihood over the trained tokens of the mini-batch."""
-    loss = -torch.where(local.loss_mask_T, local.logprobs_T, 0.0).sum() / local.global_tokens
-    return LossOutput(loss=loss, metrics={})
+    return -torch.where(loss_mask_T, logprobs_T, 0.0).sum() / global_tokens, {}

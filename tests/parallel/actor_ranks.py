@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,7 +32,7 @@ from megatron_minpro.loop.trainer import make_loss_function
 from megatron_minpro.objectives import make_objective
 from parallel import actor as actor_module
 from parallel import process_groups
-from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
+from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.mcore import version
@@ -111,9 +113,9 @@ def micro_batches_alive(actor: MegatronActor, sequences: list[TokenSequence]) ->
         made.extend(weakref.ref(micro_batch.packed_seq_params) for micro_batch in micro_batches)
         return micro_batches
 
-    def counting(local: LocalTokens) -> LossOutput:
+    def counting(**tokens: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         counts.append(sum(one() is not None for one in made))
-        return LOSS(local)
+        return LOSS(**tokens)
 
     with mock.patch.object(actor, "_micro_batches", watched):
         actor.update(sequences, counting, learning_rate=0.0)
@@ -134,7 +136,7 @@ def poisoned(actor: MegatronActor, sequences: list[TokenSequence], run: dict) ->
     with mock.patch.object(actor_module, "token_logprobs", poisoned_score):
         for action in (
             lambda: actor.logprobs(sequences),
-            lambda: actor.sum_statistics(sequences, lambda local: local.logprobs_T.detach().double().sum()[None]),
+            lambda: actor.sum_statistics(sequences, lambda *, logprobs_T, **unused: logprobs_T.detach().double().sum()[None]),
             lambda: actor.update(sequences, LOSS, learning_rate=run["learning_rate"]),
         ):
             try:

@@ -15,7 +15,8 @@ from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.schedule import train
 from megatron_minpro.objectives import make_objective
-from parallel.actor import LocalTokens, UpdateReport
+from megatron_minpro.tracking.metrics_table import check_declared
+from parallel.actor import UpdateReport
 from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
 from rollout.client import RolloutFailed, WeightsMissing
@@ -358,7 +359,7 @@ def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
 def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -> None:
     shard = SequenceShard.whole((3,))
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    local = LocalTokens(
+    tokens: dict[str, Any] = dict(
         logprobs_T=logprobs,
         entropy_T=torch.tensor([9.0, 0.25, 0.5]),
         loss_mask_T=torch.tensor([False, True, True]),
@@ -367,14 +368,15 @@ def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -
         global_tokens=4,
         global_sequences=2,
     )
-    out = trainer.make_loss_function(make_objective("reinforce"))(local)
-    assert out.metrics["policy/entropy"].tolist() == [0.75, 2.0]
+    loss, metrics = trainer.make_loss_function(make_objective("reinforce"))(**tokens)
+    assert metrics["policy/entropy"].tolist() == [0.75, 2.0]
     # On policy every weight is 1: loss = -sum(A log pi) / 4.
-    assert float(out.loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
-    out.loss.backward()
+    assert float(loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
+    loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, -0.5])
-    corrected = replace(local, streams={**local.streams, "correction_weights": torch.tensor([0.0, 0.5, 0.0])})
-    assert float(trainer.make_loss_function(make_objective("reinforce"))(corrected).loss.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
+    tokens["streams"]["correction_weights"] = torch.tensor([0.0, 0.5, 0.0])
+    corrected, _ = trainer.make_loss_function(make_objective("reinforce"))(**tokens)
+    assert float(corrected.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
 
 
 def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.run import base_model
-from parallel.actor import LocalTokens
 from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
 
@@ -156,7 +155,7 @@ def test_the_loss_shares_of_micro_batches_add_up_to_torchs_cross_entropy() -> No
     logprobs = torch.where(mask, logprobs, torch.tensor(float("nan")))  # what is not trained is not looked at
     total = torch.zeros(())
     for part, kept, shard in zip(logprobs.split([6, 7]), mask.split([6, 7]), ((5, 1), (7,)), strict=True):
-        local = LocalTokens(
+        loss, metrics = base_model.cross_entropy(
             logprobs_T=part,
             entropy_T=torch.zeros(len(part)),
             loss_mask_T=kept,
@@ -165,9 +164,8 @@ def test_the_loss_shares_of_micro_batches_add_up_to_torchs_cross_entropy() -> No
             global_tokens=count,
             global_sequences=3,
         )
-        out = base_model.cross_entropy(local)
-        assert out.metrics == {}
-        total = total + out.loss
+        assert metrics == {}
+        total = total + loss
     expected = F.cross_entropy(logits.detach()[mask], labels[mask])
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import Architecture
 from parallel import process_groups
-from parallel.actor import ActorSettings, LocalTokens, LossOutput, MegatronActor
+from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.optimizer import inner_optimizers
@@ -79,10 +79,10 @@ def measure(case: dict) -> dict:
     for chunk in actor._chunks:
         chunk.register_forward_hook(lambda module, arguments, output: keep(output))
 
-    def loss(local: LocalTokens) -> LossOutput:
-        result = -torch.where(local.loss_mask_T, local.logprobs_T, 0.0).sum() / local.global_tokens
+    def loss(*, logprobs_T: torch.Tensor, loss_mask_T: torch.Tensor, global_tokens: int, **unused: object) -> tuple[torch.Tensor, dict]:
+        result = -torch.where(loss_mask_T, logprobs_T, 0.0).sum() / global_tokens
         keep(result)
-        return LossOutput(loss=result, metrics={})
+        return result, {}
 
     sequences = [
         TokenSequence(
