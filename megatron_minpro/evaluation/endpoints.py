@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import httpx
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.data.end_tokens import response_text, without_special_tokens
 from megatron_minpro.evaluation.responses import Response
 from rollout.client import RETRIED_STATUS, GenerationClient, RolloutFailed, response_seed, run_all
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.refusals import refusal
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """One sample that is still to be had."""
-
-    benchmark: str
-    problem_id: str
-    sample: int
-    text: str  # the user message
-    token_ids: tuple[int, ...]  # chat template applied, generation prompt added; not used by the chat API
-
-    @property
-    def request_id(self) -> str:
-        return f"{self.benchmark}/{self.problem_id}/{self.sample}"
-
-
-Keep = Callable[[Wanted, Response], None]
+Keep = Callable[[Prompt, Response], None]
 
 
 class SampleSource(Protocol):
-    """Draws from `wanted` as servers have room and hands each response to `keep` at once, in this thread.
+    """Draws prompts and sample numbers as servers have places and hands each response to `keep` at once, in this thread.
 
     The draw of a sample depends on its name and the seed alone, not on which others are asked for (as far as the server repeats itself).
     """
 
-    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None: ...
+    def run(self, wanted: Iterable[tuple[Prompt, int]], sampling: SamplingParams, keep: Keep) -> None: ...
+
+
+def request_id(prompt: Prompt, sample: int) -> str:
+    """The name of one sample of a benchmark's problem. Its seed depends on it."""
+    return f"{prompt.source}/{prompt.prompt_id}/{sample}"
 
 
 class NativeSource:
@@ -49,18 +39,19 @@ class NativeSource:
     def __init__(self, client: GenerationClient, tokenizer: Any) -> None:
         self._client, self._tokenizer = client, tokenizer
 
-    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None:
-        under_way: dict[str, Wanted] = {}
+    def run(self, wanted: Iterable[tuple[Prompt, int]], sampling: SamplingParams, keep: Keep) -> None:
+        under_way: dict[str, tuple[Prompt, int]] = {}
 
         def requests() -> Iterator[GenerationRequest]:
-            for sample in wanted:
-                under_way[sample.request_id] = sample
-                yield GenerationRequest(request_id=sample.request_id, prompt_token_ids=sample.token_ids)
+            for prompt, sample in wanted:
+                name = request_id(prompt, sample)
+                under_way[name] = prompt, sample
+                yield GenerationRequest(request_id=name, prompt_token_ids=prompt.token_ids)
 
         def arrived(request: GenerationRequest, generation: Generation) -> None:
-            sample = under_way.pop(request.request_id)
+            prompt, sample = under_way.pop(request.request_id)
             text = response_text(self._tokenizer, generation.response_token_ids, end_ids=sampling.stop_token_ids)
-            keep(sample, _response(sample, text, generation.finish_reason, len(generation.response_token_ids)))
+            keep(prompt, _response(prompt, sample, text, generation.finish_reason, len(generation.response_token_ids)))
 
         self._client.stream(requests(), sampling, on_generation=arrived)
 
@@ -90,23 +81,25 @@ class OpenAISource:
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._request_timeout_s, self._max_retries, self._backoff_s = request_timeout_s, max_retries, backoff_s
 
-    def run(self, wanted: Iterable[Wanted], sampling: SamplingParams, keep: Keep) -> None:
+    def run(self, wanted: Iterable[tuple[Prompt, int]], sampling: SamplingParams, keep: Keep) -> None:
         asyncio.run(self._run(enumerate(wanted), sampling, keep))
 
-    async def _run(self, source: Iterator[tuple[int, Wanted]], sampling: SamplingParams, keep: Keep) -> None:
+    async def _run(self, source: Iterator[tuple[int, tuple[Prompt, int]]], sampling: SamplingParams, keep: Keep) -> None:
         timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=False) as http:
 
             async def draw() -> None:
-                for index, sample in source:  # shared by all: each sample goes to one of them
-                    keep(sample, await self._ask(http, sample, sampling, first_endpoint=index))
+                for index, (prompt, sample) in source:  # shared by all: each sample goes to one of them
+                    keep(prompt, await self._ask(http, prompt, sample, sampling, first_endpoint=index))
 
             await run_all([draw() for _ in range(self._concurrency)])
 
-    async def _ask(self, http: httpx.AsyncClient, sample: Wanted, sampling: SamplingParams, *, first_endpoint: int) -> Response:
+    async def _ask(
+        self, http: httpx.AsyncClient, prompt: Prompt, sample: int, sampling: SamplingParams, *, first_endpoint: int
+    ) -> Response:
         path = "/v1/completions" if self._api == "completions" else "/v1/chat/completions"
-        body = openai_body(sample, sampling, api=self._api, model=self._model)
+        body, name = openai_body(prompt, sample, sampling, api=self._api, model=self._model), request_id(prompt, sample)
         failure = endpoint = ""
         for attempt in range(self._max_retries + 1):
             endpoint = self._endpoints[(first_endpoint + attempt) % len(self._endpoints)]
@@ -123,17 +116,17 @@ class OpenAISource:
                     failure = f"its engine has died, the server's log says why ({failure})"
                 continue
             if answer.status_code != 200:
-                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {refusal(answer.status_code, answer.text)}")
+                raise RolloutFailed(f"{endpoint}{path}: {name}: {refusal(answer.status_code, answer.text)}")
             try:
-                response = read_openai(answer.json(), sample)
+                response = read_openai(answer.json(), prompt, sample)
             except ValueError as error:
-                raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {error}") from error
+                raise RolloutFailed(f"{endpoint}{path}: {name}: {error}") from error
             if response is not None:
                 return (
                     response if self._tokenizer is None else replace(response, text=without_special_tokens(self._tokenizer, response.text))
                 )
             failure = "aborted by the server"
-        raise RolloutFailed(f"{endpoint}{path}: {sample.request_id}: {failure} (gave up after {self._max_retries + 1} attempts)")
+        raise RolloutFailed(f"{endpoint}{path}: {name}: {failure} (gave up after {self._max_retries + 1} attempts)")
 
     async def _engine_is_dead(self, http: httpx.AsyncClient, endpoint: str) -> bool:
         """A server process may outlive its engine: vLLM's /health then answers 503. A server that cannot be asked is not called dead."""
@@ -143,13 +136,13 @@ class OpenAISource:
             return False
 
 
-def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["completions", "chat"], model: str) -> dict[str, Any]:
+def openai_body(
+    prompt: Prompt, sample: int, sampling: SamplingParams, *, api: Literal["completions", "chat"], model: str
+) -> dict[str, Any]:
     """The request. Every sampling setting is said: vLLM would otherwise take top_k and others from the model's generation_config.json."""
-    asked: dict[str, Any] = (
-        {"prompt": list(sample.token_ids)} if api == "completions" else {"messages": [{"role": "user", "content": sample.text}]}
-    )
+    asked: dict[str, Any] = {"prompt": list(prompt.token_ids)} if api == "completions" else {"messages": prompt.messages}
     if sampling.seed is not None:
-        asked["seed"] = response_seed(sampling.seed, sample.request_id, 0)
+        asked["seed"] = response_seed(sampling.seed, request_id(prompt, sample), 0)
     return {
         **asked,
         "model": model,
@@ -168,7 +161,7 @@ def openai_body(sample: Wanted, sampling: SamplingParams, *, api: Literal["compl
     }
 
 
-def read_openai(answer: Any, sample: Wanted) -> Response | None:
+def read_openai(answer: Any, prompt: Prompt, sample: int) -> Response | None:
     """The response in an answer of either OpenAI API.
 
     One sample's fate must not end an evaluation: whatever reason a server gives for ending a response is kept as it is. Where a reasoning
@@ -176,7 +169,7 @@ def read_openai(answer: Any, sample: Wanted) -> Response | None:
 
     Args:
         answer: the decoded JSON.
-        sample: what was asked for.
+        prompt, sample: what was asked for.
 
     Returns:
         The response; None when the server aborted it.
@@ -200,7 +193,7 @@ def read_openai(answer: Any, sample: Wanted) -> Response | None:
     num_tokens = (answer.get("usage") or {}).get("completion_tokens")
     if not isinstance(text, str) or not isinstance(num_tokens, int):
         raise ValueError(f"the answer lacks its text or usage.completion_tokens: {str(answer)[:200]}")
-    return replace(_response(sample, text, finish_reason, num_tokens), without_content=without_content)
+    return replace(_response(prompt, sample, text, finish_reason, num_tokens), without_content=without_content)
 
 
 def served_model(endpoint: str, *, api_key: str | None, timeout_s: float = 30.0) -> str:
@@ -218,5 +211,5 @@ def served_model(endpoint: str, *, api_key: str | None, timeout_s: float = 30.0)
     return names[0]
 
 
-def _response(sample: Wanted, text: str, finish_reason: str, num_tokens: int) -> Response:
-    return Response(problem_id=sample.problem_id, sample=sample.sample, text=text, finish_reason=finish_reason, num_tokens=num_tokens)
+def _response(prompt: Prompt, sample: int, text: str, finish_reason: str, num_tokens: int) -> Response:
+    return Response(problem_id=prompt.prompt_id, sample=sample, text=text, finish_reason=finish_reason, num_tokens=num_tokens)

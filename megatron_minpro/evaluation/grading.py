@@ -126,7 +126,14 @@ class RewardGrader:
 
 
 def _conversation(problem: Problem, response: Response) -> Conversation:
-    prompt = Prompt(prompt_id=problem.problem_id, text=problem.question, token_ids=(), answer=problem.label, source="evaluation")
+    prompt = Prompt(
+        prompt_id=problem.problem_id,
+        text=problem.question,
+        token_ids=(),
+        answer=problem.label,
+        source="evaluation",
+        preceding=problem.preceding,
+    )
     return Conversation.of_text(prompt, response.text, finish_reason=response.finish_reason, num_response_tokens=response.num_tokens)
 
 

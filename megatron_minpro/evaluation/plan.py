@@ -11,7 +11,7 @@ from checkpoints_convert.checkpoint_location import CheckpointLocation
 from checkpoints_convert.policy_folder import load_tokenizer
 from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.data.end_tokens import end_token_ids
-from megatron_minpro.data.prompts import encode_prompts
+from megatron_minpro.data.prompts import encode_conversations
 from megatron_minpro.data.wrappers import WRAPPERS, wrap
 from megatron_minpro.evaluation.benchmarks import choose_benchmarks
 from megatron_minpro.evaluation.checkpoint import find_checkpoint, largest_length
@@ -140,7 +140,9 @@ def wrapped(problem: Problem, style: str) -> str:
 
 def _encoded(problems: Sequence[Problem], request: EvaluationRequest, tokenizer: Any, *, model: Path) -> list[TokenIds]:
     """Prompts as token ids. Raises ValueError where prompt and response together can be longer than the model."""
-    prompts = encode_prompts(tokenizer, [wrapped(problem, request.style) for problem in problems])
+    prompts = encode_conversations(
+        tokenizer, [[*problem.preceding, {"role": "user", "content": wrapped(problem, request.style)}] for problem in problems]
+    )
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     limit = largest_length(model)
     if limit is not None and len(prompts[longest]) + request.max_new_tokens > limit:

@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.batch.prompt import Message
 from megatron_minpro.data.rows import read_rows
-from megatron_minpro.data.sources import ANSWER_FORMATS, field_text, read_field
+from megatron_minpro.data.sources import ANSWER_FORMATS, field_text, preceding_messages, read_field
 from megatron_minpro.evaluation.benchmarks import Benchmark, locate
 from megatron_minpro.rewards.answers import Tolerance
 
@@ -26,6 +27,7 @@ class Problem:
     label: str
     relative_tolerance: float
     absolute_tolerance: float
+    preceding: tuple[Message, ...] = ()  # messages of the row that stand before the question, such as a system message
 
     @property
     def tolerance(self) -> Tolerance:
@@ -58,6 +60,7 @@ def read_problems(benchmark: Benchmark, *, data: Path | None, limit: int | None)
                 label=benchmark.label_corrections.get(label.strip(), label.strip()),
                 relative_tolerance=benchmark.relative_tolerance,
                 absolute_tolerance=absolute,
+                preceding=preceding_messages(row, benchmark.question_field, where=where),
             )
         )
     if not problems:
@@ -76,7 +79,8 @@ def load_problems(path: Path) -> list[Problem]:
     with path.open("rb") as file:  # by line feeds alone: a question may contain U+2028 and other ends of lines
         for number, line in enumerate(file, start=1):
             try:
-                problems.append(Problem(**json.loads(line)))
+                fields = json.loads(line)
+                problems.append(Problem(**{**fields, "preceding": tuple(fields.get("preceding", ()))}))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: line {number} is not a problem: {error}") from error
     return problems

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.evaluation import folder as places
-from megatron_minpro.evaluation.endpoints import Wanted
 from megatron_minpro.evaluation.grade_file import GradeFile, GradingThread
 from megatron_minpro.evaluation.grading import make_grader
 from megatron_minpro.evaluation.plan import Plan, wrapped
@@ -59,8 +59,8 @@ def evaluate(plan: Plan, *, announce: Callable[[str], None]) -> dict[str, Any]:
         grading = closing.enter_context(GradingThread(list(grades.values()), grader, on_progress=progress.graded))
         if kept_responses < total:
 
-            def keep(sample: Wanted, response: Response) -> None:
-                stores[sample.benchmark].append(response)
+            def keep(prompt: Prompt, response: Response) -> None:
+                stores[prompt.source].append(response)
                 progress.sampled(response.num_tokens)
                 grading.check()
 
@@ -124,11 +124,18 @@ def _note_attempt(out: Path, kept: int, stores: Iterable[ResponseStore], grades:
     attempts.close()
 
 
-def _missing(plan: Plan, stores: Mapping[str, ResponseStore]) -> Iterator[Wanted]:
+def _missing(plan: Plan, stores: Mapping[str, ResponseStore]) -> Iterator[tuple[Prompt, int]]:
     """What is not kept yet, samples of a problem one after the other (they share its cache), made when it is asked for."""
     for name, problems in plan.problems.items():
         for problem, token_ids in zip(problems, plan.prompts[name], strict=True):
+            prompt = Prompt(
+                prompt_id=problem.problem_id,
+                text=wrapped(problem, plan.request.style),
+                token_ids=token_ids,
+                answer=problem.label,
+                source=name,
+                preceding=problem.preceding,
+            )
             for sample in range(plan.chosen[name].samples):
                 if (problem.problem_id, sample) not in stores[name]:
-                    text = wrapped(problem, plan.request.style)
-                    yield Wanted(benchmark=name, problem_id=problem.problem_id, sample=sample, text=text, token_ids=token_ids)
+                    yield prompt, sample

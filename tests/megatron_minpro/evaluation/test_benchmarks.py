@@ -106,6 +106,17 @@ def test_a_row_without_question_or_answer_is_named(row: dict[str, Any], message:
     assert [problem.label for problem in read_problems(benchmark, data=None, limit=1)] == ["2"]
 
 
+def test_a_system_message_before_the_question_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    path.write_text(json.dumps({"messages": messages, "answer": "2"}) + "\n")
+    (benchmark,) = choose(str(path), question_field="messages.1.content")
+    [problem] = problems = read_problems(benchmark, data=None, limit=None)
+    assert (problem.question, problem.preceding) == ("1 + 1?", (messages[0],))
+    write_problems(tmp_path / "kept.jsonl", problems)
+    assert load_problems(tmp_path / "kept.jsonl") == problems
+
+
 def test_equal_questions_stay_two_problems_and_files_of_problems_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     question = "1 +\u2028 1\u2029\u0085\x0b\x0c\x1c\r = ?"  # what str.splitlines takes for ends of lines

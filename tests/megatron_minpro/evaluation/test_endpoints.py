@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
 
-from megatron_minpro.evaluation.endpoints import OpenAISource, Wanted, openai_body, read_openai, served_model
+from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.evaluation.endpoints import OpenAISource, openai_body, read_openai, served_model
 from megatron_minpro.evaluation.responses import Response
 from rollout.client import RolloutFailed, response_seed
 from rollout.records import SamplingParams
@@ -18,8 +20,8 @@ from rollout.records import SamplingParams
 SAMPLING = SamplingParams(max_new_tokens=9, temperature=1.0, top_p=0.7, top_k=-1, stop_token_ids=(3,), seed=5)
 
 
-def wanted(sample: int = 0) -> Wanted:
-    return Wanted(benchmark="set", problem_id="p0", sample=sample, text="1 + 1 = ?", token_ids=(7, 8))
+def prompt(*token_ids: int) -> Prompt:
+    return Prompt(prompt_id="p0", text="1 + 1 = ?", token_ids=token_ids or (7, 8), answer="2", source="set")
 
 
 def answer(text: str = "2", finish_reason: str = "stop") -> dict[str, Any]:
@@ -27,7 +29,7 @@ def answer(text: str = "2", finish_reason: str = "stop") -> dict[str, Any]:
 
 
 def test_completions_are_sent_the_same_token_ids_as_the_native_api_and_every_setting() -> None:
-    body = openai_body(wanted(), SAMPLING, api="completions", model="m")
+    body = openai_body(prompt(), 0, SAMPLING, api="completions", model="m")
     assert body["prompt"] == [7, 8] and "messages" not in body
     said = {
         name: body[name]
@@ -47,30 +49,32 @@ def test_completions_are_sent_the_same_token_ids_as_the_native_api_and_every_set
         "max_tokens": 9, "temperature": 1.0, "top_p": 0.7, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
         "stop_token_ids": [3], "skip_special_tokens": True, "n": 1,
     }  # fmt: skip
-    assert body["seed"] == response_seed(5, "set/p0/0", 0) != openai_body(wanted(1), SAMPLING, api="completions", model="m")["seed"]
+    assert body["seed"] == response_seed(5, "set/p0/0", 0) != openai_body(prompt(), 1, SAMPLING, api="completions", model="m")["seed"]
 
 
 def test_chat_is_sent_the_text() -> None:
-    body = openai_body(wanted(), SAMPLING, api="chat", model="m")
+    body = openai_body(prompt(), 0, SAMPLING, api="chat", model="m")
     assert body["messages"] == [{"role": "user", "content": "1 + 1 = ?"}] and "prompt" not in body
+    brief = replace(prompt(), preceding=({"role": "system", "content": "Be brief."},))
+    assert [message["role"] for message in openai_body(brief, 0, SAMPLING, api="chat", model="m")["messages"]] == ["system", "user"]
 
 
 def test_both_kinds_of_answer_are_read() -> None:
     expected = Response(problem_id="p0", sample=0, text="2", finish_reason="stop", num_tokens=4)
-    assert read_openai(answer(), wanted()) == expected
+    assert read_openai(answer(), prompt(), 0) == expected
     chat = {"choices": [{"message": {"content": "2"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 4}}
-    assert read_openai(chat, wanted()) == expected
+    assert read_openai(chat, prompt(), 0) == expected
     chat["choices"][0]["message"]["content"] = None  # type: ignore[index]
-    assert read_openai(chat, wanted()).text == ""  # type: ignore[union-attr]
-    assert read_openai(answer(finish_reason="abort"), wanted()) is None
+    assert read_openai(chat, prompt(), 0).text == ""  # type: ignore[union-attr]
+    assert read_openai(answer(finish_reason="abort"), prompt(), 0) is None
 
 
 @pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
 def test_an_ending_of_another_kind_is_kept_under_its_name(reason: str) -> None:
-    kept = read_openai(answer(text="Answer: 7", finish_reason=reason), wanted())
+    kept = read_openai(answer(text="Answer: 7", finish_reason=reason), prompt(), 0)
     assert kept == Response(problem_id="p0", sample=0, text="Answer: 7", finish_reason=reason, num_tokens=4)
     called = {"choices": [{"message": {"content": None, "tool_calls": []}, "finish_reason": reason}], "usage": {"completion_tokens": 4}}
-    assert read_openai(called, wanted()) == Response(
+    assert read_openai(called, prompt(), 0) == Response(
         problem_id="p0", sample=0, text="", finish_reason=reason, num_tokens=4, without_content=True
     )
 
@@ -78,10 +82,10 @@ def test_an_ending_of_another_kind_is_kept_under_its_name(reason: str) -> None:
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_reasoning_without_content_is_graded_and_marked(field: str) -> None:
     message = {"content": None, field: "So \\boxed{7}"}
-    kept = read_openai({"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 4}}, wanted())
+    kept = read_openai({"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 4}}, prompt(), 0)
     assert kept is not None and (kept.text, kept.without_content) == ("So \\boxed{7}", True)
     message["content"] = "7"
-    kept = read_openai({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 4}}, wanted())
+    kept = read_openai({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 4}}, prompt(), 0)
     assert kept is not None and (kept.text, kept.without_content) == ("7", False)
 
 
@@ -98,7 +102,7 @@ def test_reasoning_without_content_is_graded_and_marked(field: str) -> None:
 )
 def test_strange_answers_are_refused(strange: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_openai(strange, wanted())
+        read_openai(strange, prompt(), 0)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -165,25 +169,24 @@ def source(flaky: str) -> Callable[..., OpenAISource]:
 
 
 def test_failed_requests_are_sent_again_and_every_sample_arrives_once(source: Callable[..., OpenAISource]) -> None:
-    kept: list[tuple[Wanted, Response]] = []
+    kept: list[tuple[Prompt, Response]] = []
     drawn: list[int] = []
 
-    def all_wanted() -> Iterator[Wanted]:
+    def all_wanted() -> Iterator[tuple[Prompt, int]]:
         for sample in range(20):
             drawn.append(sample)
             assert sample - len(kept) <= 3  # memory: no more are drawn than are under way
-            yield wanted(sample)
+            yield prompt(), sample
 
-    source().run(all_wanted(), SAMPLING, lambda sample, response: kept.append((sample, response)))
+    source().run(all_wanted(), SAMPLING, lambda asked, response: kept.append((asked, response)))
     assert sorted(response.sample for _, response in kept) == list(range(20)) == drawn
     assert {response.text for _, response in kept} == {"tiny Bearer k"}
-    assert all(sample.sample == response.sample for sample, response in kept)
+    assert all(asked == prompt() for asked, _ in kept)
 
 
 def test_a_refused_or_failing_request_ends_with_its_reason(source: Callable[..., OpenAISource]) -> None:
     def ask(token: int) -> None:
-        sample = Wanted(benchmark="set", problem_id="p0", sample=0, text="", token_ids=(token,))
-        source().run([sample], SAMPLING, lambda *_: None)
+        source().run([(prompt(token), 0)], SAMPLING, lambda *_: None)
 
     with pytest.raises(RolloutFailed, match=r"/v1/completions: set/p0/0: HTTP 400: .*too long"):
         ask(400)

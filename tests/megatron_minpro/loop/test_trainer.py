@@ -15,7 +15,6 @@ from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.schedule import train
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import UpdateReport
 from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
