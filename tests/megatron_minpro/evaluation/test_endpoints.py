@@ -195,7 +195,7 @@ def test_a_refused_or_failing_request_ends_with_its_reason(source: Callable[...,
 
 
 def test_a_server_whose_engine_has_died_is_one_line(source: Callable[..., OpenAISource], monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = Wanted(benchmark="set", problem_id="p0", sample=0, text="", token_ids=(500,))
+    sample = (prompt(500), 0)
     said = "HTTP 500: EngineCore encountered an issue. See stack trace (above) for the root cause."
     with pytest.raises(RolloutFailed) as alive:
         source().run([sample], SAMPLING, lambda *_: None)
