@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -23,13 +22,14 @@ class RunCounters:
         """Count wall seconds of a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    def count_lost(self, metrics: Iterable[Mapping[str, float | None]], *, recorded: int) -> None:
-        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew, in steps they finished.
+    def count_lost(self, sampled: int, *, recorded: int) -> None:
+        """Count as lost what earlier attempts sampled after this checkpoint and will be sampled anew.
 
-        metrics: the lines the last attempt wrote, before they are truncated. recorded: lost responses known when it started.
+        Args:
+            sampled: by all attempts so far, see tracking/sampled_count.py.
+            recorded: lost responses known when the last attempt started.
         """
         kept = self.rollouts_sampled - self.rollouts_lost
-        sampled = max((int(line.get("total/rollouts_sampled") or 0) for line in metrics), default=0)
         self.rollouts_lost = recorded + max(0, sampled - (kept + recorded))
         self.rollouts_sampled = kept + self.rollouts_lost
 

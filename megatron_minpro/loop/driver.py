@@ -22,6 +22,7 @@ from megatron_minpro.loop.collector import Collected, Collector
 from megatron_minpro.loop.responder import Responder
 from megatron_minpro.tracking.progress import Progress, write_progress
 from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
+from megatron_minpro.tracking.sampled_count import write_sampled
 from megatron_minpro.tracking.tracker import RunTracker
 from rollout.sglang.control import ServerRefused
 from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
@@ -71,6 +72,10 @@ class RunDriver:
             self.rollouts.write(step, _records(collected))
         self.heartbeat("update")
         return collected
+
+    def count_sampled(self, rollouts_sampled: int) -> None:
+        """Kept before the step's metrics are: what an interruption loses in between is counted."""
+        write_sampled(self.run_dir, rollouts_sampled)
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
         """Weights into every server that answers. None, or why no server took them; the tensors are used up in any case."""

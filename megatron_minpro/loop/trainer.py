@@ -53,6 +53,7 @@ class Driver(Protocol):
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
     def hold_cursor(self) -> None: ...  # a checkpoint that is made from now on draws the prompts of the batch under way again
     def release_cursor(self) -> None: ...
+    def count_sampled(self, rollouts_sampled: int) -> None: ...  # so far, over all attempts
 
 
 class Checkpoints(Protocol):
@@ -183,6 +184,8 @@ def take_in(run: TrainingRun, collected: Collected | None, timer: PhaseTimer, me
             )
     run.counters.rollouts_sampled += len(batch.samples) + num_dropped
     run.counters.rollouts_dropped += num_dropped
+    if run.driver is not None:
+        run.driver.count_sampled(run.counters.rollouts_sampled)
     return batch
 
 

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
+from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled
 from megatron_minpro.tracking.tensorboard import TENSORBOARD_FOLDER
 from megatron_minpro.tracking.wandb import WANDB_FOLDER
 
@@ -27,10 +28,10 @@ def forget_unfinished_attempt(run_dir: Path) -> None:
 
     What it had sampled is lost, and that is all that is remembered of it.
     """
-    counted = [int(line.get("total/rollouts_sampled") or 0) for line in read_metrics(run_dir / METRICS_FILE)]  # with those lost before
-    if counted:
-        write_atomically(run_dir / LOST_FILE, f"{max(counted)}\n")
+    if sampled := read_sampled(run_dir):  # with those lost before
+        write_atomically(run_dir / LOST_FILE, f"{sampled}\n")
     for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
         path.unlink(missing_ok=True)
     for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, WANDB_FOLDER):
         shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / SAMPLED_FILE).unlink(missing_ok=True)  # last: an attempt that ends before this line counts the same again

@@ -58,9 +58,10 @@ from megatron_minpro.run.run_folder import (
     forget_unfinished_attempt,
 )
 from megatron_minpro.run.weight_sync import WeightSyncContext, make_weight_sync
-from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.rollout_log import RolloutLog
+from megatron_minpro.tracking.sampled_count import read_sampled
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
@@ -282,10 +283,10 @@ def build_driver(config: RunConfig, run_dir: Path, counters: RunCounters, cursor
 
 
 def count_lost(run_dir: Path, counters: RunCounters) -> None:
-    """Count what an earlier attempt sampled after its last checkpoint, and keep the count before the metrics that tell it are cut."""
+    """Count what an earlier attempt sampled after its last checkpoint, and keep the count before the metrics that tell of it are cut."""
     path = run_dir / LOST_FILE
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else counters.rollouts_lost
-    counters.count_lost(read_metrics(run_dir / METRICS_FILE), recorded=recorded)
+    counters.count_lost(read_sampled(run_dir), recorded=recorded)
     write_atomically(path, f"{counters.rollouts_lost}\n")
 
 

@@ -101,6 +101,7 @@ class FakeDriver:
         self.num_dropped = 0  # samples of every batch that go to the dropped ones
         self.asked = self.published = 0
         self.cursor_is_held = False
+        self.sampled: dict[int, int] = {}  # responses counted, by the number of metrics lines written until then
         self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
         self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
 
@@ -121,6 +122,9 @@ class FakeDriver:
 
     def release_cursor(self) -> None:
         self.cursor_is_held = False
+
+    def count_sampled(self, rollouts_sampled: int) -> None:
+        self.sampled[len(self.lines)] = rollouts_sampled
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))

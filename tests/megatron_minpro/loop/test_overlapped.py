@@ -163,6 +163,13 @@ def test_any_other_error_of_the_sampling_thread_reaches_the_loop(one_rank_group:
         train(diary.run)
 
 
+def test_a_batch_is_counted_before_its_line_of_metrics_is_written(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    train(diary.run)
+    assert diary.driver.sampled == {0: 8, 1: 16, 2: 24, 3: 32}  # 8 responses a batch
+    assert [line["total/rollouts_sampled"] for _, line in diary.driver.lines] == [8, 16, 24, 32, 32, 32]
+
+
 def test_on_policy_there_is_nothing_to_overlap() -> None:
     assert small_config("staleness=0").effective_schedule == "serial"
     assert small_config("staleness=1").effective_schedule == "overlapped"

@@ -129,6 +129,10 @@ def test_what_attempts_before_the_first_checkpoint_sampled_counts_as_lost(config
     metrics.write_text('{"global_step": 0, "total/rollouts_sampled": 96}\n')  # its counters began with the 64
     launcher.prepare_run_folder(config, resume="auto")
     assert lost.read_text() == "96\n"
+    sampled = config.run_dir / "rollouts_sampled.json"
+    sampled.write_text("128\n")  # a batch arrived, and its step never ended
+    launcher.prepare_run_folder(config, resume="auto")
+    assert (lost.read_text(), sampled.exists()) == ("128\n", False)
 
 
 def test_a_checkpoint_pointer_at_nothing_is_refused_before_anything_is_removed(config: RunConfig) -> None:

@@ -22,6 +22,8 @@ from megatron_minpro.loop.counters import HalfStep, RunCounters
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.run_state import latest_checkpoint
+from megatron_minpro.run.worker import count_lost
+from megatron_minpro.tracking.sampled_count import write_sampled
 from rollout.records import VersionSpan
 from tests.megatron_minpro.conftest import content
 
@@ -413,18 +415,24 @@ def test_what_an_attempt_sampled_after_its_checkpoint_is_counted_as_lost() -> No
         """As every attempt reads them from the one checkpoint."""
         return RunCounters(rollouts_sampled=64, rollouts_trained=32)
 
-    until_checkpoint = [{"global_step": 0, "total/rollouts_sampled": 32.0}, {"global_step": 1, "total/rollouts_sampled": 64.0}]
     counters = resumed()
-    counters.count_lost(
-        [*until_checkpoint, {"global_step": 2, "total/rollouts_sampled": 96.0}, {"global_step": 3, "total/rollouts_sampled": None}],
-        recorded=0,
-    )
+    counters.count_lost(96, recorded=0)
     assert (counters.rollouts_sampled, counters.rollouts_lost, counters.rollouts_trained) == (96, 32, 32)
 
     counters = resumed()  # that attempt ended before it wrote a line: its metrics were cut, its count was recorded
-    counters.count_lost(until_checkpoint, recorded=32)
+    counters.count_lost(64, recorded=32)
     assert (counters.rollouts_sampled, counters.rollouts_lost) == (96, 32)
 
     counters = resumed()  # this one sampled two batches (64 + 32 lost + 64) and was killed as well
-    counters.count_lost([*until_checkpoint, {"global_step": 3, "total/rollouts_sampled": 160.0}], recorded=32)
+    counters.count_lost(160, recorded=32)
     assert (counters.rollouts_sampled, counters.rollouts_lost) == (160, 96)
+
+
+def test_a_batch_that_arrived_without_a_line_of_metrics_is_counted_as_lost(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "total/rollouts_sampled": 64}\n')
+    write_sampled(tmp_path, 96)  # killed while batch 2 waited for its score
+    for _ in range(2):  # the second time by an attempt that sampled nothing
+        counters = RunCounters(rollouts_sampled=32, rollouts_trained=32)
+        count_lost(tmp_path, counters)
+        assert (counters.rollouts_sampled, counters.rollouts_lost) == (96, 64)
+    assert (tmp_path / "rollouts_lost.json").read_text() == "64\n"
