@@ -299,7 +299,7 @@ def test_rewards_that_length_shaping_told_apart_are_equal_by_correctness() -> No
     assert prompts_of(dynamically(rewards, equal="correct")[0].batch.samples) == [1, 2, 3]
 
 
-def test_a_full_first_round_is_the_batch_of_a_sampler_without_the_option() -> None:
+def test_a_full_first_round_is_the_batch_of_a_collector_without_the_option() -> None:
     rewards = Scripted(dict.fromkeys(("p0", "p1"), MIXED))
     plain_client, client = Client(), Client()
     plain = make_collector(plain_client, rewards).collect(0, policy_version=4)
