@@ -27,7 +27,7 @@ def new_directory(destination: str | Path, *, replace: bool) -> Iterator[Path]:
 
     Raises ValueError at once when `destination` exists without `replace`, is not a directory, or has no parent directory.
     """
-    destination = _checked(destination, replace=replace)
+    destination = check_destination(destination, replace=replace)
     temporary = destination.with_name(f".{destination.name}.partial-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
@@ -48,7 +48,7 @@ def resumable_directory(destination: str | Path, *, replace: bool, resume: bool)
     With `resume` the directory is yielded as an earlier attempt left it, and an error leaves it for the next one. Without, it is
     yielded empty, and an error removes it. Raises ValueError also when another process is writing it.
     """
-    destination = _checked(destination, replace=replace)
+    destination = check_destination(destination, replace=replace)
     temporary = destination.with_name(f".{destination.name}.unfinished")
     if temporary.is_symlink():  # following it would empty another folder
         raise ValueError(f"{temporary}: is a link; expected an unfinished conversion, or nothing")
@@ -87,7 +87,7 @@ def check_replaceable(destination: Path) -> None:
         )
 
 
-def _checked(destination: str | Path, *, replace: bool) -> Path:
+def check_destination(destination: str | Path, *, replace: bool) -> Path:
     destination = Path(os.path.abspath(destination))
     if not destination.parent.is_dir():
         raise ValueError(f"{destination.parent}: no such directory; expected the folder in which {destination.name} is to be written")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_convert.atomic_directory import check_apart, check_replaceable, new_directory
+from checkpoints_convert.atomic_directory import check_apart, check_destination, check_replaceable, new_directory
 from checkpoints_convert.hf_config import config_with_both_spellings, read_architecture, read_config
 from checkpoints_convert.logit_error import LogitError, LogitErrorSum
 from checkpoints_convert.mapping import check_hf_tensors
@@ -59,6 +59,35 @@ def check_possible(number_format: Format, device: torch.device) -> None:
         )
 
 
+def check_quantizable(source: Path, destination: Path, *, number_format: Format, device: torch.device, replace: bool) -> torch.dtype:
+    """What can be known before the model is loaded.
+
+    Args:
+        source: the Hugging Face folder.
+        destination: the folder to write.
+        number_format, device: see check_possible.
+        replace: destination may be a checkpoint.
+
+    Returns:
+        The dtype of the weights.
+
+    Raises:
+        ValueError: naming the file, for a source that is not whole or no floating-point model, and a destination that cannot be written.
+    """
+    check_possible(number_format, device)
+    check_apart(source, destination)
+    if replace:
+        check_replaceable(destination)
+    check_destination(destination, replace=replace)
+    architecture = read_architecture(source)
+    with SafetensorsReader(source) as reader:
+        check_hf_tensors(architecture, {name: reader.shape(name) for name in reader.names}, source=source)
+        dtypes = {reader.dtype(name) for name in reader.names}
+    if len(dtypes) != 1 or not (dtype := next(iter(dtypes))).is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"{source}: weights are {sorted(map(str, dtypes))}; expected one of bfloat16, float16, float32 for all")
+    return dtype
+
+
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -80,20 +109,13 @@ def quantize_checkpoint(
     source. Raises ValueError for wrong input, RuntimeError for an export that is not what was asked for.
     """
     source, destination = Path(source), Path(destination)
-    check_possible(number_format, device)
-    check_apart(source, destination)
-    if replace:
-        check_replaceable(destination)
+    dtype = check_quantizable(source, destination, number_format=number_format, device=device, replace=replace)
     config = read_config(source)
     architecture = read_architecture(source)
     for name, prompts in (("calibration", calibration), ("measured", measured)):
         if not prompts or not all(prompts):
             raise ValueError(f"{source}: {name} prompts: {len(prompts)}, one may be empty; expected at least one, each with tokens")
     with SafetensorsReader(source) as reader, new_directory(destination, replace=replace) as temporary:
-        check_hf_tensors(architecture, {name: reader.shape(name) for name in reader.names}, source=source)
-        dtypes = {reader.dtype(name) for name in reader.names}
-        if len(dtypes) != 1 or not (dtype := next(iter(dtypes))).is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"{source}: weights are {sorted(map(str, dtypes))}; expected one of bfloat16, float16, float32 for all")
         logits = _calibrate_and_export(source, temporary, number_format, calibration, measured, device, dtype, max_shard_bytes, progress)
         weights = check_quantized(
             reader, temporary, architecture, number_format, progress=lambda done, total: progress("checking the export", done, total)

@@ -211,10 +211,16 @@ def missing_paths(config: RunConfig) -> list[str]:
 def problems(
     reports: Mapping[str, NodeReport | None], *, gpus_per_node: int, arrival_s: Mapping[str, float], roles: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """What is wrong with each node; empty when nothing is.
+    """What is wrong with each node.
 
-    reports: by node, None for one that sent none in time. gpus_per_node: what each must have; 0 on machines without. arrival_s: when each
-    report arrived, on one clock. roles: "trainer" or "server"; versions are compared among the nodes of a role, against what most have.
+    Args:
+        reports: by node; None for one that sent none in time.
+        gpus_per_node: what each must have; 0 on machines without.
+        arrival_s: when each report arrived, on one clock.
+        roles: trainer or server. Versions are compared among the nodes of a role, with what most of them have.
+
+    Returns:
+        Node -> lines; without the nodes that are fit.
     """
     found: dict[str, list[str]] = {node: [] for node in reports}
     skews = {node: report.clock_s - arrival_s[node] for node, report in reports.items() if report is not None}

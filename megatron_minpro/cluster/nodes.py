@@ -63,7 +63,14 @@ class Membership:
 def check_cluster(config: RunConfig, membership: Membership, *, announce: Callable[[str], None]) -> None:
     """Run on every node at once. Returns when all of them are fit; the first node writes RUN_DIR/preflight.json.
 
-    Raises BadNodes on every node that can be reached, TimeoutError where the first node cannot be.
+    Args:
+        config: the run.
+        membership: this node's place in the job.
+        announce: takes lines for people, on the first node.
+
+    Raises:
+        BadNodes: some node is unfit; on every node that can be reached.
+        TimeoutError: the first node cannot be reached.
     """
     first = membership.index == 0
     address = "0.0.0.0" if first else membership.nodes[0]

@@ -88,7 +88,16 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
 
 
 def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bool) -> Work:
-    """One optimizer step of the run, and the sampling behind it. mean_tokens: of a response; None: as long as it may be."""
+    """One optimizer step of the run, and the sampling behind it.
+
+    Args:
+        run: the configuration.
+        mean_tokens: of a response; None: as long as it may be.
+        colocated: the rollout servers share the trainer's GPUs.
+
+    Raises:
+        ValueError: mean_tokens is more than a response may have.
+    """
     longest = run.rollout.max_new_tokens
     mean = longest if mean_tokens is None else mean_tokens
     if mean > longest:

@@ -41,7 +41,11 @@ class NodeSplit:
 
 
 def split_nodes(config: RunConfig, *, gpus_per_node: int) -> NodeSplit:
-    """Raises ValueError, naming the key, where ranks or servers do not fill whole nodes evenly."""
+    """Give ranks and servers whole nodes.
+
+    Raises:
+        ValueError: they do not fill nodes evenly; names the key.
+    """
     world_size, servers, tp = config.world_size, config.rollout.servers, config.rollout.tp
     if world_size % gpus_per_node:
         raise ValueError(
@@ -58,7 +62,17 @@ def split_nodes(config: RunConfig, *, gpus_per_node: int) -> NodeSplit:
 
 
 def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit) -> str:
-    """One line for a shell. Overrides that the script itself sets from its variables are left out."""
+    """The command that submits the job.
+
+    Args:
+        path: the configuration's file.
+        overrides: key=value settings. Those that the script sets from its variables are left out.
+        run_dir: the run folder.
+        split: who gets which nodes.
+
+    Returns:
+        One line for a shell.
+    """
     variables = {
         "CONFIG": str(path),
         "RUN_DIR": str(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir),
@@ -74,7 +88,21 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
 
 
 def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardware: str, gpus_per_node: int) -> tuple[str, RenderableType]:
-    """The sbatch command, and what else is to be shown. Raises ValueError for what cannot work, and for what the hardware cannot hold."""
+    """What `minpro train --dry-run --slurm` shows.
+
+    Args:
+        path: the configuration, a file or a shipped name.
+        overrides: key=value settings beside it.
+        config: both together, checked.
+        hardware: the cluster's GPUs, by name or as a .yaml file.
+        gpus_per_node: GPUs of a node.
+
+    Returns:
+        The sbatch command, and who gets which node with the plan of memory and time.
+
+    Raises:
+        ValueError: ranks and servers do not fill whole nodes, or the hardware cannot hold them.
+    """
     path = find_config(path)  # the job script takes a file
     split = split_nodes(config, gpus_per_node=gpus_per_node)
     machine = read_hardware(hardware)

@@ -58,9 +58,12 @@ def evaluate(options: EvaluateOptions) -> None:
 def _compare(options: EvaluateOptions, first: Path, second: Path) -> None:
     if options.rescore or options.request.checkpoint is not None or options.request.chosen.benchmarks:
         raise ValueError("--compare reads two finished evaluations; leave CHECKPOINT, --benchmarks and --rescore out")
+    from rich.console import Console
+
     from megatron_minpro.evaluation.compare import compare_folders
 
-    found = compare_folders(first, second, announce=options.say)
+    with Console(stderr=True).status("comparing"):
+        found = compare_folders(first, second, announce=options.say)
     options.say(found.markdown)
     options.result(found.rows)
 
@@ -85,9 +88,12 @@ def _evaluate(options: EvaluateOptions) -> None:
         raise ValueError("CHECKPOINT is missing")
     if request.out is None and not options.dry_run:
         raise ValueError("--out is missing, the folder for responses, grades and tables")
+    from rich.console import Console
+
     from megatron_minpro.evaluation import plan, run
 
-    planned = plan.plan(request)
+    with Console(stderr=True).status("reading checkpoint and problems"):
+        planned = plan.plan(request)
     for name, chosen in planned.chosen.items():
         options.say(f"{chosen.title} ({name}): {chosen.num_problems:,} problems x {chosen.samples} samples")
     sampling = f"temperature {request.temperature:g}, top-p {request.top_p:g}, style {request.style}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from megatron_minpro.commands.byte_size import parse_size
+from megatron_minpro.commands.parameters import AsJson, takes
+from megatron_minpro.option import Option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,36 +20,29 @@ if TYPE_CHECKING:
     from checkpoints_convert.quantize import QuantizeReport
 
 
-class Format(StrEnum):
-    """The number formats; checkpoints_convert's own enum takes seconds to import."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """What `minpro convert quantize` is asked for."""
 
-    FP8 = "fp8"
-    NVFP4 = "nvfp4"
-
-
-class Device(StrEnum):
-    """Where the model runs while it is calibrated."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="a Hugging Face folder with weights and tokenizer")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="the quantized folder to write")],
-    number_format: Annotated[Format, typer.Option("--format", help="fp8 runs on a CPU; nvfp4 needs CUDA")],
-    prompts: Annotated[Path, typer.Option(help="calibration prompts, .jsonl, .jsonl.gz, .json or .parquet")],
-    field: Annotated[str, typer.Option(help="dotted path to the prompt in a row: a text, or a list of chat messages")],
+    source: Annotated[Path, Option("a Hugging Face folder with weights and tokenizer", argument=True, metavar="SRC")]
+    destination: Annotated[Path, Option("the quantized folder to write", argument=True, metavar="DST")]
+    number_format: Annotated[Literal["fp8", "nvfp4"], Option("fp8 runs on a CPU; nvfp4 needs CUDA", flags=("--format",))]
+    prompts: Annotated[Path, Option("calibration prompts, .jsonl, .jsonl.gz, .json or .parquet")]
+    field: Annotated[str, Option("dotted path to the prompt in a row: a text, or a list of chat messages")]
     held_out: Annotated[
         int | None,
-        typer.Option(min=0, help="measure on the last N prompts and calibrate on the others; 0: on the same  [default: a quarter]"),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="longer prompts are cut")] = 2048,
-    device: Annotated[Device, typer.Option(help="where the model runs")] = Device.CPU,
-    shard_size: Annotated[str, typer.Option(help="largest weights file")] = "4GB",
-    force: Annotated[bool, typer.Option("--force", help="replace DST where it is a checkpoint")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
-) -> None:
+        Option("measure on the last N prompts and calibrate on the others; 0: on the same  [default: a quarter]", minimum=0),
+    ] = None
+    max_tokens: Annotated[int, Option("longer prompts are cut", minimum=2)] = 2048
+    device: Annotated[Literal["cpu", "cuda"], Option("where the model runs while it is calibrated")] = "cpu"
+    shard_size: Annotated[str, Option("largest weights file")] = "4GB"
+    force: Annotated[bool, Option("replace DST where it is a checkpoint")] = False
+    dry_run: Annotated[bool, Option("check everything, count the prompts, write nothing")] = False
+    as_json: AsJson = False
+
+
+@takes(QuantizeOptions)
+def quantize(options: QuantizeOptions) -> None:
     """Quantize a Hugging Face folder with nvidia-modelopt, check every tensor, report the logit error.
 
     \b
@@ -60,30 +54,47 @@ def quantize(
 
     from checkpoints_convert import quantize as library
     from checkpoints_convert.companions import companion_files
-    from checkpoints_convert.quantized_weights import Format as LibraryFormat
+    from checkpoints_convert.quantized_weights import Format
 
-    library.check_possible(LibraryFormat(number_format), torch.device(device))
-    token_ids = _tokenized(source, prompts, field, max_tokens)
-    calibration, measured = _split(token_ids, held_out, prompts)
+    number_format, device = Format(options.number_format), torch.device(options.device)
+    source, destination = options.source, options.destination
+    library.check_possible(number_format, device)
+    token_ids = _tokenized(source, options.prompts, options.field, options.max_tokens)
+    calibration, measured = _split(token_ids, options.held_out, options.prompts)
+    if options.dry_run:
+        library.check_quantizable(source, destination, number_format=number_format, device=device, replace=options.force)
+        _show_dry_run(options, calibration, measured)
+        return
     with _Progress() as progress:
         report = library.quantize_checkpoint(
             source,
             destination,
-            number_format=LibraryFormat(number_format),
+            number_format=number_format,
             calibration=calibration,
             measured=measured,
-            device=torch.device(device),
-            max_shard_bytes=parse_size(shard_size),
+            device=device,
+            max_shard_bytes=parse_size(options.shard_size),
             companions=companion_files(source),
-            replace=force,
+            replace=options.force,
             progress=progress.show,
         )
-    if as_json:
+    if options.as_json:
         typer.echo(json.dumps({"source": str(source), "destination": str(destination), **asdict(report)}, indent=2))
     else:
         from rich.console import Console
 
         Console(highlight=False).print(_table(report, destination))
+
+
+def _show_dry_run(options: QuantizeOptions, calibration: list[list[int]], measured: list[list[int]]) -> None:
+    counts = {"calibration_prompts": len(calibration), "measured_prompts": len(measured), "calibration_tokens": sum(map(len, calibration))}
+    if options.as_json:
+        typer.echo(json.dumps({"source": str(options.source), "destination": str(options.destination), **counts}))
+        return
+    typer.echo(
+        f"{options.source} would become {options.destination} in {options.number_format}: calibrated on {len(calibration)} prompts with "
+        f"{counts['calibration_tokens']:,} tokens, measured on {len(measured)}"
+    )
 
 
 def _tokenized(source: Path, prompts: Path, field: str, max_tokens: int) -> list[list[int]]:

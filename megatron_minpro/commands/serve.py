@@ -19,6 +19,7 @@ class ServeOptions:
     config: Config
     overrides: Overrides = ()
     folder: Annotated[Path | None, Option("gets endpoints.json and the logs; default: the run folder's servers/")] = None
+    dry_run: Annotated[bool, Option("check everything, show what would start, start nothing")] = False
 
 
 @takes(ServeOptions)
@@ -30,10 +31,14 @@ def serve(options: ServeOptions) -> None:
     \b
     Example:
       minpro serve configs/tiny_moe_cpu.yaml rollout.base_port=30000
+      minpro serve configs/tiny_moe_cpu.yaml --dry-run
     """
     from megatron_minpro.config import load_config
 
     config = load_config(options.config, options.overrides)
     from megatron_minpro.run import serving
 
+    if options.dry_run:
+        typer.echo(serving.describe(config))
+        return
     serving.serve(config, folder=options.folder or config.run_dir / "servers", announce=typer.echo)

@@ -56,11 +56,17 @@ def train(options: TrainOptions) -> None:
 
         from megatron_minpro.run.dry_run import describe
 
-        Console(highlight=False).print(describe(config, resume=options.resume))
+        with Console(stderr=True).status("checking model, prompts and machine"):
+            shown = describe(config, resume=options.resume)
+        Console(highlight=False).print(shown)
     elif options.prepare:
+        from rich.console import Console
+
         from megatron_minpro.run.preflight import prepare
 
-        typer.echo(prepare(config))
+        with Console(stderr=True).status("checking model and prompts"):
+            run_dir = prepare(config)
+        typer.echo(run_dir)
     else:
         _train(options, config)
 

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+import rich.console
+
 from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
 from megatron_minpro.config import RunConfig, dump_config
@@ -59,7 +61,8 @@ def run(config: RunConfig, *, resume: str) -> Path:
     Raises ValueError for input that cannot work, before anything starts; RuntimeError when a rank or a server fails, with its last
     words; Interrupted after Ctrl-C. Whatever happens, no child survives.
     """
-    check_start(config, resume=resume, capabilities=detect(), machine=True)
+    with rich.console.Console(stderr=True).status("checking model, prompts and machine"):
+        check_start(config, resume=resume, capabilities=detect(), machine=True)
     run_dir = config.run_dir
     with _ownership(run_dir), _CtrlC() as ctrl_c:
         resumed = prepare_run_folder(config, resume=resume)

@@ -14,7 +14,7 @@ from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.config import RunConfig
 from megatron_minpro.run.run_folder import ENDPOINTS_FILE
 from parallel.capabilities import detect
-from rollout.sglang.server import ServerPool, ServerSettings
+from rollout.sglang.server import ServerPool, ServerSettings, check_port_free
 from rollout.supervisor import Supervisor
 
 _CHECK_EVERY_S = 1.0
@@ -53,6 +53,23 @@ def supervise(config: RunConfig, pool: ServerPool, *, announce: Callable[[str], 
         start_timeout_s=rollout.start_timeout_s,
         announce=announce,
     )
+
+
+def describe(config: RunConfig) -> str:
+    """What `serve` would start, in one line; nothing is started.
+
+    Raises:
+        ValueError: settings, a model folder, a key file or a port that cannot be used.
+    """
+    rollout, settings = config.rollout, server_settings(config, first_gpu=0)
+    if not rollout.servers:
+        raise ValueError("rollout.servers: 0, expected at least 1 to serve")
+    settings.option_arguments()
+    ports = "free ports" if rollout.base_port is None else f"ports from {rollout.base_port}"
+    for number in range(rollout.servers):
+        if rollout.base_port is not None:
+            check_port_free(rollout.host, rollout.base_port + number)
+    return f"{rollout.servers} server(s) of {config.model.path} would start: {rollout.dtype}, tp {rollout.tp}, {ports} of {rollout.host}"
 
 
 def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -> None:

@@ -244,6 +244,17 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_counts_prompts_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*quantize_arguments(folder, tmp_path / "out"), "--held-out", "3", "--dry-run"]
+    assert cli.run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "would become" in said and "measured on 3" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    assert cli.run(arguments) == 2
+    assert "out: exists already; expected a new name, or the permission to replace it (--force)" in capsys.readouterr().err
+
+
 def test_failed_export_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_half(source: Path, directory: Path, *_: Any) -> None:
         (directory / SINGLE_FILE).write_bytes(b"half")

@@ -115,3 +115,15 @@ def test_a_study_of_other_settings_is_not_mixed_in(tmp_path: Path, capsys: pytes
     assert cli.run(["scale", CONFIG, "--ep", "1,2", "--predict", "--out", str(tmp_path)]) == 0  # a longer list is the same study
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["ep"], row["sequences"], row["scalings"]) for row in rows] == [(1, 16, "strong weak"), (2, 16, "strong"), (2, 32, "weak")]
+
+
+def test_a_dry_run_lists_the_layouts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["scale", CONFIG, "--ep", "1,2,3", "--scaling", "strong", "--measure", "--dry-run", "--out", str(tmp_path / "study")]
+    assert cli.run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == [
+        "would be studied",
+        "would be studied",
+        "parallel: ep=3 does not divide 8 experts",
+    ]
+    assert list(tmp_path.iterdir()) == []

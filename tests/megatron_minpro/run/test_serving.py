@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_minpro import cli
 from megatron_minpro.config import load_config
 from megatron_minpro.run import base_model
 from megatron_minpro.run.serving import server_settings
@@ -86,3 +87,14 @@ def test_serve_announces_its_endpoints_restarts_a_killed_server_and_leaves_no_pr
     assert not (folder / "endpoints.json").exists()
     psutil.wait_procs(children, timeout=5)
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_dry_run_of_serve_checks_and_starts_nothing(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    command = ["serve", str(TINY), f"model.path={model_folder}", f"output_dir={tmp_path}/runs", "--dry-run"]
+    assert cli.run(command) == 0
+    assert capsys.readouterr().out == f"1 server(s) of {model_folder} would start: float32, tp 1, free ports of 127.0.0.1\n"
+    for settings, words in ((["rollout.tp=2"], "rollout.tp is 2, expected 1 on the CPU"), (["rollout.api_key_path=absent"], "cannot read")):
+        assert cli.run([*command, *settings]) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
