@@ -28,8 +28,9 @@ from megatron_minpro.registry import nearest
 from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
+from rollout.ports import check_port_free
 from rollout.sglang.environment import default_server_python
-from rollout.sglang.server import check_options, check_port_free, read_key
+from rollout.sglang.server import check_options, read_key
 
 MAX_CLOCK_DIFFERENCE_S = 5.0
 MIN_FREE_GIB = 1.0

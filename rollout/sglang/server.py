@@ -5,12 +5,9 @@ On the CPU a server is started through rollout/sglang/cpu, on CUDA through SGLan
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -24,6 +21,7 @@ from typing import Any, Literal
 
 from rollout.background import in_background
 from rollout.loopback import LOOPBACK_INTERFACE, is_loopback
+from rollout.ports import check_port_free, free_ports
 from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang import control as sglang_control
 from rollout.sglang.environment import default_server_python, link_packages, server_environment
@@ -32,7 +30,6 @@ from rollout.sglang.options import option_arguments
 Device = Literal["cpu", "cuda"]
 
 _ABORT_POLL_S = 0.2
-_FREE_PORTS = range(20_000, 32_000)
 _HUNG_DEADLINE_S = 2.0  # a server that is restarted has nothing left to do
 
 # Set by this file from typed fields: refused among the extra options, so that one thing is said in one place.
@@ -181,34 +178,6 @@ def server_command(
     if key_file is not None:
         command += ["--config", str(key_file)]
     return command + option_arguments
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raises ValueError (one line) when something already listens on host:port."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"rollout.base_port: port {port} on {host} cannot be used ({error.strerror}); choose another or null for free ones"
-            ) from error
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """`count` different ports that nothing listens on, drawn from below the kernel's ephemeral range.
-
-    Only another process that also wants one of these by number can take it before the server does: a port from the ephemeral range could
-    go to any connection or listener that is opened meanwhile. Raises RuntimeError when none is left.
-    """
-    found: list[int] = []
-    for port in random.SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
-        if len(found) == count:
-            return found
-        with contextlib.suppress(ValueError):
-            check_port_free(host, port)
-            found.append(port)
-    raise RuntimeError(f"{host}: fewer than {count} free ports among {_FREE_PORTS.start} to {_FREE_PORTS.stop - 1}")
 
 
 class ServerPool:

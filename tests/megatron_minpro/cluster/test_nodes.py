@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_minpro.cluster.nodes import Membership
-from rollout.sglang.server import free_ports
+from rollout.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
