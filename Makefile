@@ -7,21 +7,25 @@ SHELL := /usr/bin/env bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 CONFIG ?= configs/tiny_moe_cpu.yaml
 ARGS ?=
+WORKERS ?= 2
 
 TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
 OVERLAY := .venv/megatron_core_0.19.2/.complete
+# Several processes share the tests; tests/conftest.py says which belong together and which begin first.
+PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SOURCES := megatron_minpro parallel rollout checkpoints_convert
 SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test test-slurm test-faults overlay lint format docs bench bench-gpu plan-report clean
+.PHONY: help setup setup-gpu train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
+	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=4 make test: in four processes, not two"
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
 	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run, with settings that differ from the file"
 
@@ -39,10 +43,13 @@ train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)
 
 test: setup overlay ## all tests but the next two; real data from MINPRO_ASSETS or ../shared
-	.venv/bin/python -m pytest --ignore=tests/slurm -m "not faults" $(ARGS)
+	$(PYTEST) --ignore=tests/slurm -m "not faults" $(ARGS)
 
 test-slurm: setup ## the job scripts on a throw-away Slurm on this machine (root; Debian: slurmctld slurmd slurm-client munge iproute2)
 	.venv/bin/python -m pytest tests/slurm $(ARGS)
+
+test-all: setup overlay ## test and test-slurm at the same time
+	$(PYTEST) -m "not faults" $(ARGS)
 
 test-faults: setup ## kill -9 of random processes at random moments, 20 seeds (half an hour)
 	.venv/bin/python -m pytest tests/end_to_end/test_faults.py $(ARGS)

@@ -11,10 +11,51 @@ import pytest
 from jaxtyping import config as jaxtyping_config
 
 from tests import shape_checks
+from tests.rank_pool import RankPool
 
 shape_checks.install()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Several workers (make test) share the cores. The tests of one group run in one worker, in order, and share its servers, models and
+# clusters; the longest groups begin first. Every other file is a group of its own.
+GROUPS = (
+    ("tests/slurm/", "slurm"),
+    ("tests/end_to_end/", "end_to_end"),
+    ("tests/rollout/test_servers_under_fire.py", "two_servers"),
+    ("tests/parallel/test_actor.py", "actors"),
+    ("tests/parallel/test_megatron_overlay.py", "overlay"),
+    ("tests/rollout/sglang/", "one_server"),
+    ("tests/parallel/test_converted_checkpoints.py", "converted"),
+    ("tests/megatron_minpro/run/", "run"),
+    ("tests/megatron_minpro/commands/test_scale.py", "scale"),
+)
+
+PARITY = "parity"  # the user property of a test that leaves a row for the table below
+PARITY_COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put every test into its group, and the groups in order."""
+    ranks = {name: rank for rank, (_, name) in enumerate(GROUPS)}
+    names = {}
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        names[item] = next((name for prefix, name in GROUPS if path.startswith(prefix)), path)
+        item.add_marker(pytest.mark.xdist_group(names[item]))
+    items.sort(key=lambda item: ranks.get(names[item], len(ranks)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Largest relative errors against one process of transformers and torch, fp32; weights: absolute, after three steps."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    rows = [tuple(row) for report in reports for name, row in report.user_properties if name == PARITY and report.when == "call"]
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in (PARITY_COLUMNS, *rows)) for i in range(len(PARITY_COLUMNS))]
+    terminalreporter.section("parity of MinPRO on every layout with transformers, fp32: largest relative error, after 3 steps")
+    for row in (PARITY_COLUMNS, *rows):
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @pytest.fixture
@@ -56,6 +97,13 @@ def chain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
 
     return build_tokenizer(tmp_path_factory.mktemp("chain_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Runs scripts on trainer ranks."""
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_on_disk_before_the_name_and_that_before_the_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     flushed: list[tuple[bool, bool]] = []  # (is the folder, the name exists already)
     monkeypatch.setattr(atomic_files, "fsync_path", lambda target: flushed.append((Path(target) == tmp_path, path.exists())))

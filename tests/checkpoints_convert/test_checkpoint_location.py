@@ -31,7 +31,7 @@ def test_every_path_inside_a_run_leads_to_its_weights_and_model(path: str, tmp_p
     assert locate_checkpoint(run / path, config=tmp_path).model == tmp_path
 
 
-def test_an_absolute_output_folder_leaves_relative_models_to_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absolute_output_folder_leaves_relative_models_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, output_dir=str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     assert locate_checkpoint(run).model.resolve() == tmp_path / "models/base"

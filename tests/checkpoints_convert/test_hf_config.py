@@ -125,16 +125,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "change", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
-def test_another_architecture_is_refused_in_one_line_with_source_key_and_value(
-    config: dict[str, Any], change: dict[str, Any], message: str
-) -> None:
+def test_another_architecture_is_refused_with_source_key_and_value(config: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         Architecture.from_config(config | change, source="models/x/config.json")
     text = str(error.value)
     assert text.startswith(f"models/x/config.json: {message}") and "; expected " in text and "\n" not in text
 
 
-def test_one_expert_per_token_without_renormalising_is_a_model_like_any_other() -> None:
+def test_one_expert_per_token_without_renormalising_is_a_model() -> None:
     read = Architecture.from_config(MOE_4 | {"num_experts_per_tok": 1, "norm_topk_prob": False}, source="config.json")
     assert (read.num_experts_per_tok, read.norm_topk_prob) == (1, False)
 

@@ -112,7 +112,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (tmp_path / "policy/model.safetensors").read_bytes() != before
 
 
-def test_a_tokenizer_made_here_is_written_in_the_words_of_both_transformers(tmp_path: Path, chain_tokenizer: Any) -> None:
+def test_a_tokenizer_made_here_is_written_for_both_transformers(tmp_path: Path, chain_tokenizer: Any) -> None:
     from transformers import AutoTokenizer
 
     chain_tokenizer.save_pretrained(tmp_path / "made")

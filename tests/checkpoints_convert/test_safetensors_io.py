@@ -242,7 +242,7 @@ def test_single_file_equals_the_librarys_byte_for_byte(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_any_arrival_order_and_shard_size_gives_the_files_of_huggingface_hub(data: st.DataObject, tmp_path_factory: Any) -> None:
+def test_any_order_and_shard_size_gives_the_files_of_huggingface_hub(data: st.DataObject, tmp_path_factory: Any) -> None:
     tmp_path = tmp_path_factory.mktemp("order")
     # No empty tensors: they all have the address 0, which the reference takes for shared memory.
     shapes = data.draw(st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=12))

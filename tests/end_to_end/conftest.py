@@ -35,7 +35,7 @@ class Command:
             start_new_session=True,
         )
 
-    def wait(self, timeout_s: float = 280) -> tuple[int, str, str]:
+    def wait(self, timeout_s: float = 900) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
@@ -52,7 +52,7 @@ class Command:
                 continue
         return found
 
-    def survivors(self, deadline_s: float = 15) -> list[str]:
+    def survivors(self, deadline_s: float = 60) -> list[str]:
         """What is still alive of it after deadline_s seconds; empty as soon as nothing is."""
         deadline = time.monotonic() + deadline_s
         while alive := self.offspring():
@@ -80,7 +80,7 @@ def minpro() -> Iterator[Callable[..., Command]]:
         command.kill_everything()
 
 
-def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 200) -> Any:
+def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 600) -> Any:
     """The first true value of condition. Fails when the command ends first, or too much time passes."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_minpro import cli
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 
 def test_the_newest_checkpoint_converts_to_the_exported_policy(finished_run: dict[str, Any], tmp_path: Path) -> None:

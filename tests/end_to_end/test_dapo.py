@@ -19,7 +19,7 @@ OPTIONS = [
     "reward.overlong={max_tokens: 32, buffer_tokens: 16}",
     "corrections.truncated_is.max_weight=2.0",
 ]
-pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 
 def test_two_global_steps_on_dapo_math_17k(minpro: Callable[..., Command], assets: Path, tmp_path: Path) -> None:

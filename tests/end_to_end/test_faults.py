@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import Command, metrics_of, without_times
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
 WORDS = {"rank": "-u -m megatron_minpro.run.worker", "server": "rollout.sglang.cpu", "launcher": "megatron_minpro.cli"}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for, without_times
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 
 def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
@@ -43,7 +43,7 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
 
 
 @pytest.mark.parametrize(("weight_sync", "num_steps_before"), [("collective", 3), ("disk", 1)])  # after 3 steps the weights have moved
-def test_a_run_whose_only_server_is_killed_in_mid_run_restarts_it_and_ends_with_the_same_numbers_bit_for_bit(
+def test_a_run_whose_only_server_is_killed_ends_with_the_same_numbers(
     weight_sync: str, num_steps_before: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     name = f"killed_server_{weight_sync}"
@@ -63,7 +63,7 @@ def test_a_run_whose_only_server_is_killed_in_mid_run_restarts_it_and_ends_with_
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_a_run_that_loses_all_servers_saves_its_last_step_and_continues_from_there_when_they_are_back(
+def test_a_run_that_loses_all_servers_saves_and_continues_with_new_ones(
     minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
 ) -> None:
     run_dir = finished_run["dir"].parent / "lost_servers"
@@ -111,7 +111,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
         running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
         # The oldest are the two ranks, or the server; later ones are what they started themselves.
         sorted(running, key=lambda process: process.create_time())[oldest].send_signal(signal.SIGKILL)
-        code, _, err = command.wait(timeout_s=90)
+        code, _, err = command.wait(timeout_s=300)
         assert code == 1
         assert len(err.strip().splitlines()) == 1 and str(run_dir / "logs") in err
     assert command.survivors() == []
@@ -127,7 +127,7 @@ def test_a_rank_that_dies_while_the_servers_start_ends_the_run_at_once(
         return [process for process in command.offspring() if "-u -m megatron_minpro.run.worker" in " ".join(process.cmdline())]
 
     wait_for(ranks, command)[0].send_signal(signal.SIGKILL)
-    code, _, err = command.wait(timeout_s=60)
+    code, _, err = command.wait(timeout_s=300)
     assert code == 1
     assert err.startswith("minpro: error: a trainer rank failed") and len(err.strip().splitlines()) == 1
     assert command.survivors() == []
@@ -140,7 +140,7 @@ def test_ctrl_c_while_the_servers_start_leaves_nobody(
     wait_for(lambda: len(command.offspring()) >= 3, command)
     interrupt(command)
     interrupt(command)
-    code, _, err = command.wait(timeout_s=90)
+    code, _, err = command.wait(timeout_s=300)
     assert code == 1 and len(err.strip().splitlines()) == 1
     assert command.survivors() == []
 
@@ -183,7 +183,7 @@ def small_disk(tmp_path: Path, finished_run: dict[str, Any]) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_is_one_line_keeps_the_last_checkpoint_and_the_run_continues_with_more_space(
+def test_a_full_disk_is_one_line_and_the_run_continues_with_more_space(
     minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], small_disk: Path
 ) -> None:
     run_dir = small_disk / "full"
@@ -210,7 +210,7 @@ def test_port_in_use_is_one_line(minpro: Callable[..., Command], short_run_setti
         taken.listen()
         port = taken.getsockname()[1]
         command = minpro("train", *short_run_settings, "name=port", f"rollout.base_port={port}")
-        code, _, err = command.wait(timeout_s=90)
+        code, _, err = command.wait(timeout_s=300)
     assert code == 2
     assert f"port {port}" in err and len(err.strip().splitlines()) == 1
     assert command.survivors() == []

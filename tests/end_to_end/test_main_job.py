@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_minpro.tracking.metrics_table import METRICS
 
-pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 UPDATES, STALENESS, STEPS, RESPONSES = 4, 2, 5, 64
 
 
@@ -79,7 +79,7 @@ def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_r
     assert len(changed) > 0.9 * len(base)
 
 
-def test_pictures_events_and_checkpoints_are_there_and_nothing_is_half_written(finished_run: dict[str, Any]) -> None:
+def test_pictures_events_and_checkpoints_are_there_and_whole(finished_run: dict[str, Any]) -> None:
     run_dir = finished_run["dir"]
     for name in ("reward.png", "entropy.png", "pass_at_k.png"):
         assert (run_dir / "plots" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -89,7 +89,7 @@ def test_pictures_events_and_checkpoints_are_there_and_nothing_is_half_written(f
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
 
 
-def test_traced_steps_name_their_phases_on_every_rank_and_stand_beside_a_prediction(finished_run: dict[str, Any]) -> None:
+def test_traced_steps_name_their_phases_beside_a_prediction(finished_run: dict[str, Any]) -> None:
     folder = finished_run["dir"] / "profile"
     for rank in range(2):
         with gzip.open(folder / f"steps_3-4_rank_{rank}.pt.trace.json.gz") as file:

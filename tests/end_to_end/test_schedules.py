@@ -50,7 +50,7 @@ def test_overlapped_equals_serial_at_staleness_two(
 
 
 @pytest.mark.parametrize("staleness", [1, 3])
-def test_overlapped_equals_serial_with_two_servers_evaluation_and_dynamic_sampling(
+def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
     staleness: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     changes = [

@@ -1,6 +1,6 @@
-"""Run by torchrun for the tests of the actor: on one layout after the other, actors score and train a fixture's sequences.
+"""Run by rank_pool.py for the tests of the actor: on one layout after the other, actors score and train a fixture's sequences.
 
-torchrun --nproc-per-node N actor_ranks.py FIXTURE_DIR OUT_DIR, with OUT_DIR/requests.json: [{name, port, layout, runs: {name: run}}].
+Arguments: FIXTURE_DIR OUT_DIR, with OUT_DIR/requests.json: [{name, port, layout, runs: {name: run}}].
 
 Each run starts with a fresh actor and leaves OUT_DIR/<name>/<run>/results.safetensors and reports.json. Keys of a run: optimizer,
 learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron (options), load (a checkpoint of these actors to start

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,33 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollout.sglang.server import free_ports
+from rollout.ports import free_ports
+from tests.conftest import PARITY
+from tests.rank_pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[2]
 # Off policy, packed, masked in the middle, lengths that no parallel size divides.
 LENGTHS = (19, 7, 2, 24, 13, 11, 30, 5)
 # eps near the median gradient (7e-4): with 1e-8 a gradient that cancels to 3e-9 is rounding alone, yet moves its weight by half a rate.
 ADAM: dict[str, Any] = {"weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-4, "gradient_clip": 0.5}
 LEARNING_RATE, STEPS = 1e-3, 3
 BALANCE_COEFFICIENT = 0.3  # far more than anybody trains with, so that its gradient shows
-
-PARITY = pytest.StashKey[list[tuple[str, ...]]]()
-COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash.setdefault(PARITY, [])
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Largest relative errors against one process of transformers and torch, fp32; weights: absolute, after three steps."""
-    rows = config.stash[PARITY]
-    if not rows:
-        return
-    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
-    terminalreporter.section("parity of MinPRO on every layout with transformers, fp32: largest relative error, after 3 steps")
-    for row in (COLUMNS, *rows):
-        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +268,8 @@ Launch = Callable[..., dict[str, dict[str, RunResult]]]
 
 
 @pytest.fixture(scope="session")
-def launch_actors() -> Launch:
-    """launch_actors(fixture_folder, out, jobs, python_path=()) -> results[job][run]. One launch: importing costs more than running.
+def launch_actors(ranks: RankPool) -> Launch:
+    """launch_actors(fixture_folder, out, jobs, python_path=()) -> results[job][run].
 
     All jobs have one world size. python_path: folders that come before this repository and its environment.
     """
@@ -301,12 +282,8 @@ def launch_actors() -> Launch:
         ]
         out.mkdir(exist_ok=True)
         (out / "requests.json").write_text(json.dumps(requests))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        command += [str(Path(__file__).with_name("actor_ranks.py")), str(fixture), str(out)]
-        path = os.pathsep.join(str(folder) for folder in (*python_path, ROOT))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540, cwd=ROOT)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        with RankPool(python_path=python_path) if python_path else contextlib.nullcontext(ranks) as pool:
+            pool.run(Path(__file__).with_name("actor_ranks.py"), fixture, out, world_size=world_size)
         return {name: {run: _read_result(out / name / run) for run in runs} for name, (_, runs) in jobs.items()}
 
     return launch
@@ -347,7 +324,7 @@ def check_parity(request: pytest.FixtureRequest) -> Callable[[Family, str, dict[
         after = train.weights("after")
         weight_error = max(float((after[name] - family.stepped[name]).abs().max()) for name in before)
         numbers = [f"{error:.1e}" for error in (logprob_error, gradient_error, norm_error, weight_error)]
-        request.config.stash[PARITY].append((family.name, layout, *numbers))
+        request.node.user_properties.append((PARITY, (family.name, layout, *numbers)))
         # 1e-5: fp32 rounding of sums of 100 terms in another order.
         assert logprob_error < 1e-5, worst_sequence
         assert gradient_error < 1e-5, worst_gradient

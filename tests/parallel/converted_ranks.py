@@ -1,6 +1,6 @@
 """Two of it are run by test_converted_checkpoints.py: actors of several layouts, one after the other, start from a converted checkpoint.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 python converted_ranks.py REQUEST_JSON
+Argument: REQUEST_JSON.
 
 The request: fixture (Hugging Face folder with sequences), converted (torch_dist), out, layouts {name: layout}, ports (one per layout: a
 store remembers the addresses of the groups before) and padded (the layout that is also tried with a padded vocabulary). Each layout

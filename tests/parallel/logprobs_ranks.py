@@ -1,6 +1,6 @@
-"""Run by torchrun from test_logprobs.py: two gloo ranks, each with half of the vocabulary's rows, keep values, gradients and collectives.
+"""Run by rank_pool.py from test_logprobs.py: two gloo ranks, each with half of the vocabulary's rows, keep values, gradients, collectives.
 
-torchrun --nproc-per-node 2 logprobs_ranks.py DIRECTORY
+Argument: the directory that holds input and output.
 """
 
 import sys

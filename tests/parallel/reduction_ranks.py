@@ -1,6 +1,6 @@
-"""Run by torchrun from test_reduction.py: two gloo ranks add up metrics; each keeps what it saw.
+"""Run by rank_pool.py from test_reduction.py: two gloo ranks add up metrics; each keeps what it saw.
 
-torchrun --nproc-per-node 2 reduction_ranks.py DIRECTORY
+Argument: the directory that holds input and output.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Run by torchrun from test_prefix_scan.py: four gloo ranks scan at cp 2 and cp 4 and keep the answers and the collectives they entered.
+"""Run by rank_pool.py from test_prefix_scan.py: four gloo ranks scan at cp 2 and cp 4 and keep answers and collectives.
 
-torchrun --nproc-per-node 4 scan_ranks.py DIRECTORY
+Argument: the directory that holds input and output.
 """
 
 import sys

@@ -251,7 +251,7 @@ def test_bad_mini_batches_are_refused_before_anything_is_exchanged(families: Cal
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_continues_on_its_own_layout_bit_for_bit_and_on_another_closely(
+def test_a_checkpoint_continues_exactly_and_on_another_layout_closely(
     families: Callable, recipes: dict[str, dict], launch_actors: Callable, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "checkpoint"

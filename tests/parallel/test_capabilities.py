@@ -34,7 +34,7 @@ def machine(*, cuda_devices: int = 0, transformer_engine_version: str | None = N
         (machine(cuda_devices=1, transformer_engine_version="2.9"), "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
     ],
 )
-def test_transformer_engine_is_used_where_it_and_cuda_are_there_and_the_choice_is_said(found: Capabilities, layers: str, said: str) -> None:
+def test_transformer_engine_is_used_with_cuda_and_the_choice_is_said(found: Capabilities, layers: str, said: str) -> None:
     assert found.layer_spec == layers
     assert found.lines()[-1] == said
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.megatron_weights import MegatronWeights
-from rollout.sglang.server import free_ports
+from rollout.ports import free_ports
+from tests.rank_pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"world_size": 2, "tp": 2, "sequence_parallel": True},
     "ep2": {"world_size": 2, "ep": 2},
@@ -29,7 +26,7 @@ LENGTHS = (19, 7, 24, 13)
 
 
 @pytest.fixture(scope="module", params=["moe", "dense_tied"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def family(request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A model by transformers, converted; and what actors of every layout made of it, in one launch."""
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
@@ -69,7 +66,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     hf_to_megatron(source, folder / "converted", workers=2)
     layouts = {name: layout for name, layout in LAYOUTS.items() if request.param == "moe" or "ep" not in layout}
     asked = {"fixture": str(source), "converted": str(folder / "converted"), "out": str(folder), "layouts": layouts, "padded": "tp2"}
-    run_two_ranks(asked | {"ports": free_ports("127.0.0.1", len(layouts))})
+    asked["ports"] = free_ports("127.0.0.1", len(layouts))
+    ranks.run(Path(__file__).with_name("converted_ranks.py"), json.dumps(asked), world_size=2)
     return {
         "folder": folder,
         "source": source,
@@ -78,21 +76,6 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "layouts": list(layouts),
         "results": {name: load_file(folder / f"{name}.safetensors") for name in layouts},
     }
-
-
-def run_two_ranks(request: dict[str, Any]) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("converted_ranks.py")), json.dumps(request)]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=250)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(error[-3000:] for error in errors)
 
 
 def select(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -113,7 +96,7 @@ def test_an_actor_of_any_layout_starts_from_a_converted_checkpoint(family: dict[
 
 
 @pytest.mark.ranks
-def test_a_model_with_a_padded_vocabulary_loads_it_and_its_checkpoint_is_cut_back(family: dict[str, Any], tmp_path: Path) -> None:
+def test_a_padded_vocabulary_is_loaded_and_cut_back(family: dict[str, Any], tmp_path: Path) -> None:
     found = select(family["results"]["tp2"], "padded.")
     assert found["model.embed_tokens.weight"].shape[0] == 128
     check_equal({name: tensor[:96] if tensor.shape[0] == 128 else tensor for name, tensor in found.items()}, family["weights"])
@@ -122,7 +105,7 @@ def test_a_model_with_a_padded_vocabulary_loads_it_and_its_checkpoint_is_cut_bac
 
 
 @pytest.mark.ranks
-def test_what_the_actor_saved_loads_in_transformers_with_the_actors_logprobs(family: dict[str, Any], tmp_path: Path) -> None:
+def test_what_the_actor_saved_has_its_logprobs_in_transformers(family: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     for name in family["layouts"]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,8 @@ import torch
 from torch import Tensor
 
 from parallel.logprobs import token_logprobs
+from tests.rank_pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS, HIDDEN, VOCAB, PADDED = 23, 16, 37, 40
 
 
@@ -147,28 +144,19 @@ def test_bad_tensors_are_named() -> None:
 
 
 @pytest.mark.ranks
-def test_two_vocab_parallel_ranks_equal_float64_also_where_one_holds_only_padding(tmp_path: Path) -> None:
+def test_two_vocab_parallel_ranks_equal_float64_also_with_padding_alone(ranks: RankPool, tmp_path: Path) -> None:
     hidden, weight, labels, upstream = inputs(seed=2)
     torch.save({"hidden": hidden, "weight": weight, "labels": labels, "upstream": upstream}, tmp_path / "input.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, str(Path(__file__).with_name("logprobs_ranks.py")), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks.run(Path(__file__).with_name("logprobs_ranks.py"), tmp_path, world_size=2)
+    outs = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     logprobs, entropy, grad_hidden, grad_weight = reference(hidden, weight, labels, upstream, 0.7)
     close = {"rtol": 1e-5, "atol": 1e-5}
-    for out in ranks:
+    for out in outs:
         torch.testing.assert_close(out["logprobs"].double(), logprobs, **close)
         torch.testing.assert_close(out["entropy"].double(), entropy, **close)
         assert out["collectives"] == {"forward": ["all_reduce", "all_reduce"], "backward": []}
-        assert out["lopsided"]["finite"] and torch.equal(out["lopsided"]["logprobs"], ranks[0]["lopsided"]["logprobs"])
+        assert out["lopsided"]["finite"] and torch.equal(out["lopsided"]["logprobs"], outs[0]["lopsided"]["logprobs"])
         torch.testing.assert_close(out["lopsided"]["logprobs"], out["lopsided"]["alone"], **close)
         torch.testing.assert_close(out["lopsided"]["entropy"], out["lopsided"]["alone_entropy"], **close)
-    torch.testing.assert_close((ranks[0]["grad_hidden"] + ranks[1]["grad_hidden"]).double(), grad_hidden, **close)
-    torch.testing.assert_close(torch.cat([out["grad_weight"] for out in ranks]).double(), grad_weight, **close)
+    torch.testing.assert_close((outs[0]["grad_hidden"] + outs[1]["grad_hidden"]).double(), grad_hidden, **close)
+    torch.testing.assert_close(torch.cat([out["grad_weight"] for out in outs]).double(), grad_weight, **close)

@@ -150,7 +150,7 @@ def test_what_would_make_another_model_is_refused_by_name(option: str, value: ob
     assert str(refusal.value) == f"megatron.{option} = {value!r}: {reason}; remove it"
 
 
-def test_every_option_of_the_installed_megatron_is_known_to_be_harmless_or_refused_with_a_reason() -> None:
+def test_every_option_of_megatron_is_known_as_harmless_or_refused() -> None:
     known = TRANSFORMER_FIELDS | OPTIMIZER_FIELDS | OVERLAP_FIELDS
     refused = set()
     for option in known:

@@ -110,7 +110,7 @@ def test_what_lies_where_nothing_is_trained_is_nobodys_business() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, num_replicas=st.integers(1, 7))
-def test_every_sequence_goes_to_one_replica_and_loads_differ_by_one_sequence_at_most(lengths: list[int], num_replicas: int) -> None:
+def test_every_sequence_goes_to_one_replica_and_loads_are_even(lengths: list[int], num_replicas: int) -> None:
     replicas = split_over_replicas(lengths, num_replicas=num_replicas)
     assert len(replicas) == num_replicas
     assert sorted(index for replica in replicas for index in replica) == list(range(len(lengths)))
@@ -123,9 +123,7 @@ def test_every_sequence_goes_to_one_replica_and_loads_differ_by_one_sequence_at_
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), num_replicas=st.integers(1, 3), break_even=st.sampled_from([LINEAR, 20.0])
 )
-def test_the_slowest_replica_takes_at_most_a_third_longer_than_in_the_best_of_all_splits(
-    lengths: list[int], num_replicas: int, break_even: float
-) -> None:
+def test_the_slowest_replica_is_within_a_third_of_the_best_split(lengths: list[int], num_replicas: int, break_even: float) -> None:
     costs = [compute_cost(length, break_even=break_even) for length in lengths]
     best = min(
         max(sum(cost for cost, r in zip(costs, split, strict=True) if r == replica) for replica in range(num_replicas))
@@ -207,7 +205,7 @@ def test_no_micro_batch_exceeds_its_budget_and_no_two_would_fit_into_one(lengths
     assert all(a + b > budget for i, a in enumerate(loads) for b in loads[i + 1 :])
 
 
-def test_a_sequence_longer_than_a_micro_batch_is_refused_with_its_index_and_length() -> None:
+def test_a_sequence_longer_than_a_micro_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^actor\.max_tokens_per_micro_batch: 10 is less than sequence 1 with 11 positions$"):
         plan_micro_batches([0, 1], [3, 11], max_tokens=10)
 
@@ -245,7 +243,7 @@ def test_a_replica_without_sequences_gets_empty_micro_batches() -> None:
 # -- micro-batches ------------------------------------------------------------------------------------------------------
 
 
-def test_a_micro_batch_holds_shifted_labels_and_aligned_streams_with_masked_padding(one_rank_group: dist.ProcessGroup) -> None:
+def test_a_micro_batch_holds_shifted_labels_and_aligned_streams(one_rank_group: dist.ProcessGroup) -> None:
     sequences = [sequence(4), sequence(6, start=10), sequence(3, start=50)]
     layout = ParallelLayout(world_size=2, tp=2, sequence_parallel=True)
     batch = build_micro_batch(sequences, [2, 0], layout, cp_group=one_rank_group, device=CPU)
@@ -260,7 +258,7 @@ def test_a_micro_batch_holds_shifted_labels_and_aligned_streams_with_masked_padd
     assert (batch.packed_seq_params.qkv_format, batch.packed_seq_params.max_seqlen_q) == ("thd", 4)
 
 
-def test_context_parallel_ranks_hold_zigzag_parts_whose_labels_need_no_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_parallel_ranks_hold_zigzag_parts_with_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     # Building exchanges nothing, so each rank's shard is made without a group.
     original = SequenceShard.zigzag
     monkeypatch.setattr(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,8 +24,8 @@ from parallel.prefix_scan import (
     scan,
 )
 from parallel.sequence_shard import SequenceShard
+from tests.rank_pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[2]
 CALLS = ("min", "sum", "exclusive_sum", "sequence_sum", "sequence_mean", "sequence_max")
 
 
@@ -162,7 +159,7 @@ def test_a_long_packed_row_does_not_cost_the_last_sequence_its_digits() -> None:
     torch.testing.assert_close(sum_T[-5:].double(), expected, rtol=1e-6, atol=0.0)  # an fp32 running sum is 0.01 wrong here
 
 
-def test_infinity_at_an_unmasked_token_stays_in_its_sequence_for_sequence_results() -> None:
+def test_infinity_at_an_unmasked_token_stays_in_its_sequence() -> None:
     x_T = torch.tensor([math.inf, 1.0, 2.0, 3.0])
     ones_T = torch.ones(4, dtype=torch.bool)
     total_S, top_S = scan(SequenceShard.whole([2, 2]), [SequenceSum(x_T, ones_T), SequenceMax(x_T, ones_T)])
@@ -217,7 +214,7 @@ def test_a_shard_cut_without_a_group_cannot_scan() -> None:
 
 
 @pytest.mark.ranks
-def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(tmp_path: Path) -> None:
+def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(ranks: RankPool, tmp_path: Path) -> None:
     """cp 2 (two groups) and cp 4 in one launch of four processes, with short, all-masked and one-token sequences.
 
     Only the first 8th of each sequence is trained on, so that at cp 4 three ranks hold no trained token, and take part.
@@ -228,16 +225,7 @@ def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(tmp_path: 
     masks = [torch.arange(length) < -(-length // 8) for length in lengths]
     masks[3] = torch.zeros(18, dtype=torch.bool)
     torch.save({"lengths": lengths, "xs": xs, "masks": masks}, tmp_path / "input.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, str(Path(__file__).with_name("scan_ranks.py")), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    ranks.run(Path(__file__).with_name("scan_ranks.py"), tmp_path, world_size=4)
     for cp_size, idle in ((2, [1, 3]), (4, [1, 2, 3])):
         for rank in range(4):
             out = torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True)

@@ -26,7 +26,7 @@ def test_whole_pads_each_sequence_at_its_end() -> None:
     assert shard.sequence_id_T.dtype == shard.position_T.dtype == torch.int64
 
 
-def test_zigzag_gives_rank_r_chunks_r_and_2cp_minus_1_minus_r_of_every_sequence() -> None:
+def test_zigzag_gives_rank_r_chunks_r_and_2cp_minus_1_minus_r() -> None:
     first, second = shards_of([7, 4], 2)
     assert first.padded_lengths == (8, 4)
     assert first.position_T.tolist() == [0, 1, 6, 7, 0, 3]

@@ -176,7 +176,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_parameter_has_one_owner_that_holds_it_and_is_first_in_its_group(layout: ParallelLayout) -> None:
+def test_every_parameter_has_one_owner_that_is_first_in_its_group(layout: ParallelLayout) -> None:
     held = [names_held(layout, rank) for rank in range(layout.world_size)]
     owner = _owners(held, layout)
     assert owner.keys() == TABLE.keys()

@@ -77,6 +77,6 @@ def server_settings(model_folder: Path) -> ServerSettings:
 @pytest.fixture(scope="session")
 def server_pool(server_settings: ServerSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
     """A running server. A test that publishes weights puts the base model's back (`published_base`)."""
-    with ServerPool.start(server_settings, num_servers=1, log_dir=tmp_path_factory.mktemp("servers"), start_timeout_s=240) as pool:
+    with ServerPool.start(server_settings, num_servers=1, log_dir=tmp_path_factory.mktemp("servers"), start_timeout_s=900) as pool:
         yield pool
         assert all(process.is_running for process in pool.processes)

@@ -140,7 +140,7 @@ def test_requests_are_dealt_to_all_servers_and_groups_stay_together(stub: Callab
     assert servers[0].asked == [f"r{i}#{j}" for i in (0, 2, 4) for j in range(3)]
 
 
-def test_turns_of_a_conversation_stay_on_one_server_and_have_own_seeds_and_limits(stub: Callable[[Answer], Stub]) -> None:
+def test_turns_stay_on_one_server_and_have_own_seeds_and_limits(stub: Callable[[Answer], Stub]) -> None:
     servers = [stub(all_good), stub(all_good)]
     later = [replace(request, turn=2, max_new_tokens=1) for request in REQUESTS[::-1]]
 
@@ -291,7 +291,7 @@ def test_what_on_generation_raises_comes_out_as_it_is(stub: Callable[[Answer], S
         make_client(stub(all_good)).generate(REQUESTS, SAMPLING, num_samples=1, on_generation=stop)
 
 
-def test_a_stream_draws_requests_as_there_is_room_and_hands_over_each_response_once(stub: Callable[[Answer], Stub]) -> None:
+def test_a_stream_draws_requests_with_room_and_gives_each_response_once(stub: Callable[[Answer], Stub]) -> None:
     failed: set[str] = set()
 
     def first_attempt_fails(body: dict[str, Any]) -> tuple[int, Any]:
@@ -318,7 +318,7 @@ def test_a_stream_draws_requests_as_there_is_room_and_hands_over_each_response_o
     assert sum(len(server.bodies) for server in servers) == 100
 
 
-def test_a_stream_keeps_what_arrived_before_a_failure_and_seeds_as_generate_does(stub: Callable[[Answer], Stub]) -> None:
+def test_a_stream_keeps_what_arrived_and_seeds_as_generate_does(stub: Callable[[Answer], Stub]) -> None:
     server = stub(lambda body: all_good(body) if body["input_ids"] != [[3, 4]] else (400, {"error": "too long"}))
     arrived: list[str] = []
     with pytest.raises(RolloutFailed, match=r"request r3#0: HTTP 400.*too long"):
@@ -358,14 +358,14 @@ def test_only_servers_that_hold_the_wanted_weights_are_asked(stub: Callable[[Ans
     assert client.take_report() == {"servers/used": 0.0, "servers/retries": 0.0}
 
 
-def test_no_server_with_the_weights_says_what_they_hold_and_nobody_is_asked(stub: Callable[[Answer], Stub]) -> None:
+def test_without_a_server_with_the_weights_nobody_is_asked(stub: Callable[[Answer], Stub]) -> None:
     servers = [holding(stub, 3), stub(all_good)]
     with pytest.raises(WeightsMissing, match=rf"^no server holds policy version 4: {servers[0].endpoint} has '3'$"):
         make_client(*servers).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
     assert not servers[0].bodies + servers[1].bodies
 
 
-def test_a_server_that_comes_back_in_time_is_waited_for_and_no_server_is_an_error_after_the_deadline(
+def test_a_server_is_waited_for_until_the_deadline(
     stub: Callable[[Answer], Stub],
 ) -> None:
     server = stub(answers_of(4))
@@ -375,7 +375,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for_and_no_server_is_an_erro
     assert len(make_client(server, wait_s=30).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)) == 6
 
 
-def test_an_answer_of_other_weights_than_the_server_said_it_holds_is_sampled_again_elsewhere(stub: Callable[[Answer], Stub]) -> None:
+def test_an_answer_of_unannounced_weights_is_sampled_again_elsewhere(stub: Callable[[Answer], Stub]) -> None:
     def swapped(body: dict[str, Any]) -> tuple[int, Any]:
         changing.version = "0"  # as if it had been restarted after it was looked at
         return answers_of(0)(body)
@@ -388,7 +388,7 @@ def test_an_answer_of_other_weights_than_the_server_said_it_holds_is_sampled_aga
     assert len(changing.bodies) == 1 and client.take_report() == {"servers/used": 1.0, "servers/retries": 9.0}
 
 
-def test_a_server_gets_one_whole_share_at_a_time_also_when_it_does_the_work_of_another(stub: Callable[[Answer], Stub]) -> None:
+def test_a_server_gets_one_whole_share_at_a_time(stub: Callable[[Answer], Stub]) -> None:
     def slow(body: dict[str, Any]) -> tuple[int, Any]:
         time.sleep(0.1)
         return answers_of(4)(body)

@@ -204,7 +204,7 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def test_terminate_ends_the_helpers_that_a_killed_worker_in_another_session_left(tmp_path: Path) -> None:
+def test_terminate_ends_what_a_killed_worker_of_another_session_left(tmp_path: Path) -> None:
     child, other = (spawn(SLEEPER, log_path=tmp_path / f"{name}.log", env=dict(os.environ), name=name) for name in ("bystander", "another"))
     family = start(ORPHANS, tmp_path)
     helpers = orphans_of(family)
@@ -246,7 +246,7 @@ def test_no_helper_outlives_a_parent_that_is_gone(tmp_path: Path, end: signal.Si
     wait_for(lambda: all(is_gone(helper) for helper in helpers), timeout_s=5)
 
 
-def test_marks_of_nested_parents_add_up_so_that_the_outer_one_finds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_of_nested_parents_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINPRO_TREE", "outer/0")
     child = spawn(SLEEPER, log_path=tmp_path / "log", env=dict(os.environ), name="child")
     monkeypatch.delenv("MINPRO_TREE")

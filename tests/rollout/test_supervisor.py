@@ -72,7 +72,7 @@ def watched(server_settings: ServerSettings, tmp_path: Path) -> Iterator[Watched
             supervisor.close()
 
 
-def test_a_dead_server_is_started_again_on_its_port_with_a_version_that_nobody_wants(watched: Watched) -> None:
+def test_a_dead_server_starts_again_on_its_port_with_an_unwanted_version(watched: Watched) -> None:
     supervisor, endpoints = watched.supervise(), watched.pool.endpoints
     untouched = watched.pool.processes[0].pid
     watched.signal(1, signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_a_dead_server_is_started_again_on_its_port_with_a_version_that_nobody_w
     assert back == "SGLang server 1 runs again; it gets requests once it has the current weights"
 
 
-def test_a_hung_server_is_ended_and_started_again_while_a_slow_machine_is_given_time(watched: Watched) -> None:
+def test_a_hung_server_is_replaced_and_a_slow_machine_is_given_time(watched: Watched) -> None:
     supervisor = watched.supervise()
     hung = watched.pool.processes[0].pid
     watched.signal(0, signal.SIGSTOP)
@@ -100,7 +100,7 @@ def test_a_hung_server_is_ended_and_started_again_while_a_slow_machine_is_given_
     assert supervisor._hangs(0) and supervisor._hangs(1)
 
 
-def test_the_death_after_the_last_allowed_restart_is_an_error_with_its_last_words(watched: Watched) -> None:
+def test_a_death_after_the_last_restart_is_an_error_with_its_last_words(watched: Watched) -> None:
     supervisor = watched.supervise(max_restarts=1)
     watched.signal(1, signal.SIGKILL)
     watched.until(supervisor, watched.back(1))

@@ -24,7 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsente
 _RUNNING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
 _CONTROLLER_ADDRESS = "10.77.0.254"
 _CONTROLLER_PORT = 16817
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 300.0  # 64 daemons on a busy machine
 # The cluster's own /etc/hosts, seen by this process alone; then its host name, where it has one; then the program, under the same pid.
 _ENTER = 'mount --make-rprivate /; mount --bind "$1" /etc/hosts; [ -z "$2" ] || hostname "$2"; shift 2; exec "$@"'
 
@@ -93,7 +93,7 @@ class SlurmCluster:
         if "slurmctld" in self._processes:
             self.client("scancel", "--me")
             with contextlib.suppress(TimeoutError):
-                self.until(lambda: not self.client("squeue", "--noheader").stdout.strip(), "jobs to end", timeout_s=15)
+                self.until(lambda: not self.client("squeue", "--noheader").stdout.strip(), "jobs to end", timeout_s=60)
         for process in reversed(self._processes.values()):
             process.terminate()
         deadline = time.monotonic() + 10
@@ -156,7 +156,7 @@ class SlurmCluster:
             env={**os.environ, **(environment or {}), "SLURM_CONF": str(self.root / "slurm.conf")},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def run(self, *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:

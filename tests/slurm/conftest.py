@@ -73,7 +73,7 @@ def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base_model.write_initial_model(config.model, config.prompts, config.run_dir / INITIAL_MODEL_FOLDER)
     ranks = launcher.start_workers(config, "warm_up")
     try:
-        assert ranks.wait(280) == 0, ranks.describe_end()
+        assert ranks.wait(900) == 0, ranks.describe_end()
     finally:
         ranks.terminate()
     return folder / "model"
@@ -126,11 +126,11 @@ class Jobs:
             assert not job.ended, f"{job.state}\n{self.output(name)}"
             return len(self.metrics(name)) >= steps
 
-        self.cluster.until(reached, f"{steps} global steps of {name}", timeout_s=240)
+        self.cluster.until(reached, f"{steps} global steps of {name}", timeout_s=900)
 
     def finish(self, name: str, job_id: int) -> Job:
         """Wait for the end; the job must have completed."""
-        job = self.cluster.wait(job_id, timeout_s=400)
+        job = self.cluster.wait(job_id, timeout_s=1200)
         assert (job.state, job.exit_code) == ("COMPLETED", 0), self.output(name)
         return job
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.slurm.conftest import ROOT, Jobs
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(2400)]
 STUDY = ("--ep", "1,2,3", "--scaling", "strong", "--steps", "2", "--warm-up", "1")
 
 
@@ -38,7 +38,7 @@ def test_an_array_measures_one_layout_per_task_and_a_job_after_it_reports(jobs: 
     report = submit(
         jobs, "--array=0", f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes", f"--output={jobs.folder}/report.out", REPORT="1"
     )
-    job = jobs.cluster.wait(report, timeout_s=500)
+    job = jobs.cluster.wait(report, timeout_s=1200)
     said = {name: (jobs.folder / f"{name}.out").read_text() for name in ("scaling-0", "scaling-1", "scaling-2")}
     assert job.state == "COMPLETED", said
     rows = [json.loads(line) for line in (jobs.folder / "scaling/rows.jsonl").read_text().splitlines()]

@@ -124,7 +124,7 @@ def test_wrong_input_is_one_line(
         ({}, "model/adapter_model.safetensors: an adapter, which is not read"),
     ],
 )
-def test_a_model_that_would_be_served_as_another_is_refused_also_by_a_dry_run(
+def test_a_model_served_as_another_is_refused_also_by_a_dry_run(
     change: dict[str, Any], message: str, model: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = {"model_type": "qwen3", "max_position_embeddings": 40960, "tie_word_embeddings": True, **change}

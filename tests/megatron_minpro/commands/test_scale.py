@@ -22,9 +22,7 @@ def rows_in(folder: Path, kind: str) -> dict[int, Row]:
 
 
 @pytest.mark.ranks
-def test_a_measured_study_records_what_ran_and_what_could_not_and_is_taken_up_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_measured_study_records_what_ran_and_is_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     command = ["scale", CONFIG, *STUDY, "--out", str(out), f"model.path={tmp_path / 'absent'}"]
     assert cli.run(command) == 0, capsys.readouterr().err

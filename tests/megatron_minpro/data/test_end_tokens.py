@@ -79,7 +79,7 @@ def test_an_answer_is_right_whatever_token_ends_it(qwen_tokenizer: Any, ending: 
     reward.close()
 
 
-def test_reasoning_marks_stay_and_an_added_end_token_is_cut_only_at_the_end(qwen_tokenizer: Any) -> None:
+def test_reasoning_marks_stay_and_an_added_end_token_is_cut_at_the_end(qwen_tokenizer: Any) -> None:
     token_ids = qwen_tokenizer("<think>a</think>b</think>")["input_ids"]
     think = qwen_tokenizer.convert_tokens_to_ids("</think>")
     assert response_text(qwen_tokenizer, token_ids, end_ids=(think, IM_END)) == "<think>a</think>b"

@@ -191,7 +191,7 @@ def dapo_row(content: str, label: str) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": content}], "reward_model": {"ground_truth": label, "style": "rule-lighteval/MATH_v2"}}
 
 
-def test_dapos_own_layout_wrapped_and_repeated_gives_the_bare_copies_prompts(tmp_path: Path, chain_tokenizer: Any) -> None:
+def test_dapos_own_layout_gives_the_prompts_of_the_bare_copy(tmp_path: Path, chain_tokenizer: Any) -> None:
     questions = [(f"What is\n{n} + 1?", str(n + 1)) for n in range(5)]
     wrapped = [dapo_row(DAPO_WRAPPER.replace("{question}", question), label) for question, label in questions] * 100
     bare = [dapo_row(question, label) for question, label in questions]

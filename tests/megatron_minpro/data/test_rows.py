@@ -16,24 +16,24 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 LIST = json.dumps(ROWS, indent=1).encode()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("data.jsonl", LINES),
-        ("DATA.JSONL", LINES),
-        ("data.ndjson", LINES),
-        ("data.json", LIST),
-        ("lines.json", LINES),
-        ("bom.json", b"\xef\xbb\xbf" + LIST),
-        ("data.jsonl.gz", gzip.compress(LINES)),
-        ("Data.JSON.GZ", gzip.compress(LIST)),
-    ],
-)
+FILES = {
+    "data.jsonl": LINES,
+    "DATA.JSONL": LINES,
+    "data.ndjson": LINES,
+    "data.json": LIST,
+    "lines.json": LINES,
+    "bom.json": b"\xef\xbb\xbf" + LIST,
+    "data.jsonl.gz": gzip.compress(LINES),
+    "Data.JSON.GZ": gzip.compress(LIST),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("folder", ["", "data/"])
-def test_a_relative_file_is_read(name: str, content: bytes, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_file_is_read(name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    Path(folder + name).write_bytes(content)
+    Path(folder + name).write_bytes(FILES[name])
     assert [row for _, row in read_rows(folder + name, {})] == ROWS
     assert source_name(folder + name).lower() in ("data", "lines", "bom")
 

@@ -160,7 +160,7 @@ def test_what_is_left_of_the_limit_bounds_every_answer() -> None:
         ("broken", "KeyError: 'tool'"),
     ],
 )
-def test_a_conversation_that_cannot_be_trained_names_environment_and_prompt(strange: str, message: str) -> None:
+def test_an_untrainable_conversation_names_environment_and_prompt(strange: str, message: str) -> None:
     async def misbehave(prompt: Prompt, model: Model) -> Any:
         answer = await model(prompt.token_ids)
         if strange == "nothing":

@@ -20,7 +20,7 @@ def choose(*names: str, **changed: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_of_the_real_set_is_a_problem_with_a_label_and_an_id_of_its_own(name: str, assets: Path) -> None:
+def test_every_row_of_the_real_set_is_a_problem_with_label_and_own_id(name: str, assets: Path) -> None:
     problems = read_problems(BENCHMARKS[name], data=assets, limit=None)
     assert len(problems) == ROWS[name] == len({problem.problem_id for problem in problems})
     assert all(problem.question.strip() and problem.label for problem in problems)
@@ -117,7 +117,7 @@ def test_a_system_message_before_the_question_is_kept(tmp_path: Path) -> None:
     assert load_problems(tmp_path / "kept.jsonl") == problems
 
 
-def test_equal_questions_stay_two_problems_and_files_of_problems_are_read_back(tmp_path: Path) -> None:
+def test_equal_questions_stay_two_problems_and_files_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     question = "1 +\u2028 1\u2029\u0085\x0b\x0c\x1c\r = ?"  # what str.splitlines takes for ends of lines
     path.write_text(2 * (json.dumps({"question": question, "answer": "zwei \u2603"}) + "\n"))

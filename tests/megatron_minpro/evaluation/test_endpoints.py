@@ -28,7 +28,7 @@ def answer(text: str = "2", finish_reason: str = "stop") -> dict[str, Any]:
     return {"choices": [{"text": text, "finish_reason": finish_reason}], "usage": {"completion_tokens": 4}}
 
 
-def test_completions_are_sent_the_same_token_ids_as_the_native_api_and_every_setting() -> None:
+def test_completions_get_the_native_apis_token_ids_and_every_setting() -> None:
     body = openai_body(prompt(), 0, SAMPLING, api="completions", model="m")
     assert body["prompt"] == [7, 8] and "messages" not in body
     said = {

@@ -157,7 +157,7 @@ def test_answers_that_miss_are_wrong(label: str, answer: str, tolerance: Toleran
 # ---------------------------------------------------------------------------------------------------------------- failures, disagreements
 
 
-def test_a_hanging_answer_is_wrong_and_counted_and_costs_its_limit_once_per_round() -> None:
+def test_a_hanging_answer_is_wrong_and_costs_its_limit_once_per_round() -> None:
     asked = problem("7")
     grader = MathGrader(style="boxed", timeout_s=2, workers=1)
     grades = grader.grade([asked] * 3, [boxed(HANGS, asked, 0), boxed(HANGS, asked, 1), boxed("14/2", asked, 2)])
@@ -231,7 +231,7 @@ class Counting:
     def close(self) -> None: ...
 
 
-def test_responses_are_graded_while_they_arrive_and_once_over_several_attempts(tmp_path: Path) -> None:
+def test_responses_are_graded_as_they_arrive_and_once_over_attempts(tmp_path: Path) -> None:
     problems = [problem("1", 0), problem("2", 1)]
     store = ResponseStore(tmp_path / "responses.jsonl")
     counting, seen = Counting(), []

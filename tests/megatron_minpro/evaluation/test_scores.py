@@ -52,7 +52,7 @@ def test_both_estimators_for_every_power_of_two_up_to_the_samples() -> None:
     assert counts((1,), samples=7).ks == [1, 2, 4]
 
 
-def test_the_average_weighs_benchmarks_alike_and_its_interval_adds_their_variances() -> None:
+def test_the_average_weighs_benchmarks_alike_and_adds_their_variances() -> None:
     small, large = counts((0, 4) * 50, name="small"), counts((2,) * 400, name="large")
     average = average_pass_at_1([small, large])
     assert average.mean == pytest.approx(0.5)
@@ -88,14 +88,14 @@ def test_table_2_is_made_of_its_three_benchmarks_and_needs_them_all() -> None:
     assert table_2("model", chosen[:3]) is None
 
 
-def test_the_interval_of_the_average_over_k_draws_the_same_problems_for_every_k() -> None:
+def test_the_average_over_k_draws_the_same_problems_for_every_k() -> None:
     """All or nothing of 100 problems: pass@k is the same for every k, so the average over k varies exactly as each of them."""
     curve = average_curves([counts((0, 4) * 50)])[0]
     assert (curve.over_k.low, curve.over_k.high) == pytest.approx((curve.by_k[1].low, curve.by_k[1].high))
     assert curve.over_k.high - curve.over_k.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
 
 
-def test_a_paired_difference_is_narrower_than_two_intervals_and_has_its_sign() -> None:
+def test_a_paired_difference_is_narrow_and_has_its_sign() -> None:
     first = counts((0, 1, 2, 3) * 25)
     second = counts((1, 2, 3, 4) * 25)
     by_key = {(item.estimator, item.k): item for item in differences(first, second)}

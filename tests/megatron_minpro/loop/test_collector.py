@@ -147,7 +147,7 @@ def test_what_people_read_is_in_the_order_of_the_samples() -> None:
         assert (result.reward, conversation.prompt.token_ids) == (sample.reward, tuple(sample.token_ids[:2].tolist()))
 
 
-def test_servers_are_asked_for_the_untruncated_policy_with_a_seed_of_the_step() -> None:
+def test_servers_are_asked_for_the_whole_policy_with_the_steps_seed() -> None:
     client = Client()
     collector = make_collector(client, SecondWord())
     collector.collect(0, policy_version=4)
@@ -191,7 +191,7 @@ def test_prompts_go_on_where_the_last_batch_ended() -> None:
 
 
 @pytest.mark.parametrize("failure", [WeightsMissing("all servers were restarted"), RolloutFailed("gave up")])
-def test_a_failed_call_asks_for_the_same_responses_again_and_loses_no_prompt(failure: Exception) -> None:
+def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exception) -> None:
     rewards = {f"p{i}": row for i, row in enumerate([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])}
     client, cursor = Client(), InOrder()
     client.fails_at = {2: failure}
@@ -264,7 +264,7 @@ def prompts_of(samples: Sequence[Any]) -> list[int]:
     return [int(sample.token_ids[0]) - 10 for sample in samples[::GROUP]]
 
 
-def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() -> None:
+def test_equal_groups_are_replaced_until_the_batch_is_full() -> None:
     sampled, client, cursor = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     assert [[request.prompt_token_ids[0] - 10 for request in requests[::GROUP]] for requests, _ in client.asked] == [[0, 1, 2], [3, 4], [5]]
     assert prompts_of(sampled.batch.samples) == [1, 4, 5] and prompts_of(sampled.dropped) == [0, 2, 3]
@@ -274,7 +274,7 @@ def test_equal_groups_are_replaced_by_further_prompts_until_the_batch_is_full() 
     assert [sample.advantage for sample in sampled.dropped] == [0.0] * 9
 
 
-def test_every_response_is_either_in_the_batch_or_dropped_and_has_a_name_and_a_seed_of_its_own() -> None:
+def test_every_response_is_kept_or_dropped_and_has_its_name_and_seed() -> None:
     sampled, client, _ = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     everything = [*sampled.batch.samples, *sampled.dropped]
     assert sorted(int(sample.sample_id.removeprefix("step7-")) for sample in everything) == list(range(18))
@@ -308,7 +308,7 @@ def test_a_full_first_round_is_the_batch_of_a_collector_without_the_option() -> 
     assert (content([dynamic.batch]), dynamic.dropped, client.asked) == (content([plain.batch]), (), plain_client.asked)
 
 
-def test_the_same_seed_gives_the_same_batches_and_a_resumed_cursor_the_next_ones() -> None:
+def test_the_same_seed_repeats_batches_and_a_cursor_gives_the_next() -> None:
     numbers = range(40)
     prompts = tuple(Prompt(prompt_id=f"p{i}", text=f"q{i}", token_ids=(10 + i, 7), answer=str(10 + i), source="test") for i in numbers)
     rewards = Scripted({f"p{i}": EQUAL if i % 3 else MIXED for i in numbers})

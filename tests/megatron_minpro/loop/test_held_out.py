@@ -96,7 +96,7 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_response(chain_token
     )
 
 
-def test_held_out_prompts_are_the_first_of_their_source_and_none_is_trained(chain_tokenizer: Any) -> None:
+def test_held_out_prompts_are_the_first_of_their_source_and_untrained(chain_tokenizer: Any) -> None:
     config = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml")
     prompts = held_out_prompts(config.evaluation, chain_tokenizer)
     assert len(prompts) == config.evaluation.num_prompts

@@ -19,7 +19,7 @@ def config(*overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", list(overrides))
 
 
-def test_a_logit_of_ten_explains_the_limit_of_bfloat16_and_not_that_of_float32() -> None:
+def test_a_logit_of_ten_explains_the_limit_of_bfloat16_alone() -> None:
     logits = torch.linspace(-10, 10, 1001, dtype=torch.float64)
     exact = logits.log_softmax(-1)
     rounded = {dtype: (logits.to(dtype).double().log_softmax(-1) - exact).abs().mean() for dtype in (torch.bfloat16, torch.float32)}
@@ -63,7 +63,7 @@ def test_a_mean_gap_beyond_rounding_stops_the_run(overrides: tuple[str, ...], me
     assert gap_warning(line, warned) is not None
 
 
-def test_a_line_of_metrics_without_a_finite_gap_is_warned_of_and_one_that_samples_nothing_is_not() -> None:
+def test_a_sampled_step_without_a_finite_gap_is_warned_of() -> None:
     assert "differ by nan" in str(gap_warning({"engine_logprob_gap/mean": None}, config()))
     assert gap_warning({"batch/tokens": 3.0}, config()) is None
 

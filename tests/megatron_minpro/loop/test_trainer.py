@@ -52,9 +52,7 @@ def test_behaviour_logprobs_are_those_of_the_weights_that_sampled(one_rank_group
     assert [seen for _, seen in diary.actor.trained] == [{-1 / 8}] * 6 + [{-3 / 8}] * 2
 
 
-def test_the_engines_own_logprobs_are_trained_when_the_configuration_says_so(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_the_engines_own_logprobs_are_trained_when_configured(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("behaviour_logprobs=engine"), one_rank_group, make_batch)
     train(diary.run)
     batch = make_batch(0, groups=4)
@@ -62,9 +60,7 @@ def test_the_engines_own_logprobs_are_trained_when_the_configuration_says_so(
     assert set().union(*(seen for _, seen in diary.actor.trained)) == expected
 
 
-def test_corrections_compare_the_server_with_the_trainer_at_sampling_time_and_leave_pi_old_alone(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_corrections_compare_server_and_trainer_and_leave_pi_old_alone(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     def run(*overrides: str) -> Diary:
         diary = Diary(small_config(*overrides), one_rank_group, make_batch)
         # The server says half the probability that the trainer says, and 16 times of it.
@@ -151,9 +147,7 @@ def test_scoring_under_other_weights_than_sampled_stops_the_run(one_rank_group: 
         train(diary.run)
 
 
-def test_a_stop_saves_after_the_current_step_and_the_next_attempt_ends_as_if_never_stopped(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_a_stop_saves_and_the_next_attempt_ends_as_if_never_stopped(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     whole = Diary(small_config(), one_rank_group, make_batch)
     train(whole.run)
 
@@ -198,9 +192,7 @@ def test_a_prolonged_run_ends_as_if_it_had_been_that_long_from_the_start(one_ran
     assert prolonged.actor.trained == whole.actor.trained[4:]
 
 
-def test_weights_that_no_server_holds_are_published_again_and_the_same_batch_is_asked_for_again(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_weights_that_no_server_holds_are_published_again(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     undisturbed = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
     train(undisturbed.run)
     diary = Diary(small_config("evaluation.every=4"), one_rank_group, make_batch)
@@ -216,9 +208,7 @@ def test_weights_that_no_server_holds_are_published_again_and_the_same_batch_is_
     assert diary.actor.trained == undisturbed.actor.trained
 
 
-def test_a_publish_that_no_server_took_is_made_up_for_when_the_next_batch_is_asked_for(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_a_publish_that_no_server_took_is_made_up_for(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("debug.check_weights=true"), one_rank_group, make_batch)
     diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8,) * 2}
     diary.driver.trouble = {4: WeightsMissing("no server holds it")}
@@ -235,7 +225,7 @@ def test_a_publish_that_no_server_took_is_made_up_for_when_the_next_batch_is_ask
 
 
 @pytest.mark.parametrize("trouble", ["no answer", "weights cannot be published"])
-def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint_of_the_last_step(
+def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint(
     trouble: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
 ) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch)
@@ -265,9 +255,7 @@ def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, m
     assert diary.lines[-2:] == [("save", 6), ("wait",)]
 
 
-def test_a_checkpoint_that_failed_in_the_background_ends_the_run_at_the_next_step_boundary(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_a_failed_background_checkpoint_ends_the_run_at_the_next_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch)
     diary.run.checkpoints.fails_at = 3  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"^no space$"):
@@ -275,9 +263,7 @@ def test_a_checkpoint_that_failed_in_the_background_ends_the_run_at_the_next_ste
     assert diary.lines[-1] == ("record", 3, 1)
 
 
-def test_held_out_prompts_are_measured_every_so_many_steps_but_not_at_the_end(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_held_out_prompts_are_measured_every_so_many_steps(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
     train(diary.run)
     measured = [line for line in diary.lines if line[0] == "evaluate"]
@@ -296,9 +282,7 @@ def test_weights_are_checked_after_every_publication_when_asked(one_rank_group: 
     assert published == [(what, [version]) for version in (2.0, 8.0) for what in ("publish", "check")]
 
 
-def test_a_gap_that_rounding_does_not_explain_ends_the_run_in_the_step_that_shows_it(
-    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
-) -> None:
+def test_a_gap_that_rounding_does_not_explain_ends_the_run(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("rollout.logprob_gap_action=stop"), one_rank_group, make_batch)
     diary.driver.fields = lambda version: {"engine_logprobs": (-(version + 1) / 8 + (0.01 if version else 0.0),) * 2}
     with pytest.raises(RuntimeError, match=r"differ by 0\.01 on average, rollout\.max_logprob_gap allows 0\.0001"):
@@ -355,7 +339,7 @@ def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
     )
 
 
-def test_the_loss_function_reads_the_objectives_streams_and_adds_the_entropy() -> None:
+def test_the_loss_reads_the_objectives_streams_and_adds_the_entropy() -> None:
     shard = SequenceShard.whole((3,))
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     tokens: dict[str, Any] = dict(

@@ -1,6 +1,6 @@
-"""Run by torchrun from test_sharded.py: four gloo ranks run every objective at cp 4 and at cp 2 x dp 2 and keep what came out.
+"""Run by rank_pool.py from test_sharded.py: four gloo ranks run every objective at cp 4 and at cp 2 x dp 2 and keep what came out.
 
-torchrun --nproc-per-node 4 sharded_ranks.py DIRECTORY
+Argument: the directory that holds input and output.
 """
 
 import math

@@ -62,7 +62,7 @@ def test_gradient_is_minus_weight_times_advantage_over_the_divisor(objective, ca
 
 
 @every_objective
-def test_correction_weights_multiply_weight_gradient_and_loss_of_each_token_and_nothing_else(objective, cases, run_objective) -> None:
+def test_correction_weights_multiply_weight_gradient_and_loss_alone(objective, cases, run_objective) -> None:
     plain, corrected = cases.random(2, 0.7), cases.random(2, 0.7).corrected()
     before, after = run_objective(objective, plain), run_objective(objective, corrected)
     for s, mask in enumerate(plain.masks):
@@ -262,6 +262,6 @@ def test_defaults_are_the_published_ones(name: str, defaults: dict) -> None:
     assert dict(make(name).options) == defaults
 
 
-def test_given_options_replace_defaults_and_two_objectives_need_the_whole_mini_batch() -> None:
+def test_given_options_replace_defaults_and_two_need_the_mini_batch() -> None:
     assert make_objective("minpro", clip_high=3.0).options["clip_high"] == 3.0
     assert [name for name in OBJECTIVES.known if make(name).needs_minibatch_statistics] == ["m2po", "prefix_filter"]

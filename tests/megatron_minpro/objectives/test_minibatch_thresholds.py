@@ -98,7 +98,7 @@ def test_m2po_within_the_budget_drops_nothing(cases, run_objective) -> None:
         assert run_objective(make_objective("m2po", rule=rule), case).metrics["clip/hard"][0] == 0
 
 
-def test_m2po_over_the_budget_everywhere_keeps_the_smallest_under_second_moment_all(cases, run_objective) -> None:
+def test_m2po_over_the_budget_everywhere_keeps_the_smallest(cases, run_objective) -> None:
     case = cases.of_ratios([3.0, 4.0, 5.0], 1.0)
     assert run_objective(make_objective("m2po", rule="paper"), case).weights[0].tolist() == [0.0, 0.0, 0.0]
     kept = run_objective(make_objective("m2po", rule="second_moment_all"), case).weights[0]

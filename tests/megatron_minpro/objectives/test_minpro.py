@@ -38,7 +38,7 @@ def test_a_lower_bound_acts_on_the_product(cases, check_objective) -> None:
     )
 
 
-def test_the_first_trained_token_has_its_own_ratio_even_behind_a_masked_prompt(cases, run_objective) -> None:
+def test_the_first_trained_token_has_its_own_ratio_behind_a_prompt(cases, run_objective) -> None:
     case = cases.of_ratios([0.1, 0.2, 2.0, 3.0])
     case.masks[0][:2] = False
     ran = run_objective(make_objective("minpro"), case)

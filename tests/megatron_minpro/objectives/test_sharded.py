@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.megatron_minpro.objectives.variants import VARIANTS, make
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.rank_pool import RankPool
 
 
 @pytest.mark.ranks
-def test_four_ranks_equal_one_for_every_objective(cases, run_objective, tmp_path: Path) -> None:
+def test_four_ranks_equal_one_for_every_objective(cases, run_objective, ranks: RankPool, tmp_path: Path) -> None:
     # Wide enough to clip, narrow enough that no token of this seed lies on a gate.
     case = cases.random(11, 0.6).corrected()
     torch.save(
         {name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks", "corrections")}, tmp_path / "case.pt"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = Path(__file__).with_name("sharded_ranks.py")
-    done = subprocess.run([*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-6000:]
+    ranks.run(Path(__file__).with_name("sharded_ranks.py"), tmp_path, world_size=4)
 
     for cp_size in (4, 2):
-        ranks = [torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True) for rank in range(4)]
+        outputs = [torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True) for rank in range(4)]
         for name in VARIANTS:
             expected = run_objective(make(name), case)
-            outs = [rank[name] for rank in ranks]
+            outs = [rank[name] for rank in outputs]
             # A sum of terms around 0.1 that nearly cancel: absolute in fp32.
             assert sum(out["loss"] for out in outs) == pytest.approx(expected.loss, rel=1e-5, abs=2e-7)
             assert all(out["collectives"] == ["all_gather_into_tensor"] for out in outs), "one in forward, none in backward"

@@ -61,7 +61,7 @@ def test_a_tiny_pass_rate_keeps_its_digits() -> None:
     assert bootstrap_pass_at_k(10**6, 1, 1) == pytest.approx(1e-6, rel=1e-14)
 
 
-def test_the_mean_is_taken_over_problems_even_when_their_sample_counts_differ() -> None:
+def test_the_mean_is_over_problems_also_when_sample_counts_differ() -> None:
     estimate = estimate_pass_at_k([4, 2], [1, 2], k=2, estimator="unbiased", seed=0)
     assert estimate.mean == pytest.approx((0.5 + 1.0) / 2)
     assert estimate.num_problems == 2

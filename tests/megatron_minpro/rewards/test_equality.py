@@ -193,7 +193,7 @@ def test_near_misses_are_wrong(pool: GraderPool, kind: str) -> None:
     assert [pair for pair in WRONG[kind] if judge(pool, "boxed", pair[0], f"So \\boxed{{{pair[1]}}}.")] == []
 
 
-def test_at_least_37_of_the_39_collected_cases_are_judged_as_a_person_would(pool: GraderPool, assets: Path) -> None:
+def test_at_least_37_of_39_collected_cases_are_judged_as_a_person_would(pool: GraderPool, assets: Path) -> None:
     with (assets / "cases/grading.jsonl").open(encoding="utf-8") as file:
         cases = [json.loads(line) for line in file]
     missed = [case for case in cases if judge(pool, case["style"], case["label"], case["response"]) is not case["right"]]

@@ -226,7 +226,7 @@ def test_results_come_back_in_order_with_several_workers() -> None:
     assert [result.correct for result in results] == [number % 3 != 0 for number in range(1, 41)]
 
 
-def test_a_hang_costs_its_time_limit_is_counted_and_the_next_answer_is_graded() -> None:
+def test_a_hang_costs_its_limit_and_the_next_answer_is_graded() -> None:
     reward = make_reward("math_verify", style="boxed", timeout_s=2)
     judged(reward, [prompt("\\pi")], ["\\boxed{\\pi}"], ["stop"])  # the worker is up
     start = time.monotonic()
@@ -306,7 +306,7 @@ def test_a_busy_worker_does_not_outlive_a_parent_that_was_killed() -> None:
         time.sleep(0.05)
 
 
-def test_the_real_labels_are_equal_to_themselves_and_rarely_to_their_neighbours(assets: Path, chain_tokenizer: Any) -> None:
+def test_the_real_labels_equal_themselves_and_rarely_their_neighbours(assets: Path, chain_tokenizer: Any) -> None:
     reward = make_reward("math_verify", style="boxed", timeout_s=20, workers=2)
     for name in ("aime24", "amc23", "math500", "minerva_math", "olympiadbench"):
         source, _ = load_prompts(

@@ -184,7 +184,7 @@ class Learner:
         return SimpleNamespace(loss=float(len(self.batches)))
 
 
-def test_the_warm_up_trains_the_responses_of_new_worked_examples_every_step(tmp_path: Path, chain_tokenizer: Any) -> None:
+def test_the_warm_up_trains_new_worked_examples_every_step(tmp_path: Path, chain_tokenizer: Any) -> None:
     noise = [f"model.warm_up.examples.{name}=0" for name in ("easy_error", "hard_error", "lazy", "garble")]
     config = tiny(tmp_path, "model.warm_up.num_steps=3", "model.warm_up.batch_size=4", "model.warm_up.learning_rate=0.5", *noise)
     learner, reports = Learner(), []

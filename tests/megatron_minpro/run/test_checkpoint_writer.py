@@ -75,7 +75,7 @@ def _write_three_times(rank: int, folder: str) -> None:
 
 
 @pytest.mark.ranks
-def test_a_disk_that_is_full_for_one_rank_is_raised_on_both_and_the_former_checkpoint_stays(tmp_path: Path) -> None:
+def test_a_disk_full_for_one_rank_is_raised_on_both(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     expected = (

@@ -135,7 +135,7 @@ def test_what_attempts_before_the_first_checkpoint_sampled_counts_as_lost(config
     assert (lost.read_text(), sampled.exists()) == ("128\n", False)
 
 
-def test_a_checkpoint_pointer_at_nothing_is_refused_before_anything_is_removed(config: RunConfig) -> None:
+def test_a_checkpoint_pointer_at_nothing_is_refused_first(config: RunConfig) -> None:
     launcher.prepare_run_folder(config, resume="auto")
     (config.run_dir / "metrics.jsonl").write_text("{}")
     (config.run_dir / "checkpoints").mkdir()

@@ -185,7 +185,7 @@ def test_a_run_without_waiting_batches_comes_back_empty(one_rank_group: dist.Pro
     assert load(save(tmp_path / "checkpoints", 1)).waiting == ()
 
 
-def test_a_waiting_batch_without_behaviour_logprobs_is_refused_and_leaves_no_checkpoint(
+def test_a_waiting_batch_without_behaviour_logprobs_is_refused(
     one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
     batch = make_batch(0)
@@ -239,7 +239,7 @@ def test_a_step_whose_checkpoint_is_the_newest_is_not_written_again(one_rank_gro
     assert (path / "run.json").stat().st_ino == before
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(
+def test_training_during_the_writing_of_a_checkpoint_changes_nothing(
     one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
     directory = tmp_path / "checkpoints"
@@ -260,7 +260,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(
     assert latest_checkpoint(directory) == directory / "step_000003"
 
 
-def test_a_background_failure_is_told_once_it_is_known_and_raised_by_the_next_save(
+def test_a_background_failure_is_told_and_raised_by_the_next_save(
     one_rank_group: dist.ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = writer(tmp_path / "checkpoints", one_rank_group)
@@ -321,9 +321,7 @@ def test_a_damaged_actor_checkpoint_is_refused_by_name(one_rank_group: dist.Proc
         load(path, actor=FakeActor(failure=KeyError("no such tensor")))
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_differ(
-    one_rank_group: dist.ProcessGroup, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused_by_its_keys(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", 1)
     for override, shown in (
         ("staleness=4", "staleness: 2 there, 4 here"),
@@ -336,9 +334,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_dif
         assert actor.policy_version == 0, "nothing is loaded"
 
 
-def test_a_checkpoint_of_another_model_under_the_same_path_is_refused_with_the_sizes_that_differ(
-    one_rank_group: dist.ProcessGroup, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused_by_its_sizes(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     moved = config(f"model.path={folder}")

@@ -58,12 +58,12 @@ def version_or_none(endpoint: str) -> str | None:
 
 
 @pytest.mark.servers
-def test_serve_announces_its_endpoints_restarts_a_killed_server_and_leaves_no_process_behind(model_folder: Path, tmp_path: Path) -> None:
+def test_serve_restarts_a_killed_server_and_leaves_no_process_behind(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "servers"
     command = [sys.executable, "-m", "megatron_minpro.cli", "serve", str(TINY), f"model.path={model_folder}", "--folder", str(folder)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while not (folder / "endpoints.json").exists():
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline, "no endpoints in time"
@@ -79,13 +79,13 @@ def test_serve_announces_its_endpoints_restarts_a_killed_server_and_leaves_no_pr
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, err) == (0, "")
     assert f"ready: {endpoint}" in out and "was ended by SIGKILL; restarting it (1 of at most 5 times)" in out
     assert not (folder / "endpoints.json").exists()
-    psutil.wait_procs(children, timeout=5)
+    psutil.wait_procs(children, timeout=30)
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
 
 

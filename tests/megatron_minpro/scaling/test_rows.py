@@ -69,7 +69,7 @@ def test_running_out_of_memory_is_told_from_other_failures() -> None:
     assert failure(RuntimeError("two\nlines"), rank=1) == {"status": "failed", "reason": "rank 1: RuntimeError: two lines"}
 
 
-def test_efficiency_is_throughput_per_rank_over_the_smallest_usable_layouts(tmp_path: Path) -> None:
+def test_efficiency_is_throughput_per_rank_over_the_smallest_layouts(tmp_path: Path) -> None:
     illegal = describe(case(8, 3, 16, "strong", problem="ep=3 does not divide"), SHAPE, TRAINING, SETTINGS, kind="measured")
     measurements = ((case(4, 4, 16, "strong"), 1.0), (case(2, 2, 16, "strong", "weak"), 1.0), (case(4, 4, 32, "weak"), 1.25))
     rows = [*(row(what, [seconds], peak_rss_gb=1.0, rss_before_gb=0.5) for what, seconds in measurements), illegal]

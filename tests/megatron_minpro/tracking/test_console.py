@@ -68,7 +68,7 @@ def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["trained 3/3"]
 
 
-def test_ratios_of_one_at_a_lag_are_warned_of_once_but_not_again_for_an_earlier_attempts_steps(tmp_path: Path) -> None:
+def test_ratios_of_one_at_a_lag_are_warned_of_once_over_attempts(tmp_path: Path) -> None:
     with MetricsFile(tmp_path) as file:
         for step in range(3):
             file.log(step, {**STEP, "ratio/unit": 1.0})

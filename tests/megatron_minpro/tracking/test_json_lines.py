@@ -31,7 +31,7 @@ def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_reading_continues_at_an_offset_and_leaves_a_line_that_is_being_written(tmp_path: Path) -> None:
+def test_reading_continues_at_an_offset_and_leaves_an_unfinished_line(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 0}\n{"a": 1}\n{"a":')
     ((first, _), (second, _)) = read_json_lines(path)

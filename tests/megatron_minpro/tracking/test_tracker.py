@@ -101,7 +101,7 @@ def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None
     }
 
 
-def test_a_metric_that_is_not_declared_ends_the_run_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_undeclared_metric_ends_the_run_before_anything_is_written(tmp_path: Path) -> None:
     tracker = tracker_of(tmp_path, TrackerConfig(name="tensorboard"))
     with pytest.raises(ValueError, match=r"^metric 'reward' is not declared"):
         tracker.log(0, {"reward": 1.0})

@@ -27,7 +27,7 @@ def packed(probs: torch.Tensor, lengths: list[int], experts_per_token: int) -> t
     return torch.zeros(len(lengths), probs.size(1)).index_add(0, sequence_id_T, chosen_TE), sequence_id_T
 
 
-def test_balanced_experts_cost_one_and_a_single_used_expert_costs_their_number() -> None:
+def test_balanced_experts_cost_one_and_a_single_expert_their_number() -> None:
     even = torch.eye(4)  # four tokens, one expert each, with certainty
     chosen_SE, ids = packed(even, [4], 1)
     lengths, weights = torch.tensor([4.0]), torch.tensor([1.0])

@@ -25,7 +25,7 @@ from parallel.layout import ParallelLayout
 from parallel.optimizer import inner_optimizers
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence
-from rollout.sglang.server import free_ports
+from rollout.ports import free_ports
 
 CHUNK_TOKENS = 64
 

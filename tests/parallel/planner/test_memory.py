@@ -64,7 +64,7 @@ CASES = [
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, int]]]:
     out = tmp_path_factory.mktemp("memory") / "measured.json"
     script = str(Path(__file__).with_name("memory_ranks.py"))
-    done = subprocess.run([sys.executable, script, str(out), json.dumps(CASES)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, script, str(out), json.dumps(CASES)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -88,7 +88,7 @@ def training_of(chosen: dict[str, Any]) -> Training:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("chosen", CASES, ids=lambda chosen: chosen["name"])
-def test_parameter_gradient_and_optimizer_bytes_are_those_of_real_actors_exactly(chosen: dict, measured: dict) -> None:
+def test_model_gradient_and_optimizer_bytes_are_those_of_real_actors(chosen: dict, measured: dict) -> None:
     shape = from_config(chosen["config"], name="tiny", source="tiny")
     layout, training = ParallelLayout(**chosen["layout"]), training_of(chosen)
     for rank, found in enumerate(measured[chosen["name"]]):

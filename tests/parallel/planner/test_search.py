@@ -29,7 +29,7 @@ PLAIN = Work(
 )
 
 
-def test_the_search_is_sorted_split_by_what_fits_and_holds_every_legal_layout_once() -> None:
+def test_the_search_is_sorted_and_holds_every_legal_layout_once() -> None:
     found = search(SHAPE, 16, TRAINING, H100, PLAIN)
     rates = [plan.time.tokens_per_s_per_gpu for plan in found.fitting]
     assert rates == sorted(rates, reverse=True)
@@ -64,7 +64,7 @@ def test_a_remedy_of_a_plan_that_does_not_fit_makes_it_fit() -> None:
     assert "actor.recompute=full" in [change for change, _ in found]
 
 
-def test_micro_batches_hold_whole_sequences_and_interleaving_rounds_them_up() -> None:
+def test_micro_batches_hold_whole_sequences_rounded_by_interleaving() -> None:
     work = replace(PLAIN, sequences=100, mean_tokens=1000, max_tokens=1000, micro_batch_tokens=4096)
     assert batch_of(work, ParallelLayout(world_size=4)).num_micro_batches == math.ceil(25 / 4)
     assert batch_of(work, ParallelLayout(world_size=16, pp=4, vpp=2)).num_micro_batches == 8
@@ -79,7 +79,7 @@ def test_a_step_of_staleness_hides_training_behind_sampling() -> None:
     assert (one.step_s, one.hidden_s) == (105, 70)
 
 
-def test_sampling_grows_with_length_and_shrinks_with_servers_and_batches_under_way() -> None:
+def test_sampling_grows_with_length_and_shrinks_with_servers() -> None:
     rollouts = Rollouts(sequences=2048, prompt_tokens=200, mean_tokens=3000, max_tokens=8192, servers=8, tp=2)
     base = sampling_seconds(SHAPE, H100, rollouts)
     assert sampling_seconds(SHAPE, H100, replace(rollouts, servers=16)) < base

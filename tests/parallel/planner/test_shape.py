@@ -77,7 +77,7 @@ def test_94_layers_on_32_chunks_count_embedding_and_head_as_layers() -> None:
     assert stages[0][0].embeds and stages[7][3].ends
 
 
-def test_a_model_is_found_by_its_published_name_or_refused_with_what_was_looked_for() -> None:
+def test_a_model_is_found_by_its_published_name_or_refused() -> None:
     assert find_shape("models/Qwen3-30B-A3B-Base", architecture=None) == shape_of("qwen3_30b_a3b")
     with pytest.raises(ValueError, match=r"models/Qwen3-31B does not exist.*--model-config"):
         find_shape("models/Qwen3-31B", architecture=None)

@@ -168,7 +168,7 @@ def test_update_that_leaves_a_tensor_out_is_refused_before_it_starts(
         sync.close()
 
 
-def test_responses_in_flight_survive_an_update_and_say_which_version_sampled_which_token(
+def test_responses_in_flight_survive_an_update_and_tell_their_versions(
     collective: CollectiveWeightSync, client: GenerationClient, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
     tensors = list(reference.checkpoint_tensors(base_model, tmp_path))
@@ -191,7 +191,7 @@ def test_responses_in_flight_survive_an_update_and_say_which_version_sampled_whi
         collective.publish(0, iter(tensors))
 
 
-def test_failed_step_leaves_the_server_paused_without_a_version_until_it_is_published_to_again(
+def test_a_failed_step_leaves_the_server_paused_without_a_version(
     server_pool: ServerPool, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
     [endpoint] = server_pool.endpoints
@@ -261,7 +261,7 @@ def test_dense_model_with_tied_embeddings_answers_and_takes_weights_alike(tmp_pa
         sync.close()
 
 
-def test_server_with_both_keys_generates_and_takes_weights_and_refuses_wrong_ones(
+def test_a_server_with_both_keys_works_and_refuses_wrong_ones(
     server_settings: ServerSettings, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
     (tmp_path / "api").write_text("api-key-of-the-test\n")

@@ -35,7 +35,7 @@ def test_buckets_hold_every_tensor_once_and_are_no_larger_than_asked() -> None:
     assert sizes == [140, 1200, 8, 160, 120], "only a tensor that is larger itself makes a larger bucket"
 
 
-def test_every_tensor_of_a_flat_bucket_starts_at_a_multiple_of_its_item_size() -> None:
+def test_every_tensor_of_a_flat_bucket_is_aligned_to_its_item_size() -> None:
     dtypes = [torch.bfloat16, torch.float32, torch.int8, torch.bfloat16, torch.float64, torch.float32]
     [bucket] = fill_buckets(((str(i), torch.zeros(3, dtype=dtype)) for i, dtype in enumerate(dtypes)), bucket_bytes=10_000)
     offset = 0
@@ -138,7 +138,7 @@ def disk_sync(tmp_path: Path, *endpoints: str) -> DiskWeightSync:
     return DiskWeightSync(endpoints, write_checkpoint=write, directory=tmp_path, timeout_s=20)
 
 
-def test_a_version_is_set_after_the_load_and_until_then_the_server_has_none(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_the_server_has_no_version_until_the_load_is_done(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub()
     assert disk_sync(tmp_path, server.endpoint).publish(4, iter(())) == (server.endpoint,)
     steps = ["pause_generation", "update_weight_version", "update_weights_from_disk", "update_weight_version", "continue_generation"]
@@ -148,9 +148,7 @@ def test_a_version_is_set_after_the_load_and_until_then_the_server_has_none(stub
 
 
 @pytest.mark.parametrize("step", ["pause_generation", "update_weights_from_disk", "continue_generation"])
-def test_a_void_publish_is_repeated_with_the_rest_and_the_next_version_tries_all(
-    stub: Callable[..., Stub], tmp_path: Path, step: str
-) -> None:
+def test_a_void_publish_is_repeated_and_the_next_version_tries_all(stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
     good, bad = stub(), stub(**{step: "refuse"})
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     with pytest.raises(WeightSyncFailed, match=rf"^policy version 1: no server took it: {bad.endpoint}/{step}: HTTP 400"):
@@ -165,7 +163,7 @@ def test_a_void_publish_is_repeated_with_the_rest_and_the_next_version_tries_all
     assert (good.version, bad.version, sync.num_restarts) == ("2", "2", 0)
 
 
-def test_a_void_publish_leaves_no_paused_server_with_a_version_that_is_asked_for(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_void_publish_leaves_no_paused_server_with_a_wanted_version(stub: Callable[..., Stub], tmp_path: Path) -> None:
     good, bad = stub(), stub()
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     sync.publish(1, iter(()))
@@ -176,9 +174,7 @@ def test_a_void_publish_leaves_no_paused_server_with_a_version_that_is_asked_for
     assert sync.publish(2, iter(())) == (good.endpoint,) and good.version == "2" and sync.num_restarts == 0
 
 
-def test_a_broadcast_that_does_not_begin_is_given_up_when_a_server_has_failed(
-    stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broadcast_is_given_up_when_a_server_failed_before_it(stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's first broadcast waits, without a time limit, until every server has begun it too."""
     server = stub(update_weights_from_distributed="refuse")
     forever = threading.Event()
@@ -192,7 +188,7 @@ def test_a_broadcast_that_does_not_begin_is_given_up_when_a_server_has_failed(
     forever.set()
 
 
-def test_a_server_that_dies_before_the_first_publish_is_checked_makes_it_void(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_death_before_the_first_publish_is_checked_makes_it_void(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(weights_checker="refuse")
     sync = disk_sync(tmp_path, server.endpoint)
     with pytest.raises(WeightSyncFailed, match=f"^cannot learn which parameters a server has: {server.endpoint}/weights_checker"):
@@ -262,9 +258,7 @@ def test_no_endpoints_are_refused() -> None:
         CollectiveWeightSync([])
 
 
-def test_failed_publish_does_not_wait_for_a_server_that_hangs_and_lets_the_process_exit(
-    refusing_server: str, stub: Callable[..., Stub], tmp_path: Path
-) -> None:
+def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, stub: Callable[..., Stub], tmp_path: Path) -> None:
     code = f"""
         import time
         from pathlib import Path

@@ -43,7 +43,7 @@ def test_permuted_moves_things_and_differs_between_keys() -> None:
     assert sum(index == value for index, value in enumerate(first)) < 20
 
 
-def test_the_splits_together_are_all_chains_and_never_overlap_whatever_the_seeds(chain_tokenizer: Any) -> None:
+def test_the_splits_are_all_chains_and_never_overlap(chain_tokenizer: Any) -> None:
     kind = {"num_operations": 2, "modulus": 3}  # 3^3 * 3^2 = 243 chains, 243 // 16 = 15 held out
     train = ArithmeticChains(chain_tokenizer, **kind, size=228, seed=1, split="train")
     held_out = ArithmeticChains(chain_tokenizer, **kind, size=15, seed=99, split="held_out")
@@ -91,7 +91,7 @@ def test_a_loop_over_the_source_ends(chain_tokenizer: Any) -> None:
     assert len(list(chains)) == 7
 
 
-def test_a_larger_modulus_gets_its_numbers_and_a_vocabulary_divisible_by_eight(tmp_path: Path) -> None:
+def test_a_larger_modulus_gets_its_numbers_and_a_vocabulary_of_eights(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(tmp_path, modulus=13)
     assert len(tokenizer) % 8 == 0
     prompts = ArithmeticChains(tokenizer, num_operations=4, modulus=13, size=50, seed=0, split="held_out").prompts(range(50))

@@ -89,7 +89,7 @@ def test_seeded_uniform_is_uniform_over_neighbouring_seeds_and_positions() -> No
 
 
 @pytest.mark.parametrize("vocab_size", [6, 1000], ids=["one block", "four blocks"])
-def test_seeded_multinomial_draws_by_probability_and_never_an_excluded_token(vocab_size: int) -> None:
+def test_seeded_draws_follow_the_probabilities_and_exclude_tokens(vocab_size: int) -> None:
     num_draws = 50_000
     weights = torch.zeros(vocab_size)
     places = torch.tensor([1, vocab_size // 2, vocab_size - 2])
