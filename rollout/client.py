@@ -102,6 +102,7 @@ class GenerationClient:
         self._arrived: _Arrived | None = None
         self._num_retries = 0
         self._servers_used: set[str] = set()
+        self._last_response_at: dict[str, float] = {}  # by server, in the latest session
 
     def generate(
         self,
@@ -150,9 +151,16 @@ class GenerationClient:
         if policy_version is None or arrived is None or (arrived.policy_version, arrived.sampling) != (policy_version, sampling):
             arrived = _Arrived(policy_version, sampling)
         self._arrived = None if policy_version is None else arrived
+        self._last_response_at = {}
         async with self._connections() as http:
             yield self._open(http, arrived, one_at_a_time=self.samples_per_call is None)
         self._arrived = None
+
+    @property
+    def tail_s(self) -> float:
+        """Of the last session: from the moment the first server had given its last response to the last response of all."""
+        ends = self._last_response_at.values()
+        return max(ends, default=0.0) - min(ends, default=0.0)
 
     def take_report(self) -> dict[str, float]:
         """Since the last report: servers/used (that gave at least one response) and servers/retries (requests that were sent again)."""
@@ -312,6 +320,7 @@ class GenerationSession:
                 again.append(request)
             else:
                 self.client._servers_used.add(endpoint)
+                self.client._last_response_at[endpoint] = time.monotonic()
                 del self.first_sent[request]
                 self.failures.pop(request, None)
                 keep(request, generation)

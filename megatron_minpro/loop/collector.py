@@ -122,7 +122,7 @@ class Collector:
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=rounds,
             equal_groups=equal_groups,
-            servers=self._responder.client.take_report(),
+            servers={**self._responder.client.take_report(), "time/tail": self._responder.client.tail_s},
         )
 
     def _missing_groups(self, groups: Sequence[Sequence[tuple[str, Judged]]], rounds: int) -> int:

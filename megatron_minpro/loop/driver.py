@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ class RunDriver:
     trained_batches: int = 0
     published_to: tuple[str, ...] = ()
     restarts_reported: int = 0
-    held_cursor: dict[str, Any] | None = None
+    held_cursor: dict[str, Any] | None = None  # set while a batch is sampled beside the trainer
+    phase: str = "sample"  # what the trainer does, and the servers with it unless they have an activity of their own
+    beside: str = ""  # what the servers do meanwhile
+    telling: threading.Lock = field(default_factory=threading.Lock)
 
     def hold_cursor(self) -> None:
         """A batch is about to be sampled in another thread: a checkpoint that is made meanwhile draws its prompts again."""
@@ -63,14 +68,13 @@ class RunDriver:
 
     def collect(self, step: int, *, policy_version: int) -> Collected:
         """The batch of one global step; kept for people to read. Raises what the client raises."""
-        self.heartbeat("sample" if self.held_cursor is None else "sample and train")
-        collected = self.collector.collect(step, policy_version=policy_version)
+        with self._activity("sample"):
+            collected = self.collector.collect(step, policy_version=policy_version)
         restarts = self.weight_sync.num_restarts - self.restarts_reported
         self.restarts_reported += restarts
         collected = replace(collected, servers={**collected.servers, "servers/restarts": float(restarts)})
         if self.rollouts is not None:
             self.rollouts.write(step, _records(collected))
-        self.heartbeat("update")
         return collected
 
     def count_sampled(self, rollouts_sampled: int) -> None:
@@ -110,15 +114,15 @@ class RunDriver:
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         """Measure held-out pass@k, keep it as evaluation_<label>.json."""
         assert self.config.evaluation is not None
-        self.heartbeat(f"evaluation {label}")
-        result = held_out.measure(
-            self.held_out_prompts,
-            self.config.evaluation,
-            responder=self.responder,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            seed=self.config.seed,
-            policy_version=policy_version,
-        )
+        with self._activity(f"evaluation {label}"):
+            result = held_out.measure(
+                self.held_out_prompts,
+                self.config.evaluation,
+                responder=self.responder,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                seed=self.config.seed,
+                policy_version=policy_version,
+            )
         write_atomically(
             self.run_dir / f"evaluation_{label}.json", json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"
         )
@@ -126,8 +130,31 @@ class RunDriver:
         return result
 
     def heartbeat(self, phase: str) -> None:
-        """Tell the console what goes on."""
-        write_progress(self.run_dir, Progress(phase=phase, global_step=self.trained_batches))
+        """Tell the console what the trainer does."""
+        with self.telling:  # one thread trains, another samples
+            self.phase = phase
+            self._tell()
+
+    @contextmanager
+    def _activity(self, name: str) -> Iterator[None]:
+        """The servers do something: beside the trainer, or while it waits."""
+        if self.held_cursor is None:
+            self.heartbeat(name)
+            yield
+            return
+        self._tell_beside(name)
+        try:
+            yield
+        finally:
+            self._tell_beside("")
+
+    def _tell_beside(self, name: str) -> None:
+        with self.telling:
+            self.beside = name
+            self._tell()
+
+    def _tell(self) -> None:
+        write_progress(self.run_dir, Progress(phase=self.phase, global_step=self.trained_batches, beside=self.beside))
 
 
 def _records(collected: Collected) -> list[RolloutRecord]:

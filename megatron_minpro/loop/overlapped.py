@@ -55,8 +55,8 @@ class SamplingTask:
         self.step = step
         self.policy_version = policy_version
         self.seconds = 0.0  # of sampling, once the batch is there
+        self.evaluation_s: float | None = None  # of the held-out measurement, where one was due
         self._evaluation = run.evaluation_label(step)
-        self._counters = run.counters
         self._future: Future[Collected] | None = None
         if run.driver is not None:
             run.driver.hold_cursor()
@@ -81,7 +81,7 @@ class SamplingTask:
         if self._evaluation is not None:
             driver.evaluate(self._evaluation, policy_version=self.policy_version)
             self._evaluation = None  # measured: a second attempt at the batch does not repeat it
-            self._counters.add_seconds("evaluate", time.perf_counter() - start)
+            self.evaluation_s = time.perf_counter() - start
             start = time.perf_counter()
         collected = driver.collect(self.step, policy_version=self.policy_version)
         self.seconds = time.perf_counter() - start
@@ -110,7 +110,7 @@ def train_overlapped(run: TrainingRun) -> bool:
     while True:
         step = run.counters.next_step
         done, stopping = step == run.last_step, stop_requested(run)
-        timer = PhaseTimer()
+        timer = run.timer()
         task = None
         if step < run.config.num_global_steps and not stopping:
             run.at_step(step)
@@ -162,6 +162,8 @@ def receive(run: TrainingRun, task: SamplingTask, timer: PhaseTimer, metrics: di
     with timer("wait"):
         collected = task.join(run)
     timer.seconds["sample"] = task.seconds
+    if task.evaluation_s is not None:
+        timer.seconds["evaluate"] = task.evaluation_s
     return take_in(run, collected, timer, metrics)
 
 
@@ -180,7 +182,7 @@ def complete_half_step(run: TrainingRun, half_step: HalfStep) -> None:
     Raises ServersFailed, with `half_step` set again.
     """
     assert run.actor.kept_version is not None
-    timer, metrics, step = PhaseTimer(), dict(half_step.metrics), run.counters.next_step
+    timer, metrics, step = run.timer(), dict(half_step.metrics), run.counters.next_step
     timer.seconds |= half_step.seconds
     try:
         batch = receive(run, SamplingTask(run, step, policy_version=run.actor.kept_version), timer, metrics)

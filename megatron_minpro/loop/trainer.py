@@ -21,6 +21,7 @@ from megatron_minpro.batch.staleness import StalenessBuffer, expected_lag
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.idle import idle_metrics
 from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap, gap_warning
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
@@ -53,6 +54,7 @@ class Driver(Protocol):
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
     def hold_cursor(self) -> None: ...  # a checkpoint that is made from now on draws the prompts of the batch under way again
     def release_cursor(self) -> None: ...
+    def heartbeat(self, phase: str) -> None: ...  # what the trainer does now
     def count_sampled(self, rollouts_sampled: int) -> None: ...  # so far, over all attempts
 
 
@@ -85,6 +87,10 @@ class TrainingRun:
         """The global step at which nothing is left to train."""
         return self.config.num_global_steps + self.config.staleness
 
+    def timer(self) -> PhaseTimer:
+        """The clock of a global step that begins now. Rank 0 tells the console of each phase."""
+        return PhaseTimer(_say_nothing if self.driver is None else self.driver.heartbeat)
+
     def evaluation_label(self, step: int) -> str | None:
         """The name of the held-out measurement that is due before global step `step`; None where none is."""
         every = 0 if self.config.evaluation is None else self.config.evaluation.every
@@ -109,7 +115,7 @@ def train_serially(run: TrainingRun) -> bool:
     while counters.next_step < run.last_step:
         step = counters.next_step
         run.at_step(step)
-        timer = PhaseTimer()
+        timer = run.timer()
         metrics: dict[str, float] = {}
         if step < config.num_global_steps:
             batch = collect(run, step, timer, metrics)
@@ -342,6 +348,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer
         "total/rollouts_dropped": counters.rollouts_dropped,
         "time/step": seconds,
         "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
+        **idle_metrics(timer.seconds, wall_s=seconds, overlapped=run.config.effective_schedule == "overlapped"),
     }
     for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
         if warning is not None and kind not in run.reported:
@@ -402,11 +409,17 @@ def share(run: TrainingRun, value: T | None) -> Any:
     return box[0]
 
 
+def _say_nothing(phase: str) -> None:
+    """Where nobody is told."""
+
+
 class PhaseTimer:
     """Wall seconds of one step, and of its phases. Phases may overlap: their sum is no time."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """tell: called with the name of each phase when it begins."""
         self.seconds: dict[str, float] = {}
+        self._tell = tell
         self._started_at = time.perf_counter()
         self._wall_s: float | None = None
 
@@ -426,6 +439,7 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._tell(phase)
         with torch.profiler.record_function(phase):
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

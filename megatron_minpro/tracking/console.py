@@ -21,7 +21,7 @@ from rich.text import Text
 from megatron_minpro.tracking.json_lines import read_json_lines
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.metrics_table import HEADLINE
-from megatron_minpro.tracking.progress import ENDED_PHASES, Progress, read_progress
+from megatron_minpro.tracking.progress import ENDED_PHASES, WAIT, Progress, read_progress
 
 Metrics = Mapping[str, float | None]
 
@@ -48,6 +48,7 @@ COLUMNS = (
     Column("tokens/s", ("throughput/tokens_per_second",), ",.0f"),
 )
 STEP_PHASES = ("sample", "reward", "score", "update", "sync")
+_IDLE = (("trainer", f"time/{WAIT}"), ("servers", "time/idle_servers"))
 _NUM_RECENT = 20  # steps that the time left is estimated from
 _LONG_PHASE_S = 60.0  # from then on the place of the logs is shown
 
@@ -102,7 +103,7 @@ class Console:
         self._latest: dict[str, float | None] = {}
         self._steps_done = 0
         self._step_seconds: list[float] = []
-        self._last_phase: str | None = None
+        self._last_activities: tuple[str, ...] = ()
         self._alarms = list(alarms)
         self._started_at = time.monotonic()
         self._live: Live | None = None
@@ -132,10 +133,12 @@ class Console:
         progress = read_progress(self._run_dir)
         if self._live is not None:
             self._live.update(self._render(progress))
-        elif progress is not None and progress.phase != self._last_phase and progress.phase not in STEP_PHASES:
-            self.log(f"{self._name}: {progress.phase}")  # the phases of a step are in the step's line
+        elif progress is not None:
+            for activity in progress.activities:
+                if activity not in (*self._last_activities, *STEP_PHASES, WAIT):  # the phases of a step are in the step's line
+                    self.log(f"{self._name}: {activity}")
         if progress is not None:
-            self._last_phase = progress.phase
+            self._last_activities = progress.activities
 
     def _take(self, line: dict[str, float | None]) -> None:
         step = int(line["global_step"] or 0)
@@ -158,7 +161,7 @@ class Console:
         parts = [f"trained {self._steps_done}/{self._num_global_steps}"]
         parts += [f"{column.label} {column.text(line)}" for column in COLUMNS]
         parts.append(f"lag {_lag(line)}")
-        parts += [f"{phase} {seconds:.1f}s" for phase, seconds in _phases(line).items()]
+        parts += _phases(line)
         parts.append(f"{_clock(self._seconds_left())} left")
         return "  ".join(parts)
 
@@ -168,7 +171,7 @@ class Console:
         return (self._num_global_steps - self._steps_done) * sum(self._step_seconds) / len(self._step_seconds)
 
     def _render(self, progress: Progress | None, *, failed: bool = False) -> Group:
-        phase = "starting" if progress is None else f"{progress.phase} {progress.detail}".strip()
+        phase = "starting" if progress is None else f"{' and '.join(progress.activities)} {progress.detail}".strip()
         if failed and phase not in ENDED_PHASES:
             phase = f"ended while: {phase}"
         head = Table.grid(padding=(0, 2))
@@ -190,7 +193,7 @@ class Console:
             rows.append(numbers)
             phases = _phases(self._latest)
             if phases:
-                rows.append(Text("  ".join(f"{phase} {seconds:.1f}s" for phase, seconds in phases.items()), style="dim"))
+                rows.append(Text("  ".join(phases), style="dim"))
         return Group(*rows)
 
 
@@ -199,10 +202,13 @@ def _lag(line: Metrics) -> str:
     return "-" if low is None or high is None else f"{low:.0f}-{high:.0f}"
 
 
-def _phases(line: Metrics) -> dict[str, float]:
-    """Phase -> seconds, the whole step left out."""
-    found = {key.removeprefix("time/"): value for key, value in line.items() if key.startswith("time/") and key != "time/step"}
-    return {phase: seconds for phase, seconds in found.items() if seconds is not None}
+def _phases(line: Metrics) -> list[str]:
+    """Seconds of each phase, then the shares of the step in which trainer and servers are idle."""
+    times = ((phase, line.get(f"time/{phase}")) for phase in STEP_PHASES)
+    parts = [f"{phase} {seconds:.1f}s" for phase, seconds in times if seconds is not None]
+    step, idle = line.get("time/step"), [(who, line.get(name)) for who, name in _IDLE]
+    shares = [f"{who} {seconds / step:.0%}" for who, seconds in idle if seconds is not None and step]
+    return [*parts, f"idle: {', '.join(shares)}"] if shares else parts
 
 
 def _clock(seconds: float | None) -> str:

@@ -64,6 +64,7 @@ _TRAINER = "loop/trainer.py"
 _OBJECTIVES = "objectives/metrics.py"
 _CORRECTIONS = "objectives/corrections.py"
 _SERVERS = "rollout/client.py"
+_IDLE = "loop/idle.py"
 
 METRICS: tuple[Metric, ...] = (
     _metric("reward/trained", "reward", Combined.BATCH_MEAN, _TRAINER, "mean reward of the batch trained in this step; the headline curve"),
@@ -170,7 +171,18 @@ METRICS: tuple[Metric, ...] = (
     _metric("time/score", "s", Combined.WALL, _TRAINER, "log-probs under the weights that sampled, corrections included"),
     _metric("time/update", "s", Combined.WALL, _TRAINER, "optimizer steps"),
     _metric("time/sync", "s", Combined.WALL, _TRAINER, "new weights into the servers"),
-    _metric("time/wait", "s", Combined.WALL, "loop/overlapped.py", "the trainer has nothing to do and waits for the batch under way"),
+    _metric(
+        "time/evaluate", "s", Combined.WALL, "loop/overlapped.py", "held-out measurement beside training; under schedule: overlapped alone"
+    ),
+    _metric("time/wait", "s", Combined.WALL, _IDLE, "the trainer has nothing to do and waits for the batch under way"),
+    _metric("time/idle_servers", "s", Combined.WALL, _IDLE, "the servers sample nothing"),
+    _metric(
+        "time/tail",
+        "s",
+        Combined.WALL,
+        _SERVERS,
+        "from the moment the first server has given its last response to the last response of all, in the last round of sampling",
+    ),
     _metric("time/step", "s", Combined.WALL, _TRAINER, "wall time of the whole step; phases overlap under schedule: overlapped"),
     _metric(
         "throughput/tokens_per_second",
@@ -178,6 +190,14 @@ METRICS: tuple[Metric, ...] = (
         Combined.DERIVED,
         _TRAINER,
         "batch/tokens / time/step: a response token counts once, in the step that trains it",
+    ),
+    _metric(
+        "throughput/overlap_efficiency",
+        "fraction",
+        Combined.DERIVED,
+        _IDLE,
+        "(max(time/sample + time/reward, time/score + time/update) + time/sync) / time/step, under schedule: overlapped: 1 when nothing "
+        "but the longer side takes time",
     ),
 )
 

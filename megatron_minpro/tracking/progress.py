@@ -12,6 +12,7 @@ from checkpoints_convert.atomic_files import write_atomically
 PROGRESS_FILE = "progress.json"
 DONE, STOPPED = "done", "stopped"  # phases of a run that has ended
 ENDED_PHASES = (DONE, STOPPED)
+WAIT = "wait"  # the trainer's phase while it has nothing to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,13 @@ class Progress:
     phase: str  # base model, starting servers and ranks, evaluation before, sample, update, export, done, ...
     global_step: int  # batches trained so far
     detail: str = ""  # a remark beside the phase, such as "1,200 of 1,600 steps"
+    beside: str = ""  # what the servers do at the same time
     updated_at: float = 0.0  # seconds since the epoch; write_progress fills it in
+
+    @property
+    def activities(self) -> tuple[str, ...]:
+        """What goes on at the same time. A trainer that waits for the servers does nothing."""
+        return tuple(name for name in (self.beside, self.phase) if name and (name != WAIT or not self.beside))
 
 
 def write_progress(run_dir: str | Path, progress: Progress) -> None:

@@ -358,6 +358,19 @@ def test_only_servers_that_hold_the_wanted_weights_are_asked(stub: Callable[[Ans
     assert client.take_report() == {"servers/used": 0.0, "servers/retries": 0.0}
 
 
+def test_the_tail_is_the_time_between_the_first_server_to_finish_and_the_last(stub: Callable[[Answer], Stub]) -> None:
+    def late(body: dict[str, Any]) -> tuple[int, object]:
+        time.sleep(0.3)
+        return all_good(body)
+
+    client = make_client(stub(all_good), stub(late))
+    assert client.tail_s == 0.0
+    client.generate(REQUESTS, SAMPLING, num_samples=1)
+    assert 0.2 < client.tail_s < 30
+    client.generate(REQUESTS[:1], SAMPLING, num_samples=1)  # one server alone has none
+    assert client.tail_s == 0.0
+
+
 def test_without_a_server_with_the_weights_nobody_is_asked(stub: Callable[[Answer], Stub]) -> None:
     servers = [holding(stub, 3), stub(all_good)]
     with pytest.raises(WeightsMissing, match=rf"^no server holds policy version 4: {servers[0].endpoint} has '3'$"):

@@ -101,6 +101,7 @@ class FakeDriver:
         self.num_dropped = 0  # samples of every batch that go to the dropped ones
         self.asked = self.published = 0
         self.cursor_is_held = False
+        self.phases: list[str] = []
         self.sampled: dict[int, int] = {}  # responses counted, by the number of metrics lines written until then
         self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
         self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
@@ -122,6 +123,9 @@ class FakeDriver:
 
     def release_cursor(self) -> None:
         self.cursor_is_held = False
+
+    def heartbeat(self, phase: str) -> None:
+        self.phases.append(phase)
 
     def count_sampled(self, rollouts_sampled: int) -> None:
         self.sampled[len(self.lines)] = rollouts_sampled

@@ -37,6 +37,7 @@ class Client:
     """Response j of a request is its first prompt token, then j, then the end; sampled under `version`."""
 
     samples_per_call = None
+    tail_s = 0.25
 
     def __init__(self, version: int | tuple[int, int] = 4) -> None:
         self.versions = (version, version) if isinstance(version, int) else version
@@ -209,7 +210,7 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     assert sampled.judged == undisturbed.judged and cursor.position == end.position
     assert client.asked[:2] == client.asked[2:4]
-    assert sampled.servers == {"servers/used": 5.0}
+    assert sampled.servers == {"servers/used": 5.0, "time/tail": 0.25}
 
 
 # ------------------------------------------------------------------------------------------------------------ dynamic sampling

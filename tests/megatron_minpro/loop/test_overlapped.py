@@ -163,6 +163,12 @@ def test_any_other_error_of_the_sampling_thread_reaches_the_loop(one_rank_group:
         train(diary.run)
 
 
+def test_the_console_is_told_what_the_trainer_does(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config("staleness=1", "num_global_steps=2"), one_rank_group, make_batch)
+    train(diary.run)
+    assert diary.driver.phases == ["wait", "score", "update", "wait", "score", "update", "sync"]
+
+
 def test_a_batch_is_counted_before_its_line_of_metrics_is_written(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch)
     train(diary.run)

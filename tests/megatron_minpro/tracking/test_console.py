@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.tracking.console import Console, MetricsTail
 from megatron_minpro.tracking.metrics_file import MetricsFile
-from megatron_minpro.tracking.progress import DONE, Progress, write_progress
+from megatron_minpro.tracking.progress import DONE, WAIT, Progress, write_progress
 
 STEP = {
     "reward/trained": 0.3125,
@@ -56,6 +56,30 @@ def test_without_a_terminal_a_phase_outside_the_steps_is_told_once(tmp_path: Pat
             write_progress(tmp_path, Progress(phase=phase, global_step=0))
             console.refresh()
     assert out.getvalue().splitlines() == ["run: base model", "run: starting servers"]
+
+
+def test_a_step_that_knows_them_shows_the_idle_shares_of_trainer_and_servers(tmp_path: Path) -> None:
+    rich, out = plain()
+    idle = {"time/wait": 1.5, "time/idle_servers": 0.5, "time/step": 2.0, "time/tail": 9.0}
+    with MetricsFile(tmp_path) as file, Console(tmp_path, num_global_steps=2, name="run", out=rich):
+        file.log(1, {**STEP, **idle, "total/batches_trained": 1})
+    assert out.getvalue().endswith("lag 32-47  sample 2.0s  update 1.0s  idle: trainer 75%, servers 25%  0:02 left\n")
+
+
+def test_two_activities_at_once_are_both_shown(tmp_path: Path) -> None:
+    rich, out = plain()
+    shown = io.StringIO()
+    terminal = RichConsole(file=shown, force_terminal=True, width=140)
+    with Console(tmp_path, num_global_steps=2, name="run", out=rich) as console:
+        for phase in ("update", WAIT, "sync"):
+            write_progress(tmp_path, Progress(phase=phase, global_step=0, beside="evaluation step_000002"))
+            console.refresh()
+    assert out.getvalue().splitlines() == ["run: evaluation step_000002"]
+    write_progress(tmp_path, Progress(phase="update", global_step=0, beside="sample"))
+    with Console(tmp_path, num_global_steps=2, name="run", out=terminal):
+        pass
+    assert "sample and update" in shown.getvalue()
+    assert Progress(phase=WAIT, global_step=0, beside="sample").activities == ("sample",)
 
 
 def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
