@@ -64,6 +64,8 @@ def test_a_dry_run_shows_what_would_be_sampled_and_leaves_nothing(
         ([], "CHECKPOINT is missing"),
         (["{model}", "--benchmarks", "{own}"], "--out is missing"),
         (["{model}", "--out", "x"], "--benchmarks: nothing is named"),
+        (["{model}", "--benchmarks", "absent.jsonl", "--out", "x"], "--benchmarks = 'absent.jsonl': no such file"),
+        (["{model}", "--benchmarks", "data/rows.csv", "--out", "x"], "--benchmarks = 'data/rows.csv': .csv is not read"),
         (["nowhere", "--benchmarks", "{own}", "--out", "x"], "nowhere: no such file or folder"),
         (["/", "--benchmarks", "{own}", "--out", "x"], "/: holds no config.json, expected a Hugging Face or a Megatron checkpoint"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--top-p", "0"], "top_p is 0.0"),
