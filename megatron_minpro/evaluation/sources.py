@@ -15,6 +15,7 @@ from megatron_minpro.evaluation.request import Serving
 from parallel.capabilities import detect
 from rollout.client import GenerationClient
 from rollout.sglang.server import ServerPool, ServerSettings, read_key
+from rollout.weights.loaded import check_pool
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def _own_servers(plan: Plan, *, announce: Callable[[str], None]) -> ServerPool:
         log_dir=logs,
         start_timeout_s=request.serving.start_timeout_s,
     )
-    pool.check_weights()
+    check_pool(pool)
     return pool
 
 

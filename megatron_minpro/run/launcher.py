@@ -46,6 +46,7 @@ from parallel.capabilities import detect
 from rollout.loopback import is_loopback
 from rollout.processes import ManagedProcess
 from rollout.sglang.server import ServerPool
+from rollout.weights.loaded import check_pool
 
 _REFRESH_S = 0.3
 _FULL_DISK_BYTES = 1 << 20
@@ -177,7 +178,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
             pool.wait_until_ready(
                 config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)
             )
-            pool.check_weights()
+            check_pool(pool)
         endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
         if pool is not None:

@@ -16,6 +16,7 @@ from megatron_minpro.run.run_folder import ENDPOINTS_FILE
 from parallel.capabilities import detect
 from rollout.sglang.server import ServerPool, ServerSettings, check_port_free
 from rollout.supervisor import Supervisor
+from rollout.weights.loaded import check_pool
 
 _CHECK_EVERY_S = 1.0
 
@@ -89,7 +90,7 @@ def serve(config: RunConfig, *, folder: Path, announce: Callable[[str], None]) -
     with ServerPool.launch(settings, num_servers=rollout.servers, log_dir=folder, base_port=rollout.base_port) as pool:
         try:
             pool.wait_until_ready(rollout.start_timeout_s)
-            pool.check_weights()
+            check_pool(pool)
             write_atomically(path, json.dumps(pool.endpoints) + "\n")
             announce(f"ready: {' '.join(pool.endpoints)} (Ctrl-C ends them)")
             with closing(supervise(config, pool, announce=announce)) as supervisor:

@@ -267,25 +267,6 @@ class ServerPool:
             self.stop()
             raise
 
-    def check_weights(self) -> None:
-        """Prove that every server holds the weights of its model folder. Raises ChecksumMismatch, with all servers ended."""
-        from rollout.weights.loaded import check_loaded  # here: with torch, which starting a server needs not
-
-        settings = self.settings
-        try:
-            for endpoint in self.endpoints:
-                check_loaded(
-                    endpoint,
-                    settings.model_path,
-                    dtype=settings.dtype,
-                    exact=settings.device == "cpu" and settings.tp == 1,
-                    api_key=settings.api_key,
-                    admin_key=settings.admin_key,
-                )
-        except BaseException:
-            self.stop()
-            raise
-
     def restart(self, index: int, *, start_timeout_s: float) -> None:
         """End what is left of server `index` and start it again on the same port, with the weights of the model folder.
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rollout.sglang import control as sglang_control
+from rollout.sglang.server import ServerPool
 from rollout.weights.checksums import ChecksumMismatch, expected_checksums, server_checksums
 
 # Tensors that a server keeps as they are in the folder.
@@ -18,6 +19,24 @@ _COMPARED = ("self_attn.o_proj.weight", "model.norm.weight")
 _COMPARABLE_MODELS = ("qwen3", "qwen3_moe")
 _MOST = 4
 _TIMEOUT_S = 120.0
+
+
+def check_pool(pool: ServerPool) -> None:
+    """Prove that every server holds the weights of its model folder. Raises ChecksumMismatch, with all servers ended."""
+    settings = pool.settings
+    try:
+        for endpoint in pool.endpoints:
+            check_loaded(
+                endpoint,
+                settings.model_path,
+                dtype=settings.dtype,
+                exact=settings.device == "cpu" and settings.tp == 1,
+                api_key=settings.api_key,
+                admin_key=settings.admin_key,
+            )
+    except BaseException:
+        pool.stop()
+        raise
 
 
 def check_loaded(endpoint: str, folder: Path, *, dtype: str, exact: bool, api_key: str | None = None, admin_key: str | None = None) -> None:
