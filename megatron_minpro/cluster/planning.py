@@ -10,6 +10,7 @@ from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from megatron_minpro.registry import nearest
 from parallel.planner.hardware import Hardware
+from parallel.planner.lengths import Lengths, exponential
 from parallel.planner.models import find_shape
 from parallel.planner.plan import Work
 from parallel.planner.rl import Rollouts
@@ -87,13 +88,14 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
     )
 
 
-def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bool) -> Work:
+def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bool, lengths: Lengths | None = None) -> Work:
     """One optimizer step of the run, and the sampling behind it.
 
     Args:
         run: the configuration.
-        mean_tokens: of a response; None: as long as it may be.
+        mean_tokens: of a response, lengths being exponential; None: as long as it may be.
         colocated: the rollout servers share the trainer's GPUs.
+        lengths: of responses, in place of mean_tokens.
 
     Raises:
         ValueError: mean_tokens is more than a response may have.
@@ -102,24 +104,27 @@ def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bo
     mean = longest if mean_tokens is None else mean_tokens
     if mean > longest:
         raise ValueError(f"--mean-tokens: {mean} is more than rollout.max_new_tokens = {longest}")
+    if lengths is None:
+        lengths = exponential(mean, longest)
     prompt = run.prompts.max_prompt_tokens
     rollouts = Rollouts(
         sequences=run.rollout.prompts_per_step * run.rollout.group_size,
         prompt_tokens=prompt,
-        mean_tokens=mean,
-        max_tokens=longest,
+        lengths=lengths,
         servers=run.rollout.servers or len(run.rollout.endpoints),
         tp=run.rollout.tp,
     )
     return Work(
         sequences=run.sequences_per_mini_batch,
-        mean_tokens=prompt + mean,
+        mean_tokens=prompt + lengths.mean,
         max_tokens=prompt + longest,
         micro_batch_tokens=run.actor.max_tokens_per_micro_batch,
         updates_per_step=run.actor.updates_per_step,
         staleness=run.staleness,
         rollouts=rollouts,
         colocated=colocated,
+        schedule=run.effective_schedule,
+        keeps_weights=run.effective_schedule == "overlapped" and run.actor.kept_weights == "device",
     )
 
 

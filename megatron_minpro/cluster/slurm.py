@@ -118,7 +118,7 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
         f"{split.servers_per_node} a node",
     ]
     command = sbatch_command(path, overrides, config.run_dir, split)
-    return command, Group(*map(Text, lines), view.describe(plan, []))
+    return command, Group(*map(Text, lines), view.describe(plan, [], []))
 
 
 def _refuse_what_does_not_fit(plan: Plan) -> None:

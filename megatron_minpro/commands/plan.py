@@ -35,6 +35,9 @@ class PlanOptions:
     model_config: Annotated[Path | None, Option("a Hugging Face config.json; default: model.path's, or shipped sizes")] = None
     training: TrainingChoice = field(default_factory=TrainingChoice)
     mean_tokens: Annotated[int | None, Option("of a response; default: rollout.max_new_tokens", minimum=1)] = None
+    lengths: Annotated[
+        Path | None, Option("lengths of real responses: a run's rollouts folder, a file of it, or metrics.jsonl (a mean only)")
+    ] = None
     colocated: Annotated[bool, Option("rollout servers share the trainer's GPUs")] = False
     global_batch: Annotated[
         int | None,
@@ -61,6 +64,7 @@ def plan(options: PlanOptions) -> None:
     \b
     Example:
       minpro plan configs/qwen3_30b_a3b.yaml
+      minpro plan configs/qwen3_30b_a3b.yaml --lengths runs/qwen3_30b_a3b/rollouts
       minpro plan configs/qwen3_30b_a3b.yaml --world-size 32 --hardware h200 parallel.ep=16 parallel.cp=2
       minpro plan configs/qwen3_235b_a22b.yaml --search --world-size 128 --plot front.png
       minpro plan configs/qwen3_30b_a3b.yaml --world-size 16 parallel.tp=1 parallel.cp=1 parallel.ep=16 \\
@@ -77,11 +81,13 @@ def plan(options: PlanOptions) -> None:
         raise ValueError("CONFIG is missing; expected a run's YAML file, the name of a shipped one, or --calibrate")
 
     from megatron_minpro.cluster import planning
+    from megatron_minpro.cluster.lengths_file import read_lengths
     from parallel.planner import view
     from parallel.planner.hardware import read_hardware
     from parallel.planner.models import read_shape
     from parallel.planner.plan import as_json as plan_as_json
     from parallel.planner.plan import make_plan, remedies
+    from parallel.planner.split import splits
 
     _check_used(options)
     plain = options.global_batch is not None
@@ -91,7 +97,8 @@ def plan(options: PlanOptions) -> None:
     training = planning.training_of(run, machine, options.training, plain=plain)
     micro_batch = options.micro_batch or 1
     if options.global_batch is None:
-        work = planning.reinforcement_work(run, mean_tokens=options.mean_tokens, colocated=options.colocated)
+        lengths = None if options.lengths is None else read_lengths(options.lengths, longest=run.rollout.max_new_tokens)
+        work = planning.reinforcement_work(run, mean_tokens=options.mean_tokens, colocated=options.colocated, lengths=lengths)
     else:
         work = planning.plain_work(options.global_batch, options.sequence_length or _PLAIN_SEQUENCE, micro_batch)
     planning.check_length(shape, work)
@@ -107,7 +114,7 @@ def plan(options: PlanOptions) -> None:
     if options.as_json:
         typer.echo(json.dumps(plan_as_json(result), indent=2))
     else:
-        console.print(view.describe(result, [] if result.fits else remedies(result)))
+        console.print(view.describe(result, [] if result.fits else remedies(result), splits(result)))
 
 
 def _check_used(options: PlanOptions) -> None:
@@ -117,8 +124,9 @@ def _check_used(options: PlanOptions) -> None:
     plain = options.global_batch is not None
     check_used(options.search, {"--plot": options.plot, "--top": options.top}, "needs --search")
     check_used(plain, {"--sequence-length": options.sequence_length, "--micro-batch": options.micro_batch}, "needs --global-batch")
-    sampled = {"--mean-tokens": options.mean_tokens, "--colocated": options.colocated or None}
+    sampled = {"--mean-tokens": options.mean_tokens, "--lengths": options.lengths, "--colocated": options.colocated or None}
     check_used(not plain, sampled, "is about sampling, of which --global-batch has none")
+    check_used(options.lengths is None, {"--mean-tokens": options.mean_tokens}, "says what --lengths says; leave one out")
     if options.search:
         pinned = {text: text for text in options.overrides if text.partition("=")[0] in SEARCHED}
         check_used(False, pinned, "says what --search is to find; leave it out")

@@ -121,7 +121,7 @@ def scale(options: ScaleOptions) -> None:
     planning.check_length(shape, work)
     # Of one optimizer step alone, its sequences all of one length: what is measured.
     length = int(work.mean_tokens)
-    work = replace(work, max_tokens=length, rollouts=None)
+    work = replace(work, max_tokens=length, rollouts=None, keeps_weights=False)
     settings = Settings(
         routing=options.routing,
         mean_tokens=length,

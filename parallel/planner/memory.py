@@ -33,6 +33,7 @@ class StageMemory:
     dispatch: float  # send and receive buffers of the experts' tokens
     context: float  # keys and values gathered or passed on between context-parallel ranks
     rollout: float  # a server's weights and cache on the same GPU
+    kept: float  # the weights that sample, while others are trained (schedule: overlapped)
 
     @property
     def total(self) -> float:
@@ -67,9 +68,22 @@ def optimizer_bytes(shape: ModelShape, layout: ParallelLayout, rank: int, traini
 
 
 def stage_memory(
-    shape: ModelShape, layout: ParallelLayout, pp_rank: int, training: Training, batch: Batch, *, rollout_bytes: float = 0.0
+    shape: ModelShape,
+    layout: ParallelLayout,
+    pp_rank: int,
+    training: Training,
+    batch: Batch,
+    *,
+    rollout_bytes: float = 0.0,
+    keeps_weights: bool = False,
 ) -> StageMemory:
-    """The parts of one stage's memory. rollout_bytes: of a colocated server, added as it is."""
+    """The parts of one stage's memory.
+
+    Args:
+        shape, layout, pp_rank, training, batch: which stage of what, and what it trains.
+        rollout_bytes: of a colocated server, added as it is.
+        keeps_weights: a copy of the parameters lies beside them.
+    """
     t, length = batch.micro_batch_tokens / layout.cp, batch.sequence_length
     chunks = chunks_of_rank(shape, layout, pp_rank)
     layers = sum(chunk.num_layers for chunk in chunks)
@@ -104,6 +118,7 @@ def stage_memory(
         dispatch=_dispatch_bytes(shape, layout, training, t) if shape.is_moe else 0.0,
         context=_context_bytes(shape, layout, training, t),
         rollout=rollout_bytes,
+        kept=resident * training.element_bytes if keeps_weights else 0.0,
     )
 
 

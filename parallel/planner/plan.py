@@ -10,7 +10,7 @@ from parallel.layout import ParallelLayout
 from parallel.planner.efficiency import efficiency_of
 from parallel.planner.hardware import Hardware
 from parallel.planner.memory import GB, StageMemory, stage_memory
-from parallel.planner.rl import GlobalStep, Rollouts, sampling_seconds, server_bytes, sync_seconds
+from parallel.planner.rl import GlobalStep, Rollouts, Schedule, sampling_seconds, server_bytes, sync_seconds
 from parallel.planner.shape import ModelShape
 from parallel.planner.stages import check_layout, is_even, stage_parameters
 from parallel.planner.step import StepTime, forward_seconds, step_time
@@ -22,6 +22,7 @@ class Work:
     """What one optimizer step trains. rollouts: where its sequences come from, None outside reinforcement learning.
 
     sequences: of the step, over all replicas. mean_tokens, max_tokens: of a whole sequence. A micro-batch holds up to micro_batch_tokens.
+    keeps_weights: the trainer's GPUs hold the weights that sample beside those that are trained.
     """
 
     sequences: int
@@ -32,6 +33,8 @@ class Work:
     staleness: int
     rollouts: Rollouts | None
     colocated: bool
+    schedule: Schedule = "serial"
+    keeps_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,7 @@ def make_plan(shape: ModelShape, layout: ParallelLayout, training: Training, har
             updates_s=work.updates_per_step * time.step_s,
             sync_s=sync_seconds(shape),
             staleness=work.staleness,
+            schedule=work.schedule,
         )
     return Plan(
         shape=shape,
@@ -111,7 +115,10 @@ def make_plan(shape: ModelShape, layout: ParallelLayout, training: Training, har
         training=training,
         hardware=hardware,
         work=work,
-        memory=tuple(stage_memory(shape, layout, stage, training, fullest, rollout_bytes=server) for stage in range(layout.pp)),
+        memory=tuple(
+            stage_memory(shape, layout, stage, training, fullest, rollout_bytes=server, keeps_weights=work.keeps_weights)
+            for stage in range(layout.pp)
+        ),
         time=time,
         global_step=global_step,
     )
@@ -154,6 +161,11 @@ def _changes(plan: Plan) -> Iterator[tuple[str, ParallelLayout, Training, Work]]
             break
 
 
+def schedules(step: GlobalStep) -> tuple[Schedule, ...]:
+    """Those that this project has and the staleness allows."""
+    return ("serial",) if step.staleness == 0 else ("serial", "overlapped")
+
+
 def notes(plan: Plan) -> list[str]:
     """What the numbers rest on that the command line does not show."""
     found = []
@@ -162,8 +174,14 @@ def notes(plan: Plan) -> list[str]:
             f"{plan.shape.num_layers} layers on {plan.layout.pp * (plan.layout.vpp or 1)} chunks: embedding and head count as layers; "
             "Megatron-Core can do that, this project's actor trains equal chunks only"
         )
-    if plan.work.rollouts is not None and plan.work.mean_tokens == plan.work.max_tokens:
-        found.append("every response is taken to be as long as it may be; --mean-tokens says otherwise")
+    if plan.work.rollouts is not None:
+        lengths, prompt = plan.work.rollouts.lengths, plan.work.rollouts.prompt_tokens
+        if plan.work.mean_tokens == plan.work.max_tokens:
+            found.append("every response is taken to be as long as it may be; --mean-tokens or --lengths say otherwise")
+        else:
+            found.append(
+                f"lengths of responses: {lengths.source}; under way they are {lengths.under_way + prompt:,.0f} tokens, prompt included"
+            )
     if plan.shape.is_moe and plan.training.imbalance == 1.0 and plan.work.rollouts is not None:
         found.append("experts are taken to be equally busy; --imbalance 1.55 is what published dropless training came to")
     return found
@@ -212,8 +230,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "updates_s": step.updates_s,
             "weight_sync_s": step.sync_s,
             "staleness": step.staleness,
-            "on_policy_s": step.on_policy_s,
-            "hidden_by_staleness_s": step.hidden_s,
+            "schedule": step.schedule,
             "global_step_s": step.step_s,
+            **{
+                schedule: {
+                    "step_s": step.seconds(schedule),
+                    "trainer_idle": step.trainer_idle(schedule),
+                    "servers_idle": step.servers_idle(schedule),
+                }
+                for schedule in schedules(step)
+            },
         }
     return result

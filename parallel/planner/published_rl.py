@@ -9,6 +9,7 @@ import yaml
 
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import read_hardware
+from parallel.planner.lengths import exponential
 from parallel.planner.plan import Work, make_plan
 from parallel.planner.published import ROWS, shape_of
 from parallel.planner.rl import GlobalStep, Rollouts
@@ -59,8 +60,7 @@ def _row(values: dict[str, Any]) -> RlRow:
     rollouts = Rollouts(
         sequences=values["sequences"],
         prompt_tokens=_PROMPT_TOKENS,
-        mean_tokens=values["mean"] - _PROMPT_TOKENS,
-        max_tokens=values["max"] - _PROMPT_TOKENS,
+        lengths=exponential(values["mean"] - _PROMPT_TOKENS, values["max"] - _PROMPT_TOKENS),
         servers=values["sampling_gpus"] // values["server_tp"],
         tp=values["server_tp"],
     )
@@ -73,6 +73,7 @@ def _row(values: dict[str, Any]) -> RlRow:
         staleness=values["staleness"],
         rollouts=rollouts,
         colocated=colocated,
+        schedule="rolling" if values["staleness"] else "serial",
     )
     step = make_plan(shape_of(values["model"]), layout, _TRAINING, read_hardware(values["hardware"]), work).global_step
     assert step is not None

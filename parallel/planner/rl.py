@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 from parallel.planner.efficiency import DEFAULT, Efficiency
 from parallel.planner.hardware import Hardware
+from parallel.planner.lengths import Lengths
 from parallel.planner.shape import ModelShape
 
 # A layer's time in a decoding step beside reading memory and products: kernels that start one after the other. Judged from single
@@ -17,21 +18,25 @@ _COLOCATED_CACHE_SHARE = 0.2  # of a GPU that the trainer uses too
 _CACHE_SHARE = 0.85  # of the memory beside the weights that the server gives to keys and values
 
 
+# serial: one thing after the other. overlapped: a batch is sampled while another is trained; the next begins when both are done.
+# rolling: the next batch fills the servers while the last responses finish, as systems do that give up a fixed lag.
+Schedule = Literal["serial", "overlapped", "rolling"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """What is sampled in a global step, and by what. mean_tokens, max_tokens: of a response."""
+    """What is sampled in a global step, and by what."""
 
     sequences: int
     prompt_tokens: float
-    mean_tokens: float
-    max_tokens: int
+    lengths: Lengths  # of responses
     servers: int
     tp: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalStep:
-    """Seconds of the phases of one global step, and what `staleness` may hide of them.
+    """Seconds of the phases of one global step, and of the step by schedule.
 
     sampling_s: one batch alone. steady_sampling_s: with `staleness` batches under way, as far as the servers' memory lets them.
     """
@@ -42,22 +47,30 @@ class GlobalStep:
     updates_s: float
     sync_s: float
     staleness: int
-
-    @property
-    def on_policy_s(self) -> float:
-        """One thing after the other."""
-        return self.sampling_s + self.logprobs_s + self.updates_s + self.sync_s
+    schedule: Schedule
 
     @property
     def step_s(self) -> float:
-        """Staleness 1 lets servers sample beside the trainer; from 2 on the next batch fills them while the last responses finish."""
-        if self.staleness == 0:
-            return self.on_policy_s
-        return max(self.steady_sampling_s, self.logprobs_s + self.updates_s) + self.sync_s
+        """By the step's own schedule."""
+        return self.seconds(self.schedule)
 
-    @property
-    def hidden_s(self) -> float:
-        return self.on_policy_s - self.step_s
+    def seconds(self, schedule: Schedule) -> float:
+        """One global step by a schedule."""
+        training = self.logprobs_s + self.updates_s
+        if schedule == "serial":
+            return self._sampling_s(schedule) + training + self.sync_s
+        return max(self._sampling_s(schedule), training) + self.sync_s
+
+    def trainer_idle(self, schedule: Schedule) -> float:
+        """Share of the step in which the trainer has nothing to do."""
+        return 1 - (self.logprobs_s + self.updates_s + self.sync_s) / self.seconds(schedule)
+
+    def servers_idle(self, schedule: Schedule) -> float:
+        """Share of the step in which no server samples. That some finish before others is not in it."""
+        return 1 - self._sampling_s(schedule) / self.seconds(schedule)
+
+    def _sampling_s(self, schedule: Schedule) -> float:
+        return self.steady_sampling_s if schedule == "rolling" else self.sampling_s
 
 
 def sync_seconds(shape: ModelShape) -> float:
@@ -68,9 +81,9 @@ def sync_seconds(shape: ModelShape) -> float:
 def server_bytes(shape: ModelShape, hardware: Hardware, rollouts: Rollouts) -> float:
     """Bytes of one server on a GPU it shares with the trainer: its part of the bf16 weights, and keys and values.
 
-    The responses under way are half grown on average; what exceeds a fifth of the GPU waits its turn.
+    What exceeds a fifth of the GPU waits its turn.
     """
-    cache = rollouts.sequences / rollouts.servers * (rollouts.prompt_tokens + rollouts.mean_tokens / 2) * _cache_bytes(shape)
+    cache = rollouts.sequences / rollouts.servers * (rollouts.prompt_tokens + rollouts.lengths.under_way) * _cache_bytes(shape)
     return 2 * shape.total_parameters / rollouts.tp + min(cache / rollouts.tp, _COLOCATED_CACHE_SHARE * hardware.usable_bytes)
 
 
@@ -79,8 +92,7 @@ def sampling_seconds(
 ) -> float:
     """Seconds from one finished batch to the next, the servers sharing it evenly.
 
-    Lengths are exponential, cut at max_tokens, with the given mean. One batch under way drains while its longest responses go on alone;
-    of several, the next ones fill the servers meanwhile.
+    One batch under way drains while its longest responses go on alone; of several, the next ones fill the servers meanwhile.
     Raises ValueError when the weights leave no memory for keys and values.
     """
     free = hardware.usable_bytes - 2 * shape.total_parameters / rollouts.tp
@@ -89,23 +101,22 @@ def sampling_seconds(
             f"rollout.tp: {rollouts.tp} GPUs of {hardware.name} hold {hardware.usable_bytes * rollouts.tp / 1e9:.0f} GB, "
             f"the weights are {2e-9 * shape.total_parameters:.0f} GB"
         )
-    context = rollouts.prompt_tokens + rollouts.mean_tokens / 2
+    lengths = rollouts.lengths
+    context = rollouts.prompt_tokens + lengths.under_way
     room = _CACHE_SHARE * free * rollouts.tp / (context * _cache_bytes(shape))
     mine = rollouts.sequences / rollouts.servers
     together = max(1.0, min(mine * batches_under_way, room))
     prefill = mine * rollouts.prompt_tokens * shape.flops_per_token(rollouts.prompt_tokens) / 3
     prefill /= rollouts.tp * efficiency.gemm * hardware.peak_flops(_precision(hardware))
     if batches_under_way > 1:
-        return prefill + mine / together * rollouts.mean_tokens * _decode_seconds(shape, hardware, rollouts, together, context, efficiency)
-    scale = _exponential_scale(rollouts.mean_tokens, rollouts.max_tokens)
-    intervals = 64
-    width = rollouts.max_tokens / intervals
-    draining = 0.0
-    for index in range(intervals):
-        position = (index + 0.5) * width
-        alive = together * math.exp(-position / scale) if math.isfinite(scale) else together
-        draining += width * _decode_seconds(shape, hardware, rollouts, max(1.0, alive), rollouts.prompt_tokens + position, efficiency)
-    waiting = (mine / together - 1) * rollouts.mean_tokens * _decode_seconds(shape, hardware, rollouts, together, context, efficiency)
+        return prefill + mine / together * lengths.mean * _decode_seconds(shape, hardware, rollouts, together, context, efficiency)
+    draining, begin = 0.0, 0.0
+    for done, end in enumerate(lengths.tokens):
+        alive = max(1.0, together * (1 - done / len(lengths.tokens)))
+        middle = rollouts.prompt_tokens + (begin + end) / 2
+        draining += (end - begin) * _decode_seconds(shape, hardware, rollouts, alive, middle, efficiency)
+        begin = end
+    waiting = (mine / together - 1) * lengths.mean * _decode_seconds(shape, hardware, rollouts, together, context, efficiency)
     return draining + waiting + prefill
 
 
@@ -131,17 +142,3 @@ def _precision(hardware: Hardware) -> str:
 def _cache_bytes(shape: ModelShape) -> float:
     """bf16 keys and values of one token."""
     return 2 * shape.num_layers * 2 * shape.key_width
-
-
-def _exponential_scale(mean: float, longest: float) -> float:
-    """Scale of an exponential distribution whose part below `longest`, with the rest at it, has this mean; inf for mean = longest."""
-    if mean >= longest:
-        return math.inf
-    low, high = mean, 1e6 * longest
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        if middle * -math.expm1(-longest / middle) < mean:
-            low = middle
-        else:
-            high = middle
-    return middle

@@ -14,7 +14,8 @@ from rich.text import Text
 from checkpoints_convert.atomic_files import write_atomically
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import GB
-from parallel.planner.plan import Plan, batch_of, notes
+from parallel.planner.plan import Plan, batch_of, notes, schedules
+from parallel.planner.rl import GlobalStep
 from parallel.planner.search import Search
 
 _BAR = 24
@@ -30,8 +31,8 @@ def layout_text(layout: ParallelLayout) -> str:
     return ", ".join([*parts, f"dp {layout.dp}"])
 
 
-def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]]) -> RenderableType:
-    """One plan on one screen."""
+def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]], splits: Sequence[Plan]) -> RenderableType:
+    """One plan on one screen. splits: the same GPUs shared otherwise between training and sampling, fastest first."""
     training, batch = plan.training, batch_of(plan.work, plan.layout)
     switches = [training.precision, f"recompute {training.recompute}"]
     if plan.shape.is_moe:
@@ -48,7 +49,9 @@ def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]]) -> RenderableType
     )
     parts: list[RenderableType] = [head, _memory_table(plan), _verdict(plan), _time_table(plan)]
     if plan.global_step is not None:
-        parts.append(_global_step_line(plan))
+        parts += [_global_step_line(plan), *_schedule_lines(plan.global_step)]
+    if splits:
+        parts.append(_split_line(plan, splits[0]))
     for change, other in remedies:
         fits = "fits" if other.fits else "still too much"
         parts.append(
@@ -132,10 +135,36 @@ def _global_step_line(plan: Plan) -> Text:
     line = Text(
         f"global step {_short(step.step_s)} s at staleness {step.staleness}: sampling {_short(step.sampling_s)} on {servers} GPUs, "
         f"log-probabilities {_short(step.logprobs_s)}, {plan.work.updates_per_step} updates {_short(step.updates_s)}, weight sync "
-        f"{_short(step.sync_s)}; on policy {_short(step.on_policy_s)}, staleness can hide {_short(step.hidden_s)}"
+        f"{_short(step.sync_s)}"
     )
     line.stylize("bold", 0, len(f"global step {_short(step.step_s)} s"))
     return line
+
+
+def _schedule_lines(step: GlobalStep) -> list[Text]:
+    return [
+        Text(
+            f"  {schedule}: {_short(step.seconds(schedule))} s; the trainer is idle for {step.trainer_idle(schedule):.0%} of it, "
+            f"all servers together for {step.servers_idle(schedule):.0%}",
+            style="" if schedule == step.schedule else "dim",
+        )
+        for schedule in schedules(step)
+    ]
+
+
+def _split_line(plan: Plan, best: Plan) -> Text:
+    step, rollouts, trainers = best.global_step, best.work.rollouts, best.layout.world_size
+    assert step is not None
+    assert rollouts is not None
+    sampling = rollouts.servers * rollouts.tp
+    if trainers == plan.layout.world_size:
+        return Text(f"no other split of the {trainers + sampling} GPUs in whole nodes that fits makes the step shorter", style="green")
+    return Text(
+        f"shortest step with the same GPUs: world_size={trainers} and rollout.servers={rollouts.servers} ({sampling} GPUs): "
+        f"{_short(step.step_s)} s; the trainer is idle for {step.trainer_idle(step.schedule):.0%} of it, all servers together for "
+        f"{step.servers_idle(step.schedule):.0%}",
+        style="yellow",
+    )
 
 
 def describe_search(found: Search, front: Sequence[Plan], *, top: int) -> RenderableType:

@@ -28,7 +28,7 @@ def test_json_holds_the_published_step_of_qwen3_30b(capsys: pytest.CaptureFixtur
     assert found["tflops_per_gpu"] == pytest.approx(299.35, rel=0.10)
     stage = found["memory_gb"][0]
     assert stage["total"] == pytest.approx(62.5, rel=0.05)
-    parts = ("parameters", "gradients", "optimizer", "activations", "recomputed", "logits", "dispatch", "context", "rollout")
+    parts = ("parameters", "gradients", "optimizer", "activations", "recomputed", "logits", "dispatch", "context", "rollout", "kept")
     assert sum(stage[part] for part in parts) == pytest.approx(stage["total"])
     assert found["fits"]
 
@@ -38,6 +38,21 @@ def test_every_config_is_planned_without_weights(config: str, capsys: pytest.Cap
     assert plan(f"configs/{config}.yaml", "--hardware", "h200") == 0
     shown = capsys.readouterr().out
     assert "memory per GPU" in shown and "tokens/s/GPU" in shown and "global step" in shown
+
+
+def test_lengths_of_a_run_give_serial_and_overlapped_time_and_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = tmp_path / "step_000000.jsonl"
+    lengths.write_text("".join(f'{{"num_response_tokens": {tokens}}}\n' for tokens in range(100, 20000, 100)))
+    arguments = ["configs/qwen3_30b_a3b.yaml", "rollout.servers=16", "--lengths", str(lengths)]
+    assert plan(*arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("serial: " in shown and "overlapped: " in shown and "the 48 GPUs" in shown) or "with the same GPUs" in shown
+    assert "199 responses of" in shown and " kept " in shown
+    assert plan(*arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["rl"]
+    assert found["global_step_s"] == found["overlapped"]["step_s"] < found["serial"]["step_s"]
+    assert plan(*arguments, "actor.kept_weights=pinned_host", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["memory_gb"][0]["kept"] == 0
 
 
 def test_memory_is_said_in_the_unit_of_its_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +93,9 @@ def test_a_search_prints_layouts_and_draws_the_front(tmp_path: Path, capsys: pyt
         (["configs/qwen3_30b_a3b.yaml", "--sequence-length", "4096"], "--sequence-length needs --global-batch"),
         (["configs/qwen3_30b_a3b.yaml", "--micro-batch", "1"], "--micro-batch needs --global-batch"),
         ([*PUBLISHED, "--mean-tokens", "9"], "--mean-tokens is about sampling"),
+        ([*PUBLISHED, "--lengths", "x.jsonl"], "--lengths is about sampling"),
+        (["configs/qwen3_30b_a3b.yaml", "--lengths", "x.jsonl", "--mean-tokens", "9"], "--mean-tokens says what --lengths says"),
+        (["configs/qwen3_30b_a3b.yaml", "--lengths", "absent.jsonl"], "--lengths: absent.jsonl: expected a run's rollouts"),
         ([*PUBLISHED, "--colocated"], "--colocated is about sampling"),
         (["configs/qwen3_30b_a3b.yaml", "--search", "parallel.ep=16"], "parallel.ep=16 says what --search is to find; leave it out"),
         ([], "CONFIG is missing"),

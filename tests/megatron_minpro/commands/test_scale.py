@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
     machine = read_hardware("h200")
     training = planning.training_of(config, machine, TrainingChoice(), plain=False)
     work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
+    work = replace(work, keeps_weights=False)  # an optimizer step alone
     plan = make_plan(planning.shape_of(config), config.layout, training, machine, work)
     assert rows[8].step_s == pytest.approx(plan.time.step_s)
     assert rows[8].predicted_total_gb == pytest.approx(1e-9 * plan.fullest.total)

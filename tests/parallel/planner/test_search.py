@@ -9,10 +9,12 @@ import pytest
 
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import read_hardware
+from parallel.planner.lengths import exponential
 from parallel.planner.plan import Work, batch_of, make_plan, remedies
 from parallel.planner.published import read_rows, shape_of
 from parallel.planner.rl import GlobalStep, Rollouts, sampling_seconds
 from parallel.planner.search import legal_layouts, pareto_front, search
+from parallel.planner.split import splits
 
 SHAPE = shape_of("qwen3_30b_a3b")
 H100 = read_hardware("h100")
@@ -72,18 +74,52 @@ def test_micro_batches_hold_whole_sequences_rounded_by_interleaving() -> None:
     assert batch.num_micro_batches * batch.micro_batch_tokens == pytest.approx(25 * 1000, abs=batch.num_micro_batches)
 
 
-def test_a_step_of_staleness_hides_training_behind_sampling() -> None:
-    phases = {"sampling_s": 100.0, "steady_sampling_s": 100.0, "logprobs_s": 10.0, "updates_s": 60.0, "sync_s": 5.0}
-    assert GlobalStep(**phases, staleness=0).step_s == 175
-    one = GlobalStep(**phases, staleness=1)
-    assert (one.step_s, one.hidden_s) == (105, 70)
+def test_the_time_of_a_step_and_who_is_idle_follow_from_the_schedule() -> None:
+    phases = {"sampling_s": 100.0, "steady_sampling_s": 80.0, "logprobs_s": 10.0, "updates_s": 60.0, "sync_s": 5.0}
+    step = GlobalStep(**phases, staleness=1, schedule="overlapped")
+    assert (step.seconds("serial"), step.seconds("overlapped"), step.seconds("rolling")) == (175, 105, 85)
+    assert step.step_s == 105
+    assert [step.trainer_idle(schedule) for schedule in ("serial", "overlapped")] == [pytest.approx(100 / 175), pytest.approx(30 / 105)]
+    assert [step.servers_idle(schedule) for schedule in ("serial", "overlapped")] == [pytest.approx(75 / 175), pytest.approx(5 / 105)]
 
 
 def test_sampling_grows_with_length_and_shrinks_with_servers() -> None:
-    rollouts = Rollouts(sequences=2048, prompt_tokens=200, mean_tokens=3000, max_tokens=8192, servers=8, tp=2)
+    rollouts = Rollouts(sequences=2048, prompt_tokens=200, lengths=exponential(3000, 8192), servers=8, tp=2)
     base = sampling_seconds(SHAPE, H100, rollouts)
     assert sampling_seconds(SHAPE, H100, replace(rollouts, servers=16)) < base
-    assert sampling_seconds(SHAPE, H100, replace(rollouts, mean_tokens=6000)) > base
+    assert sampling_seconds(SHAPE, H100, replace(rollouts, lengths=exponential(6000, 8192))) > base
     assert sampling_seconds(SHAPE, H100, rollouts, batches_under_way=2) < base
     with pytest.raises(ValueError, match=r"rollout\.tp: 1 GPUs of h100"):
         sampling_seconds(shape_of("qwen3_235b_a22b"), H100, replace(rollouts, tp=1))
+
+
+def test_the_long_responses_of_the_30b_take_as_long_as_in_the_simulation() -> None:
+    """Simulated event by event: 512 x 8 responses, exponential with mean 8,000 and cap 20,480, 8 servers of 2 H100, prompts of 2,048."""
+    rollouts = Rollouts(sequences=4096, prompt_tokens=2048, lengths=exponential(8000, 20480), servers=8, tp=2)
+    sampling = sampling_seconds(SHAPE, H100, rollouts)
+    step = GlobalStep(
+        sampling_s=sampling, steady_sampling_s=sampling, logprobs_s=111, updates_s=445, sync_s=6.1, staleness=1, schedule="overlapped"
+    )
+    assert step.seconds("serial") == pytest.approx(2290, rel=0.10)
+    assert step.seconds("overlapped") == pytest.approx(1734, rel=0.10)
+    assert step.trainer_idle("serial") == pytest.approx(0.76, abs=0.02)
+    assert step.trainer_idle("overlapped") == pytest.approx(0.68, abs=0.02)
+
+
+def test_a_split_with_more_servers_is_found_where_sampling_is_the_longer_side() -> None:
+    rollouts = Rollouts(sequences=512, prompt_tokens=512, lengths=exponential(6000, 16384), servers=8, tp=2)
+    work = replace(PLAIN, updates_per_step=2, staleness=1, schedule="overlapped", keeps_weights=True, rollouts=rollouts)
+    found = splits(make_plan(SHAPE, ParallelLayout(world_size=64, ep=8), TRAINING, H100, work))
+    servers = [other.work.rollouts.servers for other in found if other.work.rollouts is not None]
+    assert all(other.layout.world_size + 2 * count == 80 and other.fits for other, count in zip(found, servers, strict=True))
+    seconds = [other.global_step.step_s for other in found if other.global_step is not None]
+    assert len(found) > 1 and seconds == sorted(seconds)
+    assert servers[0] > 8  # they were too few
+    assert splits(make_plan(SHAPE, ParallelLayout(world_size=16, ep=8), TRAINING, H100, PLAIN)) == []
+
+
+def test_kept_weights_are_one_more_copy_of_the_parameters() -> None:
+    layout = ParallelLayout(world_size=16, ep=8)
+    without, kept = (make_plan(SHAPE, layout, TRAINING, H100, replace(PLAIN, keeps_weights=keeps)) for keeps in (False, True))
+    assert kept.fullest.kept == kept.fullest.parameters > 0 == without.fullest.kept
+    assert kept.fullest.total - without.fullest.total == pytest.approx(kept.fullest.parameters)
