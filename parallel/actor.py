@@ -151,7 +151,7 @@ class MegatronActor:
         self.kept_version: int | None = None  # policy version of the weights that `keep_weights` kept last
         self._snapshot: WeightSnapshot | None = None
         self._groups = groups
-        self._settings = settings
+        self.settings = settings
         self._device = torch.device(capabilities.device_type)
         model_options, optimizer_options, overlap_options = split_options(settings.megatron_options)
         self._config = transformer_config(
@@ -199,7 +199,7 @@ class MegatronActor:
     def load(self, directory: Path, *, policy_version: int) -> None:
         """The counterpart of `save`. policy_version: optimizer steps that the saved weights have behind them."""
         actor_checkpoint.load(directory, self._modules, self._optimizer)
-        apply_settings(self._optimizer, self._settings.optimizer)  # the checkpoint brought those of the run that saved it
+        apply_settings(self._optimizer, self.settings.optimizer)  # the checkpoint brought those of the run that saved it
         self.policy_version = policy_version
 
     def load_model(self, directory: Path) -> None:
@@ -333,7 +333,7 @@ class MegatronActor:
         watch.raise_together(unchanged)
         sums = self._sum_metrics(totals if self._speaks else None)
 
-        set_learning_rate(self._optimizer, learning_rate, weight_decay=self._settings.optimizer.weight_decay)
+        set_learning_rate(self._optimizer, learning_rate, weight_decay=self.settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -385,9 +385,9 @@ class MegatronActor:
             module.head_input(hidden),
             module.head_weight(),
             micro_batch.labels_T,
-            temperature=self._settings.temperature,
+            temperature=self.settings.temperature,
             tp_group=self._groups.tp,
-            chunk_tokens=self._settings.logprob_chunk_tokens,
+            chunk_tokens=self.settings.logprob_chunk_tokens,
             vocab_size=self.architecture.vocab_size,
             with_entropy=with_entropy,
         )
@@ -396,7 +396,7 @@ class MegatronActor:
     def _micro_batches(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         check_sequences(sequences, vocab_size=self.architecture.vocab_size)
         lengths = [sequence.num_positions for sequence in sequences]
-        budget = self._settings.max_tokens_per_micro_batch
+        budget = self.settings.max_tokens_per_micro_batch
         plan = plan_replicas(lengths, self.layout, max_tokens=budget, break_even=break_even_tokens(self.architecture))
         # The allgather dispatcher exchanges equal parts: all ranks that share experts need equally many tokens.
         equal = self._config.moe_token_dispatcher_type == "allgather" and self.layout.ep * self.layout.etp > 1

@@ -17,6 +17,9 @@ shape_checks.install()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# A server of another engine in an environment of its own: its tests exist where somebody names that environment.
+collect_ignore = [] if "MINPRO_VLLM_PYTHON" in os.environ else ["vllm"]
+
 # Several workers (make test) share the cores. The tests of one group run in one worker, in order, and share its servers, models and
 # clusters; the longest groups begin first. Every other file is a group of its own.
 GROUPS = (

@@ -66,6 +66,7 @@ from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
+from parallel.model_check import check_model
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.process_groups import ProcessGroups
 from parallel.weights import take_part
@@ -76,6 +77,7 @@ from rollout.sglang.server import read_key
 log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 4096
+_PROBES, _PROBE_TOKENS = 8, 64
 
 
 def build_actor(
@@ -135,6 +137,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
         at_step=profiler.at_step,
     )
+    probes = trainer.share(run, None if driver is None else probe_sequences(driver.collector.cursor))
+    log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
     with trainer.weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
         trainer.publish(run)
@@ -165,6 +169,12 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         driver.tracker.finish(summarise(config, run_dir, counters.seconds) if complete else result)
         driver.heartbeat(DONE if complete else STOPPED)
+
+
+def probe_sequences(cursor: PromptCursor) -> list[tuple[int, ...]]:
+    """Token ids for the check of the built model: the beginnings of a few training prompts, text that the model knows."""
+    beginnings = [prompt.token_ids[:_PROBE_TOKENS] for prompt in cursor.examples(_PROBES)]
+    return [ids if len(ids) > 1 else ids * 2 for ids in beginnings]
 
 
 def _checkpoint_to_continue(checkpoints: Path, config: RunConfig, groups: ProcessGroups) -> Path | None:

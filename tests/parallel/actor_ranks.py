@@ -7,7 +7,7 @@ learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron 
 from, with first_step steps behind it), save_to (an absent folder for one, at the end, that names wrong settings of the optimizer),
 reload_before_step (save while another step is taken, build a new actor, load), swap_weights (score under the first weights before every
 later step), count_micro_batches (see `micro_batches_alive`), poison (between scoring and training, see `poisoned`), refuse (see
-`refusals`).
+`refusals`), check_model (see `checked`), tamper (see `tampered`).
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
-from parallel.mcore import version
+from parallel.mcore import TopKRouter, version
+from parallel.model_check import check_model
 from parallel.optimizer import inner_optimizers
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
@@ -182,6 +183,37 @@ def refusals(actor: MegatronActor, sequences: list[TokenSequence]) -> list[str]:
     return said
 
 
+def checked(actor: MegatronActor, groups: process_groups.ProcessGroups, sequences: list[TokenSequence]) -> dict:
+    """What `check_model` says of the actor: the same on every rank."""
+    try:
+        token_ids = [sequence.token_ids.tolist() for sequence in sequences]
+        said = dataclasses.asdict(check_model(actor, token_ids, control_group=groups.control))
+    except ValueError as error:
+        said = {"refused": str(error)}
+    everybody: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everybody, said)
+    assert all(other == said for other in everybody)
+    return said
+
+
+def tampered(actor: MegatronActor, groups: process_groups.ProcessGroups, sequences: list[TokenSequence], run: dict) -> list[dict]:
+    """What the check says while one of Megatron's options has another value in the built model, for each value of run["tamper"]."""
+    modules = [module for chunk in actor._modules for module in chunk.modules()]
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}.values()
+    said = []
+    for change in run["tamper"]:
+        before = {name: getattr(actor._config, name) for name in change}
+        for values in (change, before):
+            for config in configs:
+                vars(config).update(values)
+            for router in modules:
+                if isinstance(router, TopKRouter):
+                    router.topk = router.config.moe_router_topk  # read once, when it is built
+            if values is change:
+                said.append(checked(actor, groups, sequences))
+    return said
+
+
 def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_groups.ProcessGroups, run: dict) -> None:
     first = groups.coordinates.rank == 0
     actor = build(fixture, layout, groups, run)
@@ -198,6 +230,10 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
         break_even=break_even_tokens(actor.architecture),
     )
     notes: dict = {"megatron_core": version, "empty_micro_batches": sum(not group for plan in plans for group in plan)}
+    if "check_model" in run:
+        notes["model_check"] = checked(actor, groups, sequences)
+    if "tamper" in run:
+        notes["tampered"] = tampered(actor, groups, sequences, run)
     if "refuse" in run:
         notes["refusals"] = refusals(actor, sequences)
     if "poison" in run:

@@ -243,6 +243,7 @@ PROBE: dict[str, Any] = {
     "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.98], "eps": 1.0, "gradient_clip": 1e9},
     "learning_rate": 1e4,
     "steps": 1,
+    "check_model": True,
 }
 # One micro-batch with all lengths (several length classes of attention), against several small ones in the probe.
 TRAIN: dict[str, Any] = {"optimizer": ADAM, "learning_rate": LEARNING_RATE, "steps": STEPS, "max_tokens": 400}

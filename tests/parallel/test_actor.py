@@ -49,6 +49,17 @@ POISONED = {"dp2": 1, "cp2": 1, "pp2": 1, "tp2 sp": 1}  # the one rank that meet
 POISON = 3  # token ids 3, 11, 19, ...
 SWAPPED = ("one rank", "ep2", "tp2 sp", "pp2", "pp2 vpp2 ep2", "tp2 sp cp2 pp2 ep2")
 BF16 = ("one rank", "ep2", "tp2 sp", "cp2")
+TAMPERED = ("one rank", "ep2")
+# What Megatron-Core would do without an error, were the options not refused by name.
+TAMPER: dict[str, dict[str, Any]] = {
+    "random experts": {"moe_router_force_load_balancing": True},
+    "scaled experts": {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+    "groups of experts": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+    "softmax before the choice": {"moe_router_pre_softmax": True},
+    "another number of experts": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
+}
+# What shows in bf16 too: this model's experts have a small share in its log-probs.
+LARGER_THAN_BF16 = {"random experts", "scaled experts", "another number of experts"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,10 @@ def results(
                 runs["recompute full, balanced"] = {**balanced_probe, "recompute": "full"}
             if name == "cp2":
                 runs["counting"] = {**balanced_probe, "count_micro_batches": True}
+            if name in TAMPERED:
+                runs |= {
+                    f"tampered {dtype}": {**probe, "dtype": dtype, "tamper": list(TAMPER.values())} for dtype in ("float32", "bfloat16")
+                }
             if name == "dp2":
                 runs["refusing"] = {**train, "refuse": True}
         return jobs
@@ -134,6 +149,24 @@ def test_packing_dispatcher_and_micro_batch_counts_change_no_number(
     check_parity(families("moe"), variant, runs)
     if "uneven" in variant:
         assert runs["probe"].notes["empty_micro_batches"] > 0
+
+
+@pytest.mark.parametrize(("layout", "run"), [*((layout, "probe") for layout in LAYOUTS), *((layout, "bf16") for layout in BF16)])
+def test_the_built_model_equals_a_plain_forward_pass_over_its_export(layout: str, run: str, families: Callable, results: Callable) -> None:
+    check = results("moe", layout)[run].notes["model_check"]
+    assert check["num_tokens"] == sum(len(logprobs) for logprobs in families("moe").logprobs)
+    median, mean = (2e-6, 1e-5) if run == "probe" else (0.03, 0.1)
+    assert 0 < check["median"] <= median and check["mean"] <= mean
+    assert check["median"] <= check["allowed_median"] and check["mean"] <= check["allowed_mean"]
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), [("float32", set(TAMPER)), ("bfloat16", LARGER_THAN_BF16)])
+@pytest.mark.parametrize("layout", TAMPERED)
+def test_a_model_that_was_changed_behind_its_options_is_refused(layout: str, dtype: str, kinds: set[str], results: Callable) -> None:
+    said = dict(zip(TAMPER, results("moe", layout)[f"tampered {dtype}"].notes["tampered"], strict=True))
+    for kind in kinds:
+        words = "the actor trains another model than the one that its exported weights describe"
+        assert words in said[kind].get("refused", ""), (kind, said)
 
 
 @pytest.mark.parametrize("layout", BALANCED)
