@@ -111,9 +111,10 @@ def train_overlapped(run: TrainingRun) -> bool:
         step = run.counters.next_step
         done, stopping = step == run.last_step, stop_requested(run)
         timer = run.timer()
+        if not (done or stopping):
+            run.at_step(step)
         task = None
         if step < run.config.num_global_steps and not stopping:
-            run.at_step(step)
             task = SamplingTask(run, step, policy_version=run.actor.policy_version)
         if unfinished is not None:
             finish(run, unfinished)
@@ -124,10 +125,8 @@ def train_overlapped(run: TrainingRun) -> bool:
             if not done:
                 log.warning("stopped before global step %d, checkpoint written", step)
             return done
-        if task is None:
-            run.at_step(step)
-            if (label := run.evaluation_label(step)) is not None:
-                evaluate(run, label)
+        if task is None and (label := run.evaluation_label(step)) is not None:
+            evaluate(run, label)
         unfinished = train_and_sample(run, step, task, timer)
         run.counters.next_step = step + 1
 

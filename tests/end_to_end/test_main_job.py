@@ -41,7 +41,7 @@ def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run
 
 def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> None:
     logged = {name for row in finished_run["metrics"] for name in row} - {"global_step"}
-    only_with_options = ("correction/", "rollout/rounds", "rollout/equal_groups", "rollout/dropped")
+    only_with_options = ("correction/", "time/evaluate", "rollout/rounds", "rollout/equal_groups", "rollout/dropped")
     assert logged == {metric.name for metric in METRICS if not metric.name.startswith(only_with_options)}
 
 
@@ -85,7 +85,7 @@ def test_pictures_events_and_checkpoints_are_there_and_whole(finished_run: dict[
         assert (run_dir / "plots" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
     assert (run_dir / "checkpoints/latest").read_text() == "step_000007"
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000004", "step_000006", "step_000007"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000005", "step_000006", "step_000007"]
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
 
 
@@ -94,7 +94,8 @@ def test_traced_steps_name_their_phases_beside_a_prediction(finished_run: dict[s
     for rank in range(2):
         with gzip.open(folder / f"steps_3-4_rank_{rank}.pt.trace.json.gz") as file:
             names = Counter(event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation")
-        expected = {"global step 3": 1, "global step 4": 1, "sample": 2, "score": 2, "update": 2, "sync": 2}
+        # Sampling runs beside them in a thread; nobody samples with the weights of step 4.
+        expected = {"global step 3": 1, "global step 4": 1, "score": 2, "update": 2, "wait": 2, "sync": 1}
         assert {name: names[name] for name in expected} == expected
         assert "global step 5" not in names
     table = (folder / "phases.md").read_text()
@@ -111,4 +112,5 @@ def test_no_process_survives_and_the_last_line_tells_the_result(finished_run: di
 
 
 def test_weights_of_the_servers_were_proven_equal_after_every_sync(finished_run: dict[str, Any]) -> None:
-    assert finished_run["log"].count("equal the actor's") == 1 + STEPS
+    # At the start, after steps 2 and 3, with whose weights batches 3 and 4 are sampled, and before the last measurement.
+    assert finished_run["log"].count("equal the actor's") == 4
