@@ -20,22 +20,11 @@ from dataclasses import dataclass
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep
-from megatron_minpro.loop.trainer import (
-    Driver,
-    PhaseTimer,
-    ServersFailed,
-    TrainingRun,
-    ask_servers,
-    evaluate,
-    finish_step,
-    publish,
-    save,
-    score,
-    stop_requested,
-    take_in,
-    update,
-    weights_of,
-)
+from megatron_minpro.loop.finish_step import finish_step
+from megatron_minpro.loop.scoring import score, take_in
+from megatron_minpro.loop.servers import ServersFailed, ask_servers, evaluate, publish, weights_of
+from megatron_minpro.loop.training_run import Driver, PhaseTimer, TrainingRun, save, stop_requested
+from megatron_minpro.loop.update import update
 from rollout.background import in_background
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,9 @@ from types import MappingProxyType
 
 from megatron_minpro.loop.counters import HalfStep
 from megatron_minpro.loop.overlapped import complete_half_step, train_overlapped
-from megatron_minpro.loop.trainer import ServersFailed, TrainingRun, train_serially
+from megatron_minpro.loop.serial import train_serially
+from megatron_minpro.loop.servers import ServersFailed
+from megatron_minpro.loop.training_run import TrainingRun
 
 # A schedule runs to the end (True) or until a stop is asked for (False). Checkpoints are on disk when it returns.
 Schedule = Callable[[TrainingRun], bool]

@@ -33,12 +33,14 @@ from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.environments.environment import make_environment
-from megatron_minpro.loop import schedule, trainer
+from megatron_minpro.loop import schedule
 from megatron_minpro.loop.collector import Collector
 from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.driver import RunDriver
 from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.loop.responder import Responder
+from megatron_minpro.loop.servers import evaluate, publish, weights_of
+from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.registry import make_reward
@@ -125,7 +127,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
 
     profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
-    run = trainer.TrainingRun(
+    run = TrainingRun(
         config=config,
         actor=actor,
         objective=make_objective(config.objective.name, **config.objective.options),
@@ -140,14 +142,14 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     probes = trainer.share(run, None if driver is None else probe_sequences(driver.collector.cursor))
     log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
-    with trainer.weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
-        trainer.publish(run)
+    with weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
+        publish(run)
     if config.evaluation is not None:
-        measured = trainer.share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
+        measured = share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
         if not measured and checkpoint is not None:
             raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured now")
         if not measured:
-            trainer.evaluate(run, "before")
+            evaluate(run, "before")
     try:
         complete = schedule.train(run, half_step=half_step)
     finally:
@@ -155,7 +157,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     profiler.close()
     if complete:
         if config.evaluation is not None:
-            trainer.evaluate(run, "after")
+            evaluate(run, "after")
         tensors = actor.export_weights()
         if driver is not None:
             driver.heartbeat("export")

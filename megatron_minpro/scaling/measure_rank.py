@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.trainer import make_loss_function, minibatch_statistics
+from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.worker import build_actor
 from megatron_minpro.scaling.batch import synthetic_sequences

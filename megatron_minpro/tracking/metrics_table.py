@@ -60,33 +60,35 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
     ]
 
 
-_TRAINER = "loop/trainer.py"
+_SCORING = "loop/scoring.py"
+_UPDATE = "loop/update.py"
+_FINISH = "loop/finish_step.py"
 _OBJECTIVES = "objectives/metrics.py"
 _CORRECTIONS = "objectives/corrections.py"
 _SERVERS = "rollout/client.py"
 _IDLE = "loop/idle.py"
 
 METRICS: tuple[Metric, ...] = (
-    _metric("reward/trained", "reward", Combined.BATCH_MEAN, _TRAINER, "mean reward of the batch trained in this step; the headline curve"),
+    _metric("reward/trained", "reward", Combined.BATCH_MEAN, _UPDATE, "mean reward of the batch trained in this step; the headline curve"),
     _metric(
         "reward/sampled",
         "reward",
         Combined.BATCH_MEAN,
-        _TRAINER,
+        _SCORING,
         "mean reward of all responses sampled in this step, also of those that dynamic sampling drops",
     ),
-    _metric("reward/correct", "fraction", Combined.BATCH_MEAN, _TRAINER, "sampled responses that are judged correct"),
-    _metric("reward/errors", "responses", Combined.BATCH_SUM, _TRAINER, "sampled responses that could not be graded; they count as wrong"),
+    _metric("reward/correct", "fraction", Combined.BATCH_MEAN, _SCORING, "sampled responses that are judged correct"),
+    _metric("reward/errors", "responses", Combined.BATCH_SUM, _SCORING, "sampled responses that could not be graded; they count as wrong"),
     _metric(
         "reward/zero_variance_groups",
         "fraction",
         Combined.BATCH_MEAN,
-        _TRAINER,
+        _SCORING,
         "sampled groups whose rewards are all equal; they teach nothing",
     ),
-    _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _TRAINER, "response tokens sampled in this step"),
-    _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _TRAINER, "length of a sampled response"),
-    _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _TRAINER, "sampled responses cut at rollout.max_new_tokens"),
+    _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _SCORING, "response tokens sampled in this step"),
+    _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _SCORING, "length of a sampled response"),
+    _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _SCORING, "sampled responses cut at rollout.max_new_tokens"),
     _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, "loop/collector.py", "times that dynamic sampling asked for responses"),
     _metric(
         "rollout/equal_groups",
@@ -105,10 +107,10 @@ METRICS: tuple[Metric, ...] = (
         "engine_logprob_gap/mean",
         "nats",
         Combined.BATCH_MEAN,
-        _TRAINER,
+        _SCORING,
         "mean |server's log-prob - trainer's log-prob| of a sampled token under the same weights; rollout.max_logprob_gap is its limit",
     ),
-    _metric("engine_logprob_gap/max", "nats", Combined.BATCH_MAX, _TRAINER, "the largest such difference of one token"),
+    _metric("engine_logprob_gap/max", "nats", Combined.BATCH_MAX, _SCORING, "the largest such difference of one token"),
     _metric("correction/weight", "ratio", Combined.BATCH_MEAN, _CORRECTIONS, "weight of a sampled token, see corrections"),
     _metric("correction/truncated", "fraction", Combined.BATCH_MEAN, _CORRECTIONS, "sampled tokens whose weight truncated_is cut"),
     _metric("correction/masked", "fraction", Combined.BATCH_MEAN, _CORRECTIONS, "sampled tokens to which masked_is gave weight 0"),
@@ -117,13 +119,13 @@ METRICS: tuple[Metric, ...] = (
         "batch/lag_min",
         "updates",
         Combined.UPDATE_MIN,
-        _TRAINER,
+        _UPDATE,
         "policy lag: optimizer steps between the weights that sampled the batch and the weights its first mini-batch met",
     ),
-    _metric("batch/lag_max", "updates", Combined.UPDATE_MAX, _TRAINER, "the same for the batch's last mini-batch"),
-    _metric("batch/sampled_at_step", "step", Combined.NOW, _TRAINER, "global step in which the batch trained now was sampled"),
-    _metric("batch/tokens", "tokens", Combined.BATCH_SUM, _TRAINER, "response tokens trained in this step"),
-    _metric("batch/waiting", "batches", Combined.NOW, _TRAINER, "batches that are sampled and not trained yet"),
+    _metric("batch/lag_max", "updates", Combined.UPDATE_MAX, _UPDATE, "the same for the batch's last mini-batch"),
+    _metric("batch/sampled_at_step", "step", Combined.NOW, _UPDATE, "global step in which the batch trained now was sampled"),
+    _metric("batch/tokens", "tokens", Combined.BATCH_SUM, _UPDATE, "response tokens trained in this step"),
+    _metric("batch/waiting", "batches", Combined.NOW, _FINISH, "batches that are sampled and not trained yet"),
     _metric("ratio/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "rho = pi_theta / pi_old of a trained token"),
     _metric("ratio/unit", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens with |log rho| <= 1e-5; 1 at a lag is an error"),
     _metric("log_ratio/mean", "nats", Combined.TOKEN_MEAN, _OBJECTIVES, "log rho"),
@@ -149,8 +151,8 @@ METRICS: tuple[Metric, ...] = (
     _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
     _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),
     _metric("advantage/mean", "reward", Combined.TOKEN_MEAN, _OBJECTIVES, "advantage of a trained token"),
-    _metric("policy/version", "updates", Combined.NOW, _TRAINER, "optimizer steps applied since the base model"),
-    _metric("policy/entropy", "nats", Combined.TOKEN_MEAN, _TRAINER, "entropy of the next-token distribution at a trained token"),
+    _metric("policy/version", "updates", Combined.NOW, _FINISH, "optimizer steps applied since the base model"),
+    _metric("policy/entropy", "nats", Combined.TOKEN_MEAN, _UPDATE, "entropy of the next-token distribution at a trained token"),
     _metric(
         "policy/kl_to_behaviour",
         "nats",
@@ -161,16 +163,16 @@ METRICS: tuple[Metric, ...] = (
     _metric("loss/policy", "loss", Combined.TOKEN_MEAN, _OBJECTIVES, "the objective's loss per mini-batch"),
     _metric("loss/total", "loss", Combined.UPDATE_MEAN, "parallel/actor.py", "loss that was differentiated"),
     _metric("update/grad_norm", "norm", Combined.UPDATE_MEAN, "parallel/actor.py", "global gradient norm before clipping"),
-    _metric("update/learning_rate", "rate", Combined.UPDATE_LAST, _TRAINER, "learning rate"),
-    _metric("total/batches_trained", "batches", Combined.RUN_TOTAL, _TRAINER, "batches trained so far"),
-    _metric("total/rollouts_sampled", "responses", Combined.RUN_TOTAL, _TRAINER, "responses sampled so far"),
-    _metric("total/rollouts_trained", "responses", Combined.RUN_TOTAL, _TRAINER, "responses trained so far"),
-    _metric("total/rollouts_dropped", "responses", Combined.RUN_TOTAL, _TRAINER, "responses that dynamic sampling dropped so far"),
-    _metric("time/sample", "s", Combined.WALL, _TRAINER, "from the first request of the batch to its last response"),
-    _metric("time/reward", "s", Combined.WALL, _TRAINER, "judging responses"),
-    _metric("time/score", "s", Combined.WALL, _TRAINER, "log-probs under the weights that sampled, corrections included"),
-    _metric("time/update", "s", Combined.WALL, _TRAINER, "optimizer steps"),
-    _metric("time/sync", "s", Combined.WALL, _TRAINER, "new weights into the servers"),
+    _metric("update/learning_rate", "rate", Combined.UPDATE_LAST, _UPDATE, "learning rate"),
+    _metric("total/batches_trained", "batches", Combined.RUN_TOTAL, _FINISH, "batches trained so far"),
+    _metric("total/rollouts_sampled", "responses", Combined.RUN_TOTAL, _FINISH, "responses sampled so far"),
+    _metric("total/rollouts_trained", "responses", Combined.RUN_TOTAL, _FINISH, "responses trained so far"),
+    _metric("total/rollouts_dropped", "responses", Combined.RUN_TOTAL, _FINISH, "responses that dynamic sampling dropped so far"),
+    _metric("time/sample", "s", Combined.WALL, _FINISH, "from the first request of the batch to its last response"),
+    _metric("time/reward", "s", Combined.WALL, _FINISH, "judging responses"),
+    _metric("time/score", "s", Combined.WALL, _FINISH, "log-probs under the weights that sampled, corrections included"),
+    _metric("time/update", "s", Combined.WALL, _FINISH, "optimizer steps"),
+    _metric("time/sync", "s", Combined.WALL, _FINISH, "new weights into the servers"),
     _metric(
         "time/evaluate", "s", Combined.WALL, "loop/overlapped.py", "held-out measurement beside training; under schedule: overlapped alone"
     ),
@@ -183,12 +185,12 @@ METRICS: tuple[Metric, ...] = (
         _SERVERS,
         "from the moment the first server has given its last response to the last response of all, in the last round of sampling",
     ),
-    _metric("time/step", "s", Combined.WALL, _TRAINER, "wall time of the whole step; phases overlap under schedule: overlapped"),
+    _metric("time/step", "s", Combined.WALL, _FINISH, "wall time of the whole step; phases overlap under schedule: overlapped"),
     _metric(
         "throughput/tokens_per_second",
         "tokens/s",
         Combined.DERIVED,
-        _TRAINER,
+        _FINISH,
         "batch/tokens / time/step: a response token counts once, in the step that trains it",
     ),
     _metric(

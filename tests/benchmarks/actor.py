@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.mapping import Architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
-from megatron_minpro.loop.trainer import make_loss_function
+from megatron_minpro.loop.update import make_loss_function
 from megatron_minpro.objectives import make_objective
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor

@@ -28,7 +28,7 @@ from torch import Tensor
 from checkpoints_convert.hf_config import Architecture, read_architecture
 from checkpoints_convert.mapping import hf_shapes, parameters
 from checkpoints_convert.safetensors_io import SafetensorsReader
-from megatron_minpro.loop.trainer import make_loss_function
+from megatron_minpro.loop.update import make_loss_function
 from megatron_minpro.objectives import make_objective
 from parallel import process_groups
 from parallel.capabilities import Capabilities, detect

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.safetensors_io import SafetensorsReader
-from megatron_minpro.loop.trainer import make_loss_function
+from megatron_minpro.loop.update import make_loss_function
 from megatron_minpro.objectives import make_objective
 from parallel import actor as actor_module
 from parallel import process_groups

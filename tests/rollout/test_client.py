@@ -358,7 +358,7 @@ def test_only_servers_that_hold_the_wanted_weights_are_asked(stub: Callable[[Ans
     assert client.take_report() == {"servers/used": 0.0, "servers/retries": 0.0}
 
 
-def test_the_tail_is_the_time_between_the_first_server_to_finish_and_the_last(stub: Callable[[Answer], Stub]) -> None:
+def test_the_tail_runs_from_the_first_server_that_ends_to_the_last(stub: Callable[[Answer], Stub]) -> None:
     def late(body: dict[str, Any]) -> tuple[int, object]:
         time.sleep(0.3)
         return all_good(body)

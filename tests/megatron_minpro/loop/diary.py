@@ -13,9 +13,9 @@ import torch
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import UpdateReport
@@ -174,7 +174,7 @@ class Diary:
         self.lines: list[tuple] = []
         self.actor = FakeActor(self.lines, policy_version)
         self.driver = FakeDriver(self.lines, make_batch)
-        self.run = trainer.TrainingRun(
+        self.run = TrainingRun(
             config=config,
             actor=self.actor,  # type: ignore[arg-type]
             objective=make_objective("minpro"),

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_minpro.config import ConfigError
 from megatron_minpro.loop.counters import HalfStep
 from megatron_minpro.loop.schedule import train
-from megatron_minpro.loop.trainer import ServersFailed
+from megatron_minpro.loop.servers import ServersFailed
 from rollout.client import RolloutFailed, WeightsMissing
 from tests.megatron_minpro.loop.diary import Diary, MakeBatch, small_config
 

@@ -58,7 +58,7 @@ def test_without_a_terminal_a_phase_outside_the_steps_is_told_once(tmp_path: Pat
     assert out.getvalue().splitlines() == ["run: base model", "run: starting servers"]
 
 
-def test_a_step_that_knows_them_shows_the_idle_shares_of_trainer_and_servers(tmp_path: Path) -> None:
+def test_a_step_shows_the_idle_shares_of_trainer_and_servers(tmp_path: Path) -> None:
     rich, out = plain()
     idle = {"time/wait": 1.5, "time/idle_servers": 0.5, "time/step": 2.0, "time/tail": 9.0}
     with MetricsFile(tmp_path) as file, Console(tmp_path, num_global_steps=2, name="run", out=rich):

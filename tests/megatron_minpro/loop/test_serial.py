@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop import trainer
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.schedule import train
+from megatron_minpro.loop.scoring import sampling_metrics
+from megatron_minpro.loop.servers import ServersFailed, publish
+from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
 from megatron_minpro.objectives import make_objective
 from parallel.actor import UpdateReport
 from parallel.packing import TokenSequence
@@ -234,7 +236,7 @@ def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint(
     else:
         diary.driver.trouble = {call: WeightsMissing("no server holds it") for call in range(2, 10)}
         diary.driver.void = dict.fromkeys(range(1, 10), trouble)
-    with pytest.raises(trainer.ServersFailed, match=f"^{trouble}$"):
+    with pytest.raises(ServersFailed, match=f"^{trouble}$"):
         train(diary.run)
     assert diary.lines[-2:] == [("save", 1), ("wait",)]
     assert (diary.run.counters.next_step, diary.run.counters.rollouts_sampled, len(diary.run.buffer)) == (1, 8, 1)
@@ -244,7 +246,7 @@ def test_servers_that_fail_for_good_end_the_run_with_a_checkpoint(
 def test_servers_that_fail_during_an_evaluation_cost_no_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
     diary.driver.trouble = {3: RolloutFailed("no answer")}
-    with pytest.raises(trainer.ServersFailed, match=r"^no answer$"):
+    with pytest.raises(ServersFailed, match=r"^no answer$"):
         train(diary.run)
     assert diary.lines[-3:] == [("evaluate", "step_000002", 0), ("save", 2), ("wait",)]
 
@@ -301,10 +303,10 @@ def test_a_rank_without_a_driver_streams_its_weights_and_keeps_nothing(one_rank_
     diary = Diary(small_config(), one_rank_group, make_batch)
     diary.run.driver = None
     diary.actor.export_weights = lambda: iter(())  # type: ignore[method-assign]
-    trainer.publish(diary.run)
+    publish(diary.run)
     diary.actor.export_weights = lambda: iter([("weight", torch.zeros(1))])  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="only rank 0"):
-        trainer.publish(diary.run)
+        publish(diary.run)
 
 
 def test_updates_get_the_rate_of_their_own_policy_version(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
@@ -327,7 +329,7 @@ def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
         make_sample(n, reward=reward, correct=correct, finish_reason=reason, response=tokens)
         for n, (reward, correct, reason, tokens) in enumerate(described)
     )
-    assert trainer.sampling_metrics(samples, group_size=2) == pytest.approx(
+    assert sampling_metrics(samples, group_size=2) == pytest.approx(
         {
             "reward/sampled": 0.5,
             "reward/correct": 0.5,
@@ -351,14 +353,14 @@ def test_the_loss_reads_the_objectives_streams_and_adds_the_entropy() -> None:
         global_tokens=4,
         global_sequences=2,
     )
-    loss, metrics = trainer.make_loss_function(make_objective("reinforce"))(**tokens)
+    loss, metrics = make_loss_function(make_objective("reinforce"))(**tokens)
     assert metrics["policy/entropy"].tolist() == [0.75, 2.0]
     # On policy every weight is 1: loss = -sum(A log pi) / 4.
     assert float(loss.detach()) == pytest.approx(-(2 * -2.0 + 2 * -3.0) / 4)
     loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, -0.5])
     tokens["streams"]["correction_weights"] = torch.tensor([0.0, 0.5, 0.0])
-    corrected, _ = trainer.make_loss_function(make_objective("reinforce"))(**tokens)
+    corrected, _ = make_loss_function(make_objective("reinforce"))(**tokens)
     assert float(corrected.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
 
 
@@ -371,7 +373,7 @@ def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None
             return torch.ones(3)
 
     sequences = [TokenSequence(token_ids=torch.arange(2), loss_mask=torch.ones(1, dtype=torch.bool), streams={})]
-    assert trainer.minibatch_statistics(Actor(), sequences, make_objective("minpro")) is None  # type: ignore[arg-type]
+    assert minibatch_statistics(Actor(), sequences, make_objective("minpro")) is None  # type: ignore[arg-type]
     assert asked == []
-    assert trainer.minibatch_statistics(Actor(), sequences, make_objective("m2po")) is not None  # type: ignore[arg-type]
+    assert minibatch_statistics(Actor(), sequences, make_objective("m2po")) is not None  # type: ignore[arg-type]
     assert asked == [sequences]

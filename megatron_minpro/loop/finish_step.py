@@ -1,0 +1,39 @@
+"""The end of a global step: its metrics."""
+
+from __future__ import annotations
+
+import logging
+
+from megatron_minpro.batch.sample import RolloutBatch
+from megatron_minpro.loop.idle import idle_metrics
+from megatron_minpro.loop.logprob_gap import gap_warning
+from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun
+from megatron_minpro.objectives.idle_clip import idle_clip
+
+log = logging.getLogger(__name__)
+
+
+def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer: PhaseTimer, metrics: dict[str, float]) -> None:
+    """Write the step's metrics down. Throughput counts a response token once, in the step that trains it."""
+    counters = run.counters
+    seconds = timer.wall_s()
+    for phase, duration in timer.seconds.items():
+        counters.add_seconds(phase, duration)
+        metrics[f"time/{phase}"] = duration
+    metrics |= {
+        "policy/version": run.actor.policy_version,
+        "total/batches_trained": counters.trained_batches,
+        "batch/waiting": len(run.buffer),
+        "total/rollouts_sampled": counters.rollouts_sampled,
+        "total/rollouts_trained": counters.rollouts_trained,
+        "total/rollouts_dropped": counters.rollouts_dropped,
+        "time/step": seconds,
+        "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
+        **idle_metrics(timer.seconds, wall_s=seconds, overlapped=run.config.effective_schedule == "overlapped"),
+    }
+    for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
+        if warning is not None and kind not in run.reported:
+            log.warning("global step %d: %s", step, warning)
+            run.reported.add(kind)
+    if run.driver is not None:
+        run.driver.record(step, metrics, trained)

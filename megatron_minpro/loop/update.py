@@ -1,0 +1,82 @@
+"""Training one batch: mini-batches, one optimizer step each, and the measured lag against the promised one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_minpro.batch.sample import RolloutBatch
+from megatron_minpro.batch.staleness import expected_lag
+from megatron_minpro.loop.learning_rate import training_rate
+from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun
+from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
+from parallel.actor import LossFunction, MegatronActor, UpdateReport
+from parallel.packing import TokenSequence
+
+
+def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:
+    """Train the batch in mini-batches, one optimizer step each, and hold the measured lag against the promised one."""
+    config, actor, counters = run.config, run.actor, run.counters
+    updates = config.actor.updates_per_step
+    promised = expected_lag(counters.trained_batches, staleness=config.staleness, updates_per_step=updates)
+    lags: list[int] = []
+    reports: list[UpdateReport] = []
+    with timer("update"):
+        for samples in batch.mini_batches(num_mini_batches=updates, seed=config.seed):
+            lags.append(actor.policy_version - batch.policy_version)
+            sequences = [sample.training_sequence() for sample in samples]
+            statistics = minibatch_statistics(actor, sequences, run.objective)
+            loss_fn = make_loss_function(run.objective, statistics)
+            reports.append(actor.update(sequences, loss_fn, learning_rate=training_rate(config.actor, actor.policy_version)))
+    if (min(lags), max(lags)) != (promised.smallest, promised.largest):
+        raise RuntimeError(
+            f"batch of step {batch.sampled_at_step}: policy lag {min(lags)} to {max(lags)} updates, "
+            f"staleness {config.staleness} promises {promised.smallest} to {promised.largest}"
+        )
+    tokens = sum(report.num_tokens for report in reports)
+    counters.trained_batches += 1
+    counters.rollouts_trained += len(batch.samples)
+    counters.tokens_trained += tokens
+    metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
+    metrics |= {
+        "loss/total": sum(report.loss for report in reports) / len(reports),
+        "update/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "update/learning_rate": reports[-1].learning_rate,
+        "batch/lag_min": min(lags),
+        "batch/lag_max": max(lags),
+        "batch/sampled_at_step": batch.sampled_at_step,
+        "reward/trained": sum(sample.reward for sample in batch.samples) / len(batch.samples),
+        "batch/tokens": tokens,
+    }
+
+
+def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective) -> torch.Tensor | None:
+    """What the objective must know of the whole mini-batch; None, and no forward pass, for all but a few."""
+    if not objective.needs_minibatch_statistics:
+        return None
+
+    def statistics_fn(*, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any) -> torch.Tensor:
+        return objective.minibatch_statistics(TokenBatch(**tokens, **by_token(streams)))
+
+    return actor.sum_statistics(sequences, statistics_fn)
+
+
+def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None) -> LossFunction:
+    """The actor's view of an objective, plus the entropy of the trained tokens."""
+
+    def loss_fn(
+        *, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        batch = TokenBatch(**tokens, **by_token(streams))
+        out = objective(batch, statistics)
+        entropy = entropy_T[batch.loss_mask_T]
+        return out.loss, {**out.metrics, "policy/entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])}
+
+    return loss_fn
+
+
+def by_token(streams: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The sequences' streams (batch/sample.py) as fields of a TokenBatch."""
+    return {f"{name}_T": stream for name, stream in streams.items()}
