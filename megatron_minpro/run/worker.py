@@ -139,7 +139,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
         at_step=profiler.at_step,
     )
-    probes = trainer.share(run, None if driver is None else probe_sequences(driver.collector.cursor))
+    probes = share(run, None if driver is None else probe_sequences(driver.collector.cursor))
     log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
     with weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
