@@ -49,7 +49,6 @@ HARMLESS: Mapping[str, Harmless] = {
     "bucket_size": _ANYWHERE,
     "batch_p2p_sync": _ANYWHERE,
     "deallocate_pipeline_outputs": _ANYWHERE,
-    "microbatch_group_size_per_vp_stage": _ANYWHERE,
     "cp_comm_type": _ENGINE,
     # Experts: how tokens travel and in which precision the router computes. layers/router.py checks the balance loss.
     "moe_aux_loss_coeff": _ANYWHERE,

@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dp2, uneven micro-batches": ("dp2", {"max_tokens": 51}),
     "ep2 allgather": ("ep2", {"megatron": {"moe_token_dispatcher_type": "allgather"}}),
     "tp2 sp ep2 allgather": ("tp2 sp ep2", {"megatron": {"moe_token_dispatcher_type": "allgather"}}),
+    "router in float64": ("one rank", {"megatron": {"moe_router_dtype": "fp64"}}),
+    "pp2, outputs freed": ("pp2", {"megatron": {"deallocate_pipeline_outputs": True, "batch_p2p_sync": False}}),
 }
 BALANCED = ("one rank", "dp2", "ep2", "tp2 sp", "pp2", "cp2")
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 4000}  # several buckets
