@@ -13,7 +13,7 @@ TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
 OVERLAY := .venv/megatron_core_0.19.2/.complete
 # Several processes share the tests; tests/conftest.py says which belong together and which begin first.
-PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 SOURCES := megatron_minpro parallel rollout checkpoints_convert
 SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 

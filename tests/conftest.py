@@ -38,15 +38,28 @@ PARITY = "parity"  # the user property of a test that leaves a row for the table
 PARITY_COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
 
 
+def group_of(nodeid: str) -> str:
+    """The group of a test, or of its file."""
+    path = nodeid.partition("::")[0]
+    return next((name for prefix, name in GROUPS if path.startswith(prefix)), path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put every test into its group, and the groups in order."""
+    """The groups in order."""
     ranks = {name: rank for rank, (_, name) in enumerate(GROUPS)}
-    names = {}
-    for item in items:
-        path = item.nodeid.partition("::")[0]
-        names[item] = next((name for prefix, name in GROUPS if path.startswith(prefix)), path)
-        item.add_marker(pytest.mark.xdist_group(names[item]))
-    items.sort(key=lambda item: ranks.get(names[item], len(ranks)))
+    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole groups to one process. pytest-xdist's own way, a suffix of the test's id, has no effect under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
