@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from rows import table
 
-BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state")  # files beside this one, each with rows(folder) -> list[Row]
+# Files beside this one, each with rows(folder) -> list[Row].
+BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state", "overlap")
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ def test_lengths_of_a_run_give_serial_and_overlapped_time_and_the_split(tmp_path
     arguments = ["configs/qwen3_30b_a3b.yaml", "rollout.servers=16", "--lengths", str(lengths)]
     assert plan(*arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert ("serial: " in shown and "overlapped: " in shown and "the 48 GPUs" in shown) or "with the same GPUs" in shown
+    assert "serial: " in shown and "overlapped: " in shown
+    assert "no other split of the 48 GPUs in whole nodes that fits makes the step shorter" in shown  # 8 GPUs cannot train it
     assert "199 responses of" in shown and " kept " in shown
     assert plan(*arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)["rl"]
