@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 
 def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer: PhaseTimer, metrics: dict[str, float]) -> None:
     """Write the step's metrics down. Throughput counts a response token once, in the step that trains it."""
-    counters = run.counters
+    counters, overlapped = run.counters, run.config.effective_schedule == "overlapped"
+    within = timer.seconds | {"score": timer.scored_before_s} if overlapped else timer.seconds
     seconds = timer.wall_s()
     for phase, duration in timer.seconds.items():
         counters.add_seconds(phase, duration)
@@ -29,7 +30,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer
         "total/rollouts_dropped": counters.rollouts_dropped,
         "time/step": seconds,
         "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
-        **idle_metrics(timer.seconds, wall_s=seconds, overlapped=run.config.effective_schedule == "overlapped"),
+        **idle_metrics(within, wall_s=seconds, overlapped=overlapped),
     }
     for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
         if warning is not None and kind not in run.reported:

@@ -9,7 +9,8 @@ def idle_metrics(seconds: Mapping[str, float], *, wall_s: float, overlapped: boo
     """Metrics of one step.
 
     Args:
-        seconds: by phase. Without an entry "wait" of the overlapped schedule the trainer waited for nothing.
+        seconds: by phase, of what took place in the step: the overlapped schedule scores the batch before in it. Without an entry "wait"
+            of that schedule the trainer waited for nothing.
         wall_s: of the whole step.
         overlapped: whether sampling and training ran at the same time; else the trainer waits for all of sampling.
     """

@@ -107,6 +107,7 @@ def train_overlapped(run: TrainingRun) -> bool:
             task = SamplingTask(run, step, policy_version=run.actor.policy_version)
         if unfinished is not None:
             finish(run, unfinished)
+            timer.scored_before_s = unfinished.timer.seconds.get("score", 0.0)
         if stopping or (unfinished is not None and run.checkpoint_is_due(step)):
             save(run)
         if done or stopping:

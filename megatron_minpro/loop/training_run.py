@@ -115,6 +115,7 @@ class PhaseTimer:
     def __init__(self, tell: Callable[[str], None]) -> None:
         """tell: called with the name of each phase when it begins."""
         self.seconds: dict[str, float] = {}
+        self.scored_before_s = 0.0  # of scoring the batch before, where that takes place in this step
         self._tell = tell
         self._started_at = time.perf_counter()
         self._wall_s: float | None = None

@@ -198,8 +198,8 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         Combined.DERIVED,
         _IDLE,
-        "(max(time/sample + time/reward, time/score + time/update) + time/sync) / time/step, under schedule: overlapped: 1 when nothing "
-        "but the longer side takes time",
+        "(max(time/sample + time/reward, time/score of the step before + time/update) + time/sync) / time/step, under schedule: "
+        "overlapped: 1 when nothing but the longer side takes time",
     ),
 )
 

@@ -21,6 +21,7 @@ STEPS = 10
 STALENESS = 2
 ROUNDS = 2
 _ROOT = Path(__file__).resolve().parents[2]
+_OVERLAP = "throughput/overlap_efficiency"
 _IDLE = {"trainer": "time/wait", "server": "time/idle_servers"}
 Line = Mapping[str, float | None]
 
@@ -83,8 +84,10 @@ def _said(lines: Sequence[Line]) -> str:
 
 
 def _share_of_the_ideal(line: Line) -> float:
+    if _OVERLAP in line:
+        return _number(line, _OVERLAP)
     seconds = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/") and value is not None}
-    return idle_metrics(seconds, wall_s=seconds["step"], overlapped=True)["throughput/overlap_efficiency"]
+    return idle_metrics(seconds, wall_s=seconds["step"], overlapped=True)[_OVERLAP]
 
 
 def _median(lines: Sequence[Line], name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -161,6 +162,21 @@ def test_any_other_error_of_the_sampling_thread_reaches_the_loop(one_rank_group:
     diary.driver.trouble = {2: ValueError("reward mine:f returned 'x'")}
     with pytest.raises(ValueError, match="returned 'x'"):
         train(diary.run)
+
+
+def test_a_step_is_never_shorter_than_its_ideal(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    logprobs = diary.actor.logprobs
+
+    def slowly(sequences: Any) -> Any:
+        time.sleep(0.02)  # a batch is scored in the step after the one that samples it
+        return logprobs(sequences)
+
+    diary.actor.logprobs = slowly  # type: ignore[method-assign]
+    train(diary.run)
+    found = [line["throughput/overlap_efficiency"] for _, line in diary.driver.lines]
+    assert len(found) == 6 and all(0 <= share <= 1 for share in found)
+    assert all(line["time/step"] >= 0.02 for step, line in diary.driver.lines if 1 <= step <= 4)
 
 
 def test_the_console_is_told_what_the_trainer_does(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
