@@ -87,6 +87,7 @@ def plan(options: PlanOptions) -> None:
     from parallel.planner.models import read_shape
     from parallel.planner.plan import as_json as plan_as_json
     from parallel.planner.plan import make_plan, remedies
+    from parallel.planner.split import as_json as splits_as_json
     from parallel.planner.split import splits
 
     _check_used(options)
@@ -111,10 +112,11 @@ def plan(options: PlanOptions) -> None:
             f"{run.layout.dp * micro_batch}"
         )
     result = make_plan(shape, run.layout, training, machine, work)
+    others = splits(result)
     if options.as_json:
-        typer.echo(json.dumps(plan_as_json(result), indent=2))
+        typer.echo(json.dumps({**plan_as_json(result), "splits": splits_as_json(others)}, indent=2))
     else:
-        console.print(view.describe(result, [] if result.fits else remedies(result), splits(result)))
+        console.print(view.describe(result, [] if result.fits else remedies(result), others))
 
 
 def _check_used(options: PlanOptions) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from parallel.planner.plan import Plan, make_plan
 
@@ -36,6 +38,25 @@ def splits(plan: Plan) -> list[Plan]:
         if changed.fits:
             found.append(changed)
     return sorted(found, key=_step_s)
+
+
+def as_json(found: Sequence[Plan]) -> list[dict[str, Any]]:
+    """For programs: who gets how many, the seconds of a global step, and who is idle."""
+    rows = []
+    for plan in found:
+        step, rollouts = plan.global_step, plan.work.rollouts
+        assert step is not None
+        assert rollouts is not None
+        rows.append(
+            {
+                "world_size": plan.layout.world_size,
+                "servers": rollouts.servers,
+                "step_s": step.step_s,
+                "trainer_idle": step.trainer_idle(step.schedule),
+                "servers_idle": step.servers_idle(step.schedule),
+            }
+        )
+    return rows
 
 
 def _step_s(plan: Plan) -> float:

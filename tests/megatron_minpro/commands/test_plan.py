@@ -50,7 +50,10 @@ def test_lengths_of_a_run_give_serial_and_overlapped_time_and_the_split(tmp_path
     assert "no other split of the 48 GPUs in whole nodes that fits makes the step shorter" in shown  # 8 GPUs cannot train it
     assert "199 responses of" in shown and " kept " in shown
     assert plan(*arguments, "--json") == 0
-    found = json.loads(capsys.readouterr().out)["rl"]
+    document = json.loads(capsys.readouterr().out)
+    found = document["rl"]
+    assert [(split["world_size"], split["servers"]) for split in document["splits"]] == [(16, 16), (32, 8)]
+    assert document["splits"][0]["step_s"] == found["global_step_s"] < document["splits"][1]["step_s"]
     assert found["global_step_s"] == found["overlapped"]["step_s"] < found["serial"]["step_s"]
     assert plan(*arguments, "actor.kept_weights=pinned_host", "--json") == 0
     assert json.loads(capsys.readouterr().out)["memory_gb"][0]["kept"] == 0
