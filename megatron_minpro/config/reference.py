@@ -31,7 +31,7 @@ This page is made from the code: `python -m megatron_minpro.config.reference`.
 | file or folder | content |
 |---|---|
 {files}
-| `objective/` | one file per objective, with its published defaults: `objective=configs/objective/grpo.yaml` |
+| `objective/` | one file per objective, with its published defaults: `objective=configs/objective/grpo.yaml` from the repository root |
 | `hardware/` | GPUs and networks for the planner: `minpro plan qwen3_30b_a3b --hardware h200` |
 | `models/` | shapes of published models for the planner |
 
@@ -42,7 +42,7 @@ This page is made from the code: `python -m megatron_minpro.config.reference`.
   configuration, defaults included, as `config.yaml`.
 - Where a setting names code (`name`, `source`, `weight_sync`, ...), it takes a known name or `package.module:function`. The module may
   lie in your working folder. The other keys of the section are the options of that code.
-- "resume" marks a setting that may change when a run is continued.
+- "resume" marks a setting that may change when a run continues from a checkpoint.
 
 ## All settings
 """
@@ -93,6 +93,8 @@ def _type_name(annotation: Any) -> str:
     match typing.get_origin(annotation):
         case types.UnionType | typing.Union:
             return " or ".join(_type_name(argument) for argument in arguments)
+        case origin if origin is typing.Annotated:
+            return _type_name(arguments[0])
         case origin if origin is Literal:
             return ", ".join(f"`{argument}`" for argument in arguments)
         case origin if origin is tuple or origin is list:
