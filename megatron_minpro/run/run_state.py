@@ -2,7 +2,7 @@
 
 checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
                         run.json            counters, prompt cursor, policy version; the size of every other file
-                        sampling_weights/   after half a step alone: the weights that are to sample the missing batch
+                        sampling_weights/   after only after half a step: the weights that are to sample the missing batch
                         waiting.safetensors the batches that are sampled but not trained yet
 checkpoints/latest                          name of the newest complete directory
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.atomic_files import write_atomically
@@ -112,8 +113,12 @@ def read_state(checkpoint: Path) -> StateFile:
         state = json.loads(path.read_text())
         config = RunConfig.model_validate_json(json.dumps(state.pop("config")))
         return StateFile(config=config, counters=RunCounters(**state.pop("counters")), **state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: not a checkpoint of this version of the program (config.{setting}: {first['msg']})") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this program ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: not a checkpoint of this version of the program ({' '.join(str(error).split())})") from error
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
