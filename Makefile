@@ -27,7 +27,7 @@ help: ## what can be made
 	@echo
 	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=4 make test: in four processes, not two"
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
-	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run, with settings that differ from the file"
+	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run; ARGS overrides settings of the file"
 
 setup: $(TRAINER) $(SERVER) ## both environments: .venv (trainer, the minpro command) and .venv-sglang (rollout servers)
 

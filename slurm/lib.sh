@@ -60,7 +60,7 @@ wait_for_files() {
   shift 2
   for file in "$@"; do
     until [[ -e "$file" ]]; do
-      kill -0 "$pid" 2>/dev/null || fail "the step that should write $file has ended; its words are in $RUN_DIR/logs"
+      kill -0 "$pid" 2>/dev/null || fail "the step that should write $file has ended; see $RUN_DIR/logs"
       ((SECONDS < deadline)) || fail "no $file in time"
       sleep 1
     done

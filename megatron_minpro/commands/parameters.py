@@ -16,7 +16,7 @@ from megatron_minpro.option import Option
 R = TypeVar("R")
 
 CONFIG = Option("the run's YAML file, or the name of a shipped one, such as tiny_moe_cpu", argument=True)
-OVERRIDES = Option("settings that differ from the file, as in rollout.group_size=4", argument=True, metavar="[key=value]...")
+OVERRIDES = Option("override settings of the file, as in rollout.group_size=4", argument=True, metavar="[key=value]...")
 Config = Annotated[Path, CONFIG]
 Overrides = Annotated[tuple[str, ...], OVERRIDES]
 AsJson = Annotated[bool, Option("print JSON for programs", flags=("--json",))]
