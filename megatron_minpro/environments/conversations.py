@@ -66,6 +66,11 @@ async def hold_conversations(
             conversation = await environment(prompt, model)
         except (RolloutFailed, WeightsMissing):
             raise
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            # By the environment itself. A task group would take it for an end that somebody wanted, and others would wait for ever.
+            raise RuntimeError(f"environment {environment.name}: {prompt.prompt_id}: awaited a task that was cancelled") from error
         except Exception as error:  # a coroutine of the user's own may raise anything
             raise RuntimeError(f"environment {environment.name}: {prompt.prompt_id}: {type(error).__name__}: {error}") from error
         if not isinstance(conversation, Conversation):
@@ -109,6 +114,8 @@ class _Exchange:
         while self._under_way:
             await self._changed.wait()
             self._changed.clear()
+            # An environment may give up waiting, or end with a question that nobody awaits: such a question is not sent.
+            self._asked = [question for question in self._asked if question[0] in self._under_way and not question[2].done()]
             if not self._asked or (self._together and {place for place, _, _ in self._asked} != self._under_way):
                 continue
             asked, self._asked = sorted(self._asked, key=lambda question: (question[0], question[1].turn)), []

@@ -47,6 +47,7 @@ class Model:
         self._most_tokens = len(prompt.token_ids) + max_new_tokens
         self._request_id, self._sample_index = request_id, sample_index
         self._ask = ask
+        self._num_asked = 0
         self._answers: list[Generation] = []
 
     async def __call__(self, context: Sequence[int] | Sequence[Message], *, stop_token_ids: Sequence[int] = ()) -> Generation:
@@ -67,11 +68,12 @@ class Model:
         request = GenerationRequest(
             request_id=self._request_id,
             sample_index=self._sample_index,
-            turn=len(self._answers),
+            turn=self._num_asked,
             prompt_token_ids=token_ids,
             max_new_tokens=room,
             stop_token_ids=tuple(stop_token_ids),
         )
+        self._num_asked += 1  # before the wait: several questions may be under way, and each has its own seed
         answer = await self._ask(request)
         self._answers.append(answer)
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_minpro.environments.conversations import hold_conversations
 from megatron_minpro.environments.environment import Environment, make_environment
 from megatron_minpro.environments.model import Model
 from megatron_minpro.registry import PlugInError
+from rollout.background import in_background
 from rollout.client import OnGeneration, WeightsMissing
 from rollout.records import Generation, GenerationRequest, VersionSpan
 
@@ -186,6 +188,58 @@ def test_weights_that_are_missing_are_not_the_environments_fault() -> None:
     session.fails = True
     with pytest.raises(WeightsMissing, match=r"^all servers were restarted$"):
         hold(environment(echo, turns=lambda prompt: 2), session)
+
+
+@pytest.mark.parametrize("samples_per_call", [None, 2])
+@pytest.mark.parametrize("behaviour", ["gives up waiting", "ends with a question that nobody awaits"])
+def test_a_question_that_nobody_waits_for_holds_up_nobody(behaviour: str, samples_per_call: int | None) -> None:
+    async def impatient(prompt: Prompt, model: Model) -> Conversation:
+        answers = [await model(prompt.token_ids)]
+        context = (*answers[0].prompt_token_ids, *answers[0].response_token_ids, 50)
+        if prompt.prompt_id == "p1":
+            await asyncio.sleep(0.05)  # a slow tool
+            answers.append(await model(context))
+        elif behaviour == "gives up waiting":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(model(context), timeout=0.01)
+        else:
+            stray.append(asyncio.ensure_future(model(context)))
+            await asyncio.sleep(0)
+        return model.conversation(*answers)
+
+    stray: list[asyncio.Future[Generation]] = []
+    session = Session(samples_per_call=samples_per_call)
+    found = within_seconds(10, lambda: hold(environment(impatient), session))
+    assert [len(conversation.generations) for conversation in found if conversation.prompt.prompt_id == "p1"] == [2, 2]
+    assert samples_per_call is not None or session.asked[1:] == [[("step5-1#0.1", 50), ("step5-1#1.1", 50)]]
+
+
+def within_seconds(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work` gives. A test that would wait for ever fails instead."""
+    return in_background(work, name="test").result(timeout=seconds)
+
+
+def test_a_task_that_an_environment_cancelled_ends_the_run_with_a_reason() -> None:
+    async def clumsy(prompt: Prompt, model: Model) -> Conversation:
+        tool = asyncio.ensure_future(asyncio.sleep(60))
+        tool.cancel()
+        await tool
+        return model.conversation(await model(prompt.token_ids))
+
+    with pytest.raises(RuntimeError, match=r"^environment mine: p0: awaited a task that was cancelled$"):
+        within_seconds(10, lambda: hold(environment(clumsy), Session()))
+
+
+@pytest.mark.parametrize("samples_per_call", [None, 2])
+def test_a_conversation_may_ask_two_questions_at_once(samples_per_call: int | None) -> None:
+    async def best_of_two(prompt: Prompt, model: Model) -> Conversation:
+        drafts = await asyncio.gather(model(prompt.token_ids), model(prompt.token_ids))
+        return model.conversation(drafts[1])
+
+    session = Session(samples_per_call=samples_per_call)
+    assert len(within_seconds(10, lambda: hold(environment(best_of_two), session))) == 4
+    names = sorted(name for call in session.asked for name, _ in call)
+    assert names == sorted(f"step5-{number}#{sample}{turn}" for number in (0, 1) for sample in (0, 1) for turn in ("", ".1"))
 
 
 def test_the_chat_template_stands_between_an_answer_and_the_next(qwen_tokenizer: Any) -> None:
