@@ -6,14 +6,12 @@ A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,11 +45,11 @@ from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model, run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.finished import summarise
+from megatron_minpro.run.last_words import last_words
 from megatron_minpro.run.profiling import StepProfiler
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
-    ERROR_FILE,
     EXPORT_FOLDER,
     INITIAL_MODEL_FOLDER,
     LOST_FILE,
@@ -374,25 +372,13 @@ def main(arguments: list[str]) -> None:
         torch.use_deterministic_algorithms(True)
     for line in capabilities.lines():
         log.info(line)
-    try:
+    with last_words(run_dir, rank=rank):
         groups = process_groups.initialize(
             config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=collective_timeout_s(config)
         )
         task(config, run_dir, groups)
         dist.barrier()
         process_groups.shut_down()
-    except Exception as error:
-        # The launcher shows this line; the first rank to fail is the one that knows why.
-        traceback.print_exc()
-        path = run_dir / ERROR_FILE
-        if not path.exists():
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = str(error) or f"at {Path(place.filename).name}:{place.lineno}"
-            with contextlib.suppress(OSError):  # a full disk; the launcher sees that for itself
-                write_atomically(path, f"rank {rank}: {type(error).__name__}: {reason}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: a thread that waits for a server would hold this rank, and with it all others
 
 
 if __name__ == "__main__":
