@@ -245,14 +245,15 @@ class MegatronActor:
         with self.kept_weights():
             return actor_checkpoint.capture_model(directory, self._modules)
 
-    def load_kept(self, directory: Path, *, policy_version: int) -> None:
+    def load_kept(self, directory: Path, *, policy_version: int, place: SnapshotPlace = "device") -> None:
         """Keep the weights that `capture_kept` wrote. The model's own weights and the optimizer stay as they are.
 
         Args:
             directory: what the function of `capture_kept` filled, also on another layout.
             policy_version: optimizer steps that these weights have behind them.
+            place: where the copy lies, also of weights that are kept later.
         """
-        self.keep_weights()
+        self.keep_weights(place=place)
         with self.kept_weights():
             actor_checkpoint.load_model(directory, self._modules)
         self.kept_version = policy_version

@@ -183,3 +183,5 @@ def complete_half_step(run: TrainingRun, half_step: HalfStep) -> None:
     timer.stop()
     run.counters.next_step = step + 1
     finish(run, Unfinished(step=step, batch=batch, trained=None, timer=timer, metrics=metrics))
+    if run.checkpoint_is_due(step + 1):
+        save(run)

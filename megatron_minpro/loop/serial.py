@@ -23,6 +23,8 @@ def train_serially(run: TrainingRun) -> bool:
     config, counters = run.config, run.counters
     while counters.next_step < run.last_step:
         step = counters.next_step
+        if (label := run.evaluation_label(step)) is not None:
+            evaluate(run, label)
         run.at_step(step)
         timer = run.timer()
         metrics: dict[str, float] = {}
@@ -38,8 +40,6 @@ def train_serially(run: TrainingRun) -> bool:
         counters.next_step = step + 1
         finish_step(run, step, due, timer, metrics)
         done = counters.next_step == run.last_step
-        if (label := run.evaluation_label(counters.next_step)) is not None:
-            evaluate(run, label)
         stopping = stop_requested(run)
         if stopping or run.checkpoint_is_due(counters.next_step):
             save(run)

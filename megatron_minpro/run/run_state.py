@@ -192,7 +192,8 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
         raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
     half_step = None
     if state.half_step is not None:
-        actor.load_kept(checkpoint / KEPT_FOLDER, policy_version=state.half_step["policy_version"])
+        kept_version, place = state.half_step["policy_version"], config.actor.kept_weights
+        actor.load_kept(checkpoint / KEPT_FOLDER, policy_version=kept_version, place=place)
         half_step = HalfStep(metrics=state.half_step["metrics"], seconds=state.half_step["seconds"])
     return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting, half_step=half_step)
 

@@ -157,6 +157,21 @@ def test_servers_that_fail_in_mid_step_leave_a_state_that_resumes_exactly(
     assert all(getattr(resumed.run.counters, name) == getattr(whole.run.counters, name) for name in counted)
 
 
+def test_half_a_step_that_is_completed_is_followed_by_its_checkpoint(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    failed = Diary(small_config("staleness=1"), one_rank_group, make_batch)
+    failed.driver.trouble = {4: RolloutFailed("no server answered")}  # batch 3, the last one
+    with pytest.raises(ServersFailed):
+        train(failed.run)
+    [half_step] = [line[2] for line in failed.lines if line[0] == "save half"]
+    resumed = Diary(small_config("staleness=1"), one_rank_group, make_batch, policy_version=failed.actor.policy_version)
+    resumed.actor.kept_version = failed.actor.kept_version
+    resumed.run.counters = failed.run.counters
+    resumed.run.buffer.restore(failed.run.buffer.waiting())
+    train(resumed.run, half_step=half_step)
+    # Where sampling ends a checkpoint is kept for a run that is made longer.
+    assert [line for line in resumed.lines if line[0] == "save"] == [("save", 4), ("save", 5)]
+
+
 def test_any_other_error_of_the_sampling_thread_reaches_the_loop(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch)
     diary.driver.trouble = {2: ValueError("reward mine:f returned 'x'")}

@@ -251,6 +251,21 @@ def test_servers_that_fail_during_an_evaluation_cost_no_step(one_rank_group: dis
     assert diary.lines[-3:] == [("evaluate", "step_000002", 0), ("save", 2), ("wait",)]
 
 
+@pytest.mark.parametrize("schedule", ["serial", "overlapped"])
+def test_a_measurement_that_failed_is_made_by_the_next_attempt(
+    schedule: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    failed = Diary(small_config("evaluation.every=2"), one_rank_group, make_batch)
+    failed.driver.trouble = {3: RolloutFailed("no answer")}
+    with pytest.raises(ServersFailed):
+        train(failed.run)
+    resumed = Diary(small_config("evaluation.every=2", f"schedule={schedule}"), one_rank_group, make_batch)
+    resumed.run.counters = failed.run.counters
+    resumed.run.buffer.restore(failed.run.buffer.waiting())
+    assert train(resumed.run) is True
+    assert [line for line in resumed.lines if line[0] == "evaluate"] == [("evaluate", "step_000002", 0), ("evaluate", "step_000004", 4)]
+
+
 def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config(), one_rank_group, make_batch, stop_after=5)
     assert train(diary.run) is True

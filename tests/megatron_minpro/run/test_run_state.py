@@ -43,6 +43,7 @@ class FakeActor:
     def __init__(self, policy_version: int = 0, *, failure: Exception | None = None) -> None:
         self.policy_version = policy_version
         self.kept_version: int | None = None
+        self.kept_place = ""
         self.architecture = Architecture.from_config(MODEL, source="test")
         self.failure = failure
         self.may_write = Event()
@@ -68,9 +69,9 @@ class FakeActor:
 
         return write
 
-    def load_kept(self, directory: Path, *, policy_version: int) -> None:
+    def load_kept(self, directory: Path, *, policy_version: int, place: str) -> None:
         assert (directory / "weights").read_text() == str(policy_version)
-        self.kept_version = policy_version
+        self.kept_version, self.kept_place = policy_version, place
 
     def load(self, directory: Path, *, policy_version: int) -> None:
         if self.failure is not None:
@@ -172,9 +173,10 @@ def test_half_a_step_comes_back_with_the_weights_that_sample(tmp_path: Path, one
     latest = run_state.latest_checkpoint(tmp_path)
     assert latest == tmp_path / "step_000003_half"  # beside the whole step of the same number, and newer
     loaded = FakeActor()
-    saved = load(latest, actor=loaded)
+    saved = load(latest, actor=loaded, config=config("actor.kept_weights=pinned_host"))
     assert saved.half_step is not None
     assert (loaded.policy_version, loaded.kept_version, saved.counters.next_step) == (48, 32, 3)
+    assert loaded.kept_place == "pinned_host"  # the planner counts it there
     assert saved.half_step.metrics["loss/total"] == 1 / 3 and math.isnan(saved.half_step.metrics["policy/entropy"])
     assert saved.half_step.seconds == half_step.seconds
     save(tmp_path, 4)
