@@ -1,4 +1,4 @@
-"""Adapters beside a model's weights: nothing here reads them, so a folder that holds one is refused."""
+"""Adapters beside a model's weights: no code here reads them, so a folder with an adapter is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an unfinished conversion has already on disk, so that the next attempt does not do it again."""
+"""The list of tensors that an unfinished conversion has written, so that the next attempt skips them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a converted checkpoint says of itself: a hash of every tensor, in Hugging Face's form, whichever format it is kept in.
+"""The manifest of a converted checkpoint: a hash of every tensor, computed in Hugging Face's form for both formats.
 
 The hash is XXH3 of 128 bits: four times as fast as SHA-256, which took half the time of a conversion. It finds accidents, such as a
 flipped bit or a file of another run; it does not prove who wrote the bytes.

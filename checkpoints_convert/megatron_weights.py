@@ -1,4 +1,4 @@
-"""A Megatron torch_dist checkpoint seen as the Hugging Face model that it is: Hugging Face names, shapes and rows.
+"""Reads a Megatron torch_dist checkpoint by Hugging Face names, shapes and rows.
 
 The same parameter is saved under several names. The layer is an axis of the saved tensor (`decoder.layers.mlp.router.weight`), or a
 number in its key where layers differ (`decoder.layers.3.mlp.router.weight`); so is the expert (`experts.experts.17.linear_fc1`); with
@@ -175,7 +175,7 @@ class MegatronWeights:
                 raise ValueError(f"{self.directory}: dtype of {place.key!r} is {dtype}; expected that of {places[0].key!r}")
 
     def _check_aliases(self, parameter: Parameter, found: list[tuple[_Place, ...]]) -> None:
-        """A norm may be saved under the names of both layer specs; then both must say the same, or nobody knows which one is meant."""
+        """A norm may be saved under the names of both layer specs; then both must be equal, or it is unknown which one is meant."""
         if len(found) == 1:
             return
         rows, row_shape = parameter.megatron_shape[0], parameter.megatron_shape[1:]

@@ -1,4 +1,4 @@
-"""Weights in formats that are not read, and what to say of them."""
+"""Weight formats that are not supported, and the error message for each."""
 
 from __future__ import annotations
 

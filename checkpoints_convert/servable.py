@@ -1,4 +1,4 @@
-"""Models that SGLang loads without an error and serves as another model."""
+"""Models that SGLang loads without an error but computes wrongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are two checkpoints, of either format, the same bit for bit? And is one what its manifest says?"""
+"""Compares two checkpoints of either format bit for bit, and one checkpoint with its manifest."""
 
 from __future__ import annotations
 

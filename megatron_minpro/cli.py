@@ -65,7 +65,9 @@ def run(arguments: list[str]) -> int:
     try:
         result: Any = typer.main.get_command(app).main(args=arguments, prog_name="minpro", standalone_mode=False)
     except TyperException as error:
-        return _fail(f"{error.format_message()} (see minpro --help)", code=2)
+        context = getattr(error, "ctx", None)  # of the subcommand, where the error is about one
+        command = "minpro" if context is None else context.command_path
+        return _fail(f"{error.format_message()} (see {command} --help)", code=2)
     except ValueError as error:
         return _fail(str(error), code=2)
     except Exception as error:

@@ -199,7 +199,7 @@ class MegatronActor:
     def load(self, directory: Path, *, policy_version: int) -> None:
         """The counterpart of `save`. policy_version: optimizer steps that the saved weights have behind them."""
         actor_checkpoint.load(directory, self._modules, self._optimizer)
-        apply_settings(self._optimizer, self.settings.optimizer)  # the checkpoint brought those of the run that saved it
+        apply_settings(self._optimizer, self.settings.optimizer)  # the checkpoint holds the settings of the run that saved it
         self.policy_version = policy_version
 
     def load_model(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What this machine offers, and so which of two ways everything runs: the one file where CPU and GPU part.
+"""What this machine offers. This file alone decides what differs between CPU and GPU.
 
 Seen so far: gloo, the local layer spec and torch's own optimizer. Never run: TransformerEngine's layer spec. Chosen from what is
 importable, never from an exception.

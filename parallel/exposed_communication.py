@@ -1,4 +1,4 @@
-"""How long this rank stands still in communication, by what it is for. For ranks whose collectives block the host, as gloo's do.
+"""How long this rank waits in communication, per kind of process group. For collectives that block the host, as gloo's do.
 
 On CUDA a collective only enters a queue here: what it costs is decided on the device, and this module refuses to guess.
 """

@@ -1,7 +1,7 @@
-"""A NaN where the loss looks, seen by one rank alone: all ranks stop together, and every one says where it was.
+"""A NaN in a log-prob that the loss uses: also when one rank alone sees it, all ranks stop together and say where it was.
 
 A rank that raised in the middle of a forward pass would leave the others waiting in the next collective. So it goes on with a harmless
-value, and all ranks compare notes when the pass is over, before anything of it is used.
+value. When the pass is over, all ranks exchange what they saw, before a result is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two faults of Megatron-Core that appear where TransformerEngine and Apex are absent, on CPU and CUDA alike.
+"""Works around two bugs of Megatron-Core that appear where TransformerEngine and Apex are absent, on CPU and CUDA alike.
 
 1. The router names `te_general_gemm`, which exists only with TransformerEngine (0.16.1): NameError at its first call.
 2. torch's AdamW keeps a `step` in its state that Megatron's fully reshardable checkpoint does not carry: KeyError when it is loaded.

@@ -1,8 +1,8 @@
-"""Options under `megatron:`. Those of the list below are known to be harmless and pass; every other one is refused with a reason.
+"""Options under `megatron:`. Options in the list below are known to be harmless and accepted. Any other option is an error with a reason.
 
 Harmless means: the model that is trained stays the model that samples and is exported, up to rounding. Megatron-Core has options that
-change the model without an error, and options that this project's layers never read. A new one is therefore refused until somebody
-has read what it does. `model_check.py` compares the built model with a plain forward pass, whatever this list says.
+change the model without an error, and options that this project's layers never read. A new option is therefore an error until
+its code has been read. `model_check.py` compares the built model with a plain forward pass, whatever this list says.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ HARMLESS: Mapping[str, Harmless] = {
     "store_param_remainders": _PRECISION_AWARE,
 }
 
-_UNREAD = "nobody has checked that it leaves the trained model the one that is sampled from and exported"
+_UNREAD = "it is not checked that the trained model stays the one that samples and is exported"
 _ANOTHER_MODEL = "the servers and the export know no such part, so another model would be trained"
 _OTHER_EXPERTS = "experts would be chosen or weighted otherwise than by the servers and in the export"
 _NO_EFFECT = "it does nothing here"
@@ -117,7 +117,7 @@ _VARYING_LENGTHS = "packed micro-batches differ in length, and a recorded graph 
 _OWN_HEAD = "the output layer is computed by this project, which would leave its gradient out"
 _INFERENCE = "it is for inference with Megatron-Core"
 
-# Why a name is refused. Names by themselves first, then by how they begin.
+# Why an option is an error: whole names first, then prefixes.
 REASONS: Mapping[str, str] = {
     "add_qkv_bias": _ANOTHER_MODEL,
     "apply_wd_to_qk_layernorm": _ADAMW,

@@ -39,7 +39,7 @@ from parallel.mcore import (
 )
 from parallel.megatron_options import check_machine_options, check_options
 
-# What Qwen3 does not have. Some of it this project's plug-ins would leave out without a word, all of it would be another model.
+# What Qwen3 does not have. Each of these makes another model, and this project's layers would silently ignore some of them.
 ABSENT_FROM_QWEN3: Mapping[str, Any] = {
     "apply_query_key_layer_scaling": False,
     "apply_residual_connection_post_layernorm": False,

@@ -1,7 +1,7 @@
 """The check after building: the actor's log-probs against a plain forward pass over the weights that it exports.
 
-An option, a layer or a name in the mapping table that makes the trained model another than the one that samples shows here, whoever
-knew about it or not. One weight stream and some hundred tokens on rank 0: a model of any size can be checked.
+If an option, a layer or a row of the mapping table makes the trained model differ from the model that samples, this check finds it, also
+when the difference was not foreseen. One weight stream and some hundred tokens on rank 0: a model of any size can be checked.
 
 Not checked: gradients, and a difference that is smaller than the rounding of the trainer's dtype (float32: 1e-5, bfloat16: about 0.02).
 """

@@ -1,4 +1,4 @@
-"""Calls beside this thread that nobody has to wait for: the interpreter exits without joining them, unlike an executor's."""
+"""Calls in daemon threads: unlike an executor's threads, they do not delay the exit of the interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server says when it refuses a request, in one line."""
+"""The error text of a server that refuses a request, in one line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Servers that are kept running: who died or hangs is started again on its port, so many times in a while and no more.
+"""Keeps servers running: restarts a server that died or hangs, on its port, a limited number of times within a window.
 
 A restarted server holds the weights of the model folder. It gets no requests before the trainer has published the current ones into it:
-that is decided where requests are sent (gate.py), not here.
+gate.py decides that, where requests are sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rollout.sglang.server import ServerDied, ServerPool
 
 _PROBE_EVERY_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
-_ALL_SILENT_PATIENCE = 4  # where no server answers, the machine may be overloaded: so many times longer is waited
+_ALL_SILENT_PATIENCE = 4  # if no server answers, the machine may be overloaded: wait this many times longer
 
 
 class Supervisor:

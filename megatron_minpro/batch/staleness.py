@@ -1,4 +1,4 @@
-"""Exactly controlled staleness: a batch is trained n global steps after it was sampled, never sooner, never later."""
+"""Exactly controlled staleness: a batch is trained n global steps after it was sampled, never earlier, never later."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def check_cluster(config: RunConfig, membership: Membership, *, announce: Callab
         _all_reduce(store, membership)
     store.set(f"done/{membership.node}", "1")
     if first:
-        # The store lives here: nobody gets an answer any more once this process has ended.
+        # The store lives here: when this process ends, the other nodes get no more answers.
         silent = _silent(store, [node for node, report in reports.items() if report is not None], membership.timeout_s)
         found = found or {node: ["did not take part in a sum over the trainer nodes"] for node in silent}
         announce(f"preflight: {len(membership.nodes)} nodes, " + (f"{len(found)} of them unfit" if found else "all fit"))

@@ -41,7 +41,7 @@ class PlanOptions:
     colocated: Annotated[bool, Option("rollout servers share the trainer's GPUs")] = False
     global_batch: Annotated[
         int | None,
-        Option("plan one plain training step of so many sequences, as published tables train, in place of RL", minimum=1),
+        Option("plan one plain training step of N sequences, as in published tables, instead of RL", minimum=1),
     ] = None
     sequence_length: Annotated[int | None, Option(f"with --global-batch: tokens of a sequence; default: {_PLAIN_SEQUENCE}", minimum=1)] = (
         None

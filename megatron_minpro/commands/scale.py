@@ -52,7 +52,7 @@ class ScaleOptions:
     measure: Annotated[bool, Option("by real optimizer steps, one group of processes per layout")] = False
     report: Annotated[bool, Option("tables and plots of what was measured before")] = False
     routing_study: Annotated[
-        int, Option("measure the checkpoint's expert choices on so many real texts, and what they cost at each ep", minimum=0)
+        int, Option("measure the checkpoint's expert choices on N real texts, and their cost at each ep", minimum=0)
     ] = 0
     out: Annotated[Path | None, Option("the study's folder, continued if there; default: OUTPUT_DIR/scale_NAME")] = None
     world_size: Annotated[

@@ -64,7 +64,7 @@ class OverlongConfig(Section):
     """DAPO's soft punishment of length (arXiv:2503.14476, eq. 13)."""
 
     max_tokens: int = Field(ge=1, description="responses of this length get the whole punishment")
-    buffer_tokens: int = Field(ge=1, description="the punishment grows linearly over the last so many tokens before max_tokens")
+    buffer_tokens: int = Field(ge=1, description="the punishment grows linearly over this many tokens before max_tokens")
     factor: float = Field(default=1.0, gt=0, description="the whole punishment; 1 in the paper")
 
 
@@ -164,11 +164,11 @@ class EvaluationConfig(Section):
     """The held-out measurement of pass@1 and pass@k. `evaluation: null` switches it off."""
 
     prompts: PromptsConfig = Field(description="held-out prompts, same shape as the training prompts")
-    num_prompts: int = Field(ge=1, description="the first so many prompts of the source")
+    num_prompts: int = Field(ge=1, description="how many prompts of the source, from its first on")
     samples_per_prompt: int = Field(ge=1, description="responses per prompt; pass@k is estimated for every power of two up to it")
     temperature: float = Field(gt=0, description="sampling temperature")
     top_p: float = Field(gt=0, le=1, description="nucleus; the paper evaluates with 0.7")
-    every: int = Field(ge=0, description="also evaluate every so many global steps; 0: only before and after training")
+    every: int = Field(ge=0, description="global steps between evaluations during training; 0: only before and after training")
 
 
 class TruncatedIsConfig(Section):
@@ -209,7 +209,7 @@ class DynamicSamplingConfig(Section):
     """Groups from which nothing can be learnt are dropped and replaced by responses to further prompts (DAPO, arXiv:2503.14476, eq. 11)."""
 
     equal: Literal["reward", "correct"] = Field(
-        description="what makes a group useless: equal rewards, or (DAPO) all responses right or all wrong whatever length shaping says"
+        description="what makes a group useless: equal rewards, or (DAPO) all responses right or all wrong, before the length punishment"
     )
     max_rounds: int = Field(ge=2, description="times a global step may sample, the first included; then equal groups fill the batch")
 
@@ -248,7 +248,7 @@ class RolloutConfig(Section):
     api_key_path: MayChange[LocalPath | None] = Field(default=None, description="one-line file with the key that every request must carry")
     admin_key_path: MayChange[LocalPath | None] = Field(default=None, description="one-line file with the key for changing weights")
     start_timeout_s: MayChange[float] = Field(
-        default=300.0, gt=0, description="until a server is ready; a run waits so long while none answers"
+        default=300.0, gt=0, description="limit until a server is ready, and for how long a run waits while no server answers"
     )
     request_timeout_s: MayChange[float] = Field(default=600.0, gt=0, description="one generation request, retries not included")
     max_retries: MayChange[int] = Field(default=3, ge=0, description="further attempts after a failed request")
@@ -257,7 +257,7 @@ class RolloutConfig(Section):
     )
     restart_window_s: MayChange[float] = Field(default=3600.0, gt=0, description="the window of max_server_restarts")
     unresponsive_after_s: MayChange[float] = Field(
-        default=15.0, gt=0, description="a server whose health check is silent for so long hangs"
+        default=15.0, gt=0, description="a server whose health check gives no answer for this long counts as hung"
     )
     endpoints: MayChange[tuple[str, ...]] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
 

@@ -68,7 +68,7 @@ def load_prompts(
 
     A question that comes with a wrapper around it is unwrapped before the wrapper is put around it. Rows with the same question
     (differences of white space ignored) and the same answer become one prompt. Rows with the same question and different answers are
-    all dropped: nobody can tell which label is right. The order of the source is kept.
+    all dropped: it is unknown which label is right. The order of the source is kept.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.

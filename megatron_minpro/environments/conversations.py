@@ -5,7 +5,7 @@ Two ways, decided by the client's `samples_per_call`:
 - together (None, on a CPU): as soon as every conversation waits for an answer or has ended, all their questions form one batch, in the
   order of the conversations. So the batches that a server computes depend on what was said and not on timing, and a run repeats bit for
   bit. With `single_turn` this is one batched call per server.
-- at once (a number, on GPUs): a question travels as soon as it is asked, and nobody waits for a slow tool of somebody else.
+- at once (a number, on GPUs): a question travels as soon as it is asked, and no conversation waits for a slow tool of another one.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Ask = Callable[[GenerationRequest], Awaitable[Generation]]
 class Model:
     """What an environment is given. `await model(token_ids)` is one answer; `model.conversation(...)` is what an environment returns.
 
-    A conversation has at most `prompt tokens + max_new_tokens` tokens, whoever wrote them: it is trained as one sequence.
+    A conversation has at most `prompt tokens + max_new_tokens` tokens, tools' and users' included: it is trained as one sequence.
     """
 
     def __init__(

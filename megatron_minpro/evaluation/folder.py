@@ -1,4 +1,4 @@
-"""What lies where in an evaluation folder."""
+"""The files of an evaluation folder."""
 
 from __future__ import annotations
 

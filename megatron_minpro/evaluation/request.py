@@ -103,7 +103,7 @@ class EvaluationRequest:
         Option("folder with NAME/test.jsonl; without it the Hugging Face hub, where it has the set", variable="MINPRO_ASSETS"),
     ] = None
     samples: Annotated[int | None, Option("per problem; default 128 for amc23, aime24 and aime25, 2 for the others", minimum=1)] = None
-    limit: Annotated[int | None, Option("only the first so many problems of each benchmark", minimum=1)] = None
+    limit: Annotated[int | None, Option("use only the first N problems of each benchmark", minimum=1)] = None
     temperature: Annotated[float, Option("0: greedy")] = 1.0
     top_p: Annotated[float, Option("nucleus")] = 0.7
     max_new_tokens: Annotated[int, Option("a response is cut here")] = 20480

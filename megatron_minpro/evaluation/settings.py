@@ -1,4 +1,4 @@
-"""What an evaluation folder's responses and grades depend on. Kept in the folder, so that unlike things are never mixed."""
+"""What an evaluation folder's responses and grades depend on. Kept in the folder, so that different settings are never mixed."""
 
 from __future__ import annotations
 

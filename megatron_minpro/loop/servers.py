@@ -13,7 +13,7 @@ from megatron_minpro.loop.training_run import Driver, TrainingRun, share
 from parallel.weights import take_part
 from rollout.client import RolloutFailed, WeightsMissing
 
-_MOST_FAILED_PUBLISHES = 3  # in a row, before a response is given up: whatever is wrong then will not pass
+_MOST_FAILED_PUBLISHES = 3  # in a row; then the run stops, because the cause is not temporary
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class ServersFailed(RuntimeError):
 def publish(run: TrainingRun) -> str | None:
     """Give the servers the actor's weights, under the actor's policy version; prove it when debug.check_weights is on.
 
-    None, or on every rank why no server took them. Then nobody samples before they are published again (`ask_servers` does that).
+    None, or on every rank why no server took them. Then no batch is sampled until `ask_servers` has published them again.
     """
     failure = None
     if run.driver is not None:

@@ -57,7 +57,7 @@ class TrainingRun:
     control_group: dist.ProcessGroup
     stop_requested: Callable[[], bool]  # asked on rank 0
     checkpoints: Checkpoints
-    at_step: Callable[[int], None] = lambda step: None  # told that a global step begins
+    at_step: Callable[[int], None] = lambda step: None  # called when a global step begins
     reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
 
     @property
@@ -75,11 +75,11 @@ class TrainingRun:
         return f"step_{step:06d}" if every and step % every == 0 and 0 < step < self.last_step else None
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """Whether the state before global step `step` is saved. Where sampling ends a longer run would go on differently."""
+        """Whether the state before global step `step` is saved. A checkpoint where sampling ends is needed to prolong the run."""
         return step % self.config.checkpoint.every == 0 or step in (self.config.num_global_steps, self.last_step)
 
     def needs_publish(self, step: int) -> bool:
-        """Whether somebody asks the servers for the weights that global step `step` ends with."""
+        """Whether the servers must sample or evaluate with the weights that global step `step` ends with."""
         return step + 1 < self.config.num_global_steps or step + 1 == self.last_step or self.evaluation_label(step + 1) is not None
 
 
@@ -106,11 +106,11 @@ def share(run: TrainingRun, value: T | None) -> Any:
 
 
 def _say_nothing(phase: str) -> None:
-    """Where nobody is told."""
+    """On ranks without a console."""
 
 
 class PhaseTimer:
-    """Wall seconds of one step, and of its phases. Phases may overlap: their sum is no time."""
+    """Wall seconds of one step, and of its phases. Phases may overlap, so their sum can exceed the wall time."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         """tell: called with the name of each phase when it begins."""

@@ -239,7 +239,7 @@ class _Reader:
             if times >= 2 and (covered == len(decimals) or (times >= 3 if length == 1 else covered >= 6)):
                 self.at = ellipsis.end()
                 return _repeating(decimals[: len(decimals) - covered], period)
-        raise _NoNumber  # "3.14159...": nobody can say which number that is
+        raise _NoNumber  # "3.14159...": the exact number is unknown
 
     def _skip_space(self) -> None:
         self.at = self._past_space()

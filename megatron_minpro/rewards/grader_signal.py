@@ -1,4 +1,4 @@
-"""The signal by which the pool has a worker stop the answer that it is at."""
+"""The signal with which the pool stops the answer that a worker compares."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def equal_answers(label: str, answer: str, *, relative: float = 0.0, absolute: f
         The verdict.
 
     Raises:
-        ValueError: nobody can read the label.
+        ValueError: the label cannot be read.
     """
     mathematics = functools.partial(same_mathematics, relative=relative, absolute=absolute)
     return same_answer(label, answer, relative=relative, absolute=absolute, same_mathematics=mathematics)
@@ -90,7 +90,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not look like a reply
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a line that a library prints must not look like a reply
     logging.disable(logging.WARNING)
     equal_answers("\\frac{x}{2}", "0.5x")  # imports and compiles everything before the first clock starts
 
@@ -109,7 +109,9 @@ def main() -> None:
             os._exit(0)
         answering.pid = pid
         signal.pthread_sigmask(signal.SIG_UNBLOCK, own_signals)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # still a zombie, so that a late signal finds nobody else under its number
+        os.waitid(
+            os.P_PID, pid, os.WEXITED | os.WNOWAIT
+        )  # still a zombie, so that a late signal cannot reach another process with this number
         answering.pid = 0
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):

@@ -30,7 +30,7 @@ def same_mathematics(label: str, answer: str, *, relative: float, absolute: floa
         math-verify's verdict, corrected where it rounds: below 1e-3, beyond float64, and for coefficients that it takes for zero.
 
     Raises:
-        ValueError: nobody can read the label.
+        ValueError: the label cannot be read.
     """
     # No time limit here: math-verify's own cannot interrupt C code; the parent's clock is the only one.
     # LaTeX alone: where that cannot be read, math-verify would otherwise take the last number in the text for the answer.

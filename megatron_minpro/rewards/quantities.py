@@ -209,7 +209,7 @@ def quantities_equal(wanted: Quantity, found: Quantity, *, relative: Fraction, a
 
 # math-verify compares decimals to 6 places. Below the first value different numbers would be equal: there a part of the label counts.
 _SMALL_BELOW, _SMALL_RELATIVE = Fraction(1, 1000), Fraction(1, 10_000)
-_EXACT_FROM = 10**15  # a label this large is an integer that somebody counted
+_EXACT_FROM = 10**15  # a label this large is an exact integer, not a rounded value
 
 
 def numbers_equal(wanted: Fraction, found: Fraction, rounded: bool, *, relative: Fraction, absolute: Fraction) -> bool:

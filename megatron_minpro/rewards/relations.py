@@ -240,7 +240,7 @@ def _factor_letters(factor: str) -> list[str] | None:
 
 
 def _general_name(side: str) -> bool:
-    """An expression in several unknowns that nobody would solve for: "a^2+b^2", "10a+b"; curves in x, y, z and single unknowns are not."""
+    """An expression in several unknowns, such as "a^2+b^2" or "10a+b". A single unknown, and a curve in x, y, z, is not one."""
     bare = re.sub(r"\\[A-Za-z]+", " ", side)
     letters = set(re.findall(r"[A-Za-z]", bare))
     constant = re.search(r"(?:^|[+-])\s*[0-9.]+\s*(?:[+-]|$)", side)

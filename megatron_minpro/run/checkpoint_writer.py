@@ -106,7 +106,7 @@ class CheckpointWriter:
                     write_part(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
                     self._finish(partial, name, state, batches, end_of_sampling=f"step_{config.num_global_steps:06d}")
-            except BaseException as error:  # nobody else would hear of it
+            except BaseException as error:  # without this the error would be lost
                 self._failure = (
                     f"checkpoint {name} was not written, the former ones are kept: {type(error).__name__}: {' '.join(str(error).split())}"
                 )

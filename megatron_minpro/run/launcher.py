@@ -194,7 +194,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
 
 
 def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: _CtrlC, run_dir: Path) -> None:
-    """Raises Interrupted after Ctrl-C, RuntimeError when the ranks have ended: servers that nobody will use need not become ready."""
+    """Raises Interrupted after Ctrl-C, RuntimeError when the ranks have ended: then there is no need to wait for servers."""
     console.refresh()
     _refuse_to_begin(ctrl_c)
     if not ranks.is_running:

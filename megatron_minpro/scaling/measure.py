@@ -1,4 +1,4 @@
-"""One process group per measured case: started, watched, ended; whatever becomes of it, there is a row."""
+"""Starts, watches and ends one process group per measured case. Every case gives a row, a failed one too."""
 
 from __future__ import annotations
 

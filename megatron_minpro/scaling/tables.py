@@ -76,7 +76,7 @@ def _origin(rows: Sequence[Row]) -> str:
     versions = f"torch {ran.torch_version}, megatron-core {ran.megatron_core_version}"
     crowded = [row.world_size for row in rows if ran.peak_allocated_gb is None and row.cores is not None and row.world_size > row.cores]
     shared = f" {min(crowded)} and more ranks share {ran.cores} cores: their rows say nothing about scaling." if crowded else ""
-    drawn = "; random weights, so their routing is nobody's" if any(row.weights == "random" for row in rows) else ""
+    drawn = "; random weights, so their routing is not a trained model's" if any(row.weights == "random" for row in rows) else ""
     return f"{ran.device}, {versions}{drawn}. Median of {ran.steps} steps, of each the slowest rank. {memory}{waits}.{shared}\n"
 
 

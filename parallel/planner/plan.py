@@ -183,7 +183,7 @@ def notes(plan: Plan) -> list[str]:
                 f"lengths of responses: {lengths.source}; under way they are {lengths.under_way + prompt:,.0f} tokens, prompt included"
             )
     if plan.shape.is_moe and plan.training.imbalance == 1.0 and plan.work.rollouts is not None:
-        found.append("experts are taken to be equally busy; --imbalance 1.55 is what published dropless training came to")
+        found.append("experts are assumed to be equally busy; published dropless training fits --imbalance 1.55")
     return found
 
 

@@ -1,4 +1,4 @@
-"""One server's control endpoints, spoken over HTTP: the only place that knows their paths and answers."""
+"""One server's control endpoints over HTTP: the only place that knows their paths and answers."""
 
 from __future__ import annotations
 

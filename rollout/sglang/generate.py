@@ -1,4 +1,4 @@
-"""SGLang's /generate: what is said in a request, and what is read from, and demanded of, an answer."""
+"""SGLang's /generate: the body of a request, and how an answer is read and checked."""
 
 from __future__ import annotations
 

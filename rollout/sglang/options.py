@@ -1,4 +1,4 @@
-"""Which server arguments the installed SGLang knows: asked from the server environment, where alone SGLang can be imported."""
+"""Which server arguments the installed SGLang knows: asked in the server environment, the only one that can import SGLang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer's seat in the process group through which SGLang servers receive weights, without importing SGLang.
+"""The trainer's membership in the process group through which SGLang servers receive weights. SGLang is not imported.
 
 SGLang's `init_custom_process_group` makes a TCP store in which every member counts itself in, and a backend whose keys lie under the
 prefixes "<group>", "<group>/" and "<device>/". The same is built here from torch's own classes, beside and independent of the trainer's

@@ -1,4 +1,4 @@
-"""Does a server that has just started hold the weights of the folder that it was asked to load?"""
+"""Checks that a new server holds the weights of the folder that it loaded."""
 
 from __future__ import annotations
 

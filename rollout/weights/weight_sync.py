@@ -2,16 +2,16 @@
 
 What the servers go through, and what it protects:
     pause       nothing is sampled while weights are partly new
-    no version  whoever is left with partly new weights says so: its version is none that anybody asks for
+    no version  a server with partly new weights reports a version that no client asks for
     begin       repacked or quantised layouts are opened for loading
     update      one or more buckets; the KV cache of the old weights is dropped
     end         layouts are closed, post-load work runs once
     version     all later tokens carry the new policy version
     check       every server reports the new version
     continue
-A publish goes to the servers that answer. If any step fails on any of them, the publish is void: they stay paused and without a version,
-so that no client asks them, and WeightSyncFailed is raised. The same version can then be published again: it goes to those that answer,
-except those that made it void (unless there is no other), and overwrites every weight of a server. At the next version all are asked.
+A publish goes to the servers that answer. If any step fails on any of them, the publish has failed: all stay paused and without a
+version, so that no client asks them, and WeightSyncFailed is raised. The same version can then be published again. It goes to the servers
+that answer, without those on which it failed (unless there are no others), and overwrites every weight. The next version goes to all.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class _Servers:
         self.admin_key = control_key(api_key=api_key, admin_key=admin_key)
         self.timeout_s = timeout_s
         self.num_restarts = 0
-        self._expected: dict[str, set[str]] = {}  # what each server reports unless it was restarted; after a void publish one of several
-        self._spoilers: tuple[int, set[str]] = (-1, set())  # a policy version, and the servers that made its publish void
+        self._expected: dict[str, set[str]] = {}  # what each server reports unless it was restarted; after a failed publish one of several
+        self._failed: tuple[int, set[str]] = (-1, set())  # a policy version, and the servers on which its publish failed
 
     def gather(self, policy_version: int) -> bool:
         """Choose the members of a publish. True when they are those of the last one and hold what it gave them.
@@ -108,14 +108,14 @@ class _Servers:
             log.warning("weight version %d is published without %s: %s", policy_version, endpoint, reason)
         if not found:
             raise WeightSyncFailed(f"policy version {policy_version}: no server answers: {'; '.join(map(str, reasons.values()))}")
-        if self._spoilers[0] != policy_version:
-            self._spoilers = (policy_version, set())
+        if self._failed[0] != policy_version:
+            self._failed = (policy_version, set())
         restarted = {e: version for e, version in found.items() if version not in self._expected.setdefault(e, {version})}
         for endpoint, version in restarted.items():
             log.warning("%s was restarted: it holds weight version %r, not %s", endpoint, version, sorted(self._expected[endpoint]))
             self._expected[endpoint] = {version}
         self.num_restarts += len(restarted)
-        before, self.members = self.members, tuple(e for e in found if e not in self._spoilers[1]) or tuple(found)
+        before, self.members = self.members, tuple(e for e in found if e not in self._failed[1]) or tuple(found)
         return before == self.members and not restarted and all(len(self._expected[endpoint]) == 1 for endpoint in self.members)
 
     def may_hold(self, *versions: str) -> None:
@@ -150,11 +150,11 @@ class _Servers:
         self.collect(self.begin(path, [body] * len(self.members)))
 
     def tell_quickly(self, path: str, body: dict[str, Any]) -> None:
-        """`tell` for what loads nothing: an answer that is not there within seconds will not come."""
+        """`tell` for what loads nothing: an answer that takes longer than seconds never comes."""
         self.collect(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
 
     def tell_all(self, path: str, body: dict[str, Any]) -> None:
-        """`tell_quickly`, but nobody's answer is still on its way when it returns or raises."""
+        """`tell_quickly`, but waits for every server's answer before it returns or raises."""
         calls = self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s))
         wait(calls)
         self.refuse_failed(calls)
@@ -172,7 +172,7 @@ class _Servers:
         """Raises ServerRefused when a call to a member has failed by now."""
         failed = {e: call.exception() for e, call in zip(self.members, calls, strict=True) if call.done() and call.exception() is not None}
         if failed:
-            self._spoilers[1].update(failed)
+            self._failed[1].update(failed)
             raise ServerRefused("; ".join(str(error) for error in failed.values()))
 
     def check_versions(self, expected: int) -> None:
@@ -280,7 +280,7 @@ class CollectiveWeightSync:
     size (a larger tensor alone makes its own); memory needed on both sides: one bucket.
     in_flight: as for DiskWeightSync. timeout_s: of joining, and of each step of an update.
     The group is made at the first publish, and made anew when the servers are others than at the last one (one is gone, back, or was
-    restarted) or when that was void.
+    restarted) or when the last publish failed.
     """
 
     def __init__(
@@ -373,7 +373,7 @@ class CollectiveWeightSync:
             for index in range(len(members))
         ]
         calls = self._servers.begin("/init_weights_update_group", bodies)
-        # In the background: where a server refuses, joining would only end with the time limit, and nobody waits for that.
+        # In the background: where a server refuses, joining would end only at the time limit, so it runs in a thread.
         joined = in_background(self._group.join, name="weight sync join")
         try:
             self._wait_for(joined.done, calls, what="joining the weight sync group")
@@ -428,7 +428,7 @@ def _is_over(started: Future[dist.Work]) -> bool:
 
 @contextmanager
 def _update(servers: _Servers, policy_version: int, in_flight: InFlight) -> Iterator[None]:
-    """Pause before, version and continue after the update. On failure the members stay paused and keep a version that nobody asks for."""
+    """Pause before the update, set the version and continue after it. On failure members stay paused, with a version no client asks for."""
     unusable = f"{uuid.uuid4().hex[:8]} of an unfinished update to {policy_version}"
     try:
         servers.may_hold(unusable, str(policy_version))
@@ -441,6 +441,6 @@ def _update(servers: _Servers, policy_version: int, in_flight: InFlight) -> Iter
         servers.tell_quickly("/continue_generation", {})
         servers.hold(str(policy_version))
     except ServerRefused as refused:
-        # Those that have taken the version already are paused as well: whoever asked them would wait in vain.
+        # Those that have taken the version already are paused as well: a client that asked them would never get an answer.
         servers.try_to_tell("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
         raise WeightSyncFailed(f"policy version {policy_version}: no server took it: {refused}") from refused

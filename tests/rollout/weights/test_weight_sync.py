@@ -148,13 +148,13 @@ def test_the_server_has_no_version_until_the_load_is_done(stub: Callable[..., St
 
 
 @pytest.mark.parametrize("step", ["pause_generation", "update_weights_from_disk", "continue_generation"])
-def test_a_void_publish_is_repeated_and_the_next_version_tries_all(stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
+def test_a_failed_publish_is_repeated_and_the_next_version_tries_all(stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
     good, bad = stub(), stub(**{step: "refuse"})
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     with pytest.raises(WeightSyncFailed, match=rf"^policy version 1: no server took it: {bad.endpoint}/{step}: HTTP 400"):
         sync.publish(1, iter(()))
     if step == "update_weights_from_disk":
-        assert "unfinished" in good.version and "unfinished" in bad.version, "nobody is asked meanwhile"
+        assert "unfinished" in good.version and "unfinished" in bad.version, "no server is asked meanwhile"
         assert good.steps[-1] != "continue_generation"
     assert sync.publish(1, iter(())) == (good.endpoint,)
     assert good.version == "1" and good.steps[-1] == "continue_generation"
@@ -163,7 +163,7 @@ def test_a_void_publish_is_repeated_and_the_next_version_tries_all(stub: Callabl
     assert (good.version, bad.version, sync.num_restarts) == ("2", "2", 0)
 
 
-def test_a_void_publish_leaves_no_paused_server_with_a_wanted_version(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_failed_publish_leaves_no_paused_server_with_a_wanted_version(stub: Callable[..., Stub], tmp_path: Path) -> None:
     good, bad = stub(), stub()
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     sync.publish(1, iter(()))
@@ -188,7 +188,7 @@ def test_a_broadcast_is_given_up_when_a_server_failed_before_it(stub: Callable[.
     forever.set()
 
 
-def test_a_death_before_the_first_publish_is_checked_makes_it_void(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_death_before_the_first_publish_is_checked_fails_it(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(weights_checker="refuse")
     sync = disk_sync(tmp_path, server.endpoint)
     with pytest.raises(WeightSyncFailed, match=f"^cannot learn which parameters a server has: {server.endpoint}/weights_checker"):
@@ -197,7 +197,7 @@ def test_a_death_before_the_first_publish_is_checked_makes_it_void(stub: Callabl
     assert sync.publish(1, iter(())) == (server.endpoint,)
 
 
-def test_a_server_that_alone_makes_publishes_void_is_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_server_on_which_all_publishes_fail_is_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(pause_generation="refuse")
     sync = disk_sync(tmp_path, server.endpoint)
     for _ in range(2):
