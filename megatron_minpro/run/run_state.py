@@ -10,6 +10,7 @@ checkpoints/latest                          name of the newest complete director
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -158,7 +159,7 @@ def describe_model(architecture: Architecture) -> dict[str, Any]:
 def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
     """Raise ValueError, naming the settings, when the checkpoint belongs to a run that computes something else than `config`.
 
-    A run may become longer: num_global_steps may grow.
+    A run may become longer: num_global_steps may grow. The folder that holds runs, models and data together may stand in another place.
     """
     saved = read_state(checkpoint).config
     if config.num_global_steps < saved.num_global_steps:
@@ -166,10 +167,24 @@ def refuse_other_run(checkpoint: Path, config: RunConfig) -> None:
             f"num_global_steps = {config.num_global_steps}: {checkpoint} is of a run of {saved.num_global_steps}; a run can be prolonged, "
             f"not shortened; expected at least {saved.num_global_steps} or a new name=..."
         )
-    differences = {key: values for key, values in flatten_differences(saved, config).items() if not may_change_on_resume(key)}
+    differences = {
+        key: values
+        for key, values in flatten_differences(saved, config).items()
+        if not may_change_on_resume(key) and not _moved(*values, saved=saved, config=config)
+    }
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differences.items())[:5])
         raise ValueError(f"{checkpoint}: of a run with another configuration ({shown}); expected a new name=... or the same settings")
+
+
+def _moved(there: Any, here: Any, *, saved: RunConfig, config: RunConfig) -> bool:
+    """Whether two values are paths that lead to one place, seen from output_dir: the folder around both was moved, or is mounted elsewhere.
+
+    What lies there is checked by itself: the model's shape, and the digests of the prompts.
+    """
+    if not all(isinstance(value, str) and Path(value).is_absolute() for value in (there, here)):
+        return False
+    return os.path.relpath(there, saved.output_dir) == os.path.relpath(here, config.output_dir)
 
 
 def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedRun:

@@ -369,6 +369,21 @@ def test_where_and_when_may_differ_between_attempts(one_rank_group: dist.Process
     load(save(tmp_path / "checkpoints", 1), actor=FakeActor(), config=config(override))
 
 
+@pytest.mark.usefixtures("one_rank_group")
+def test_a_folder_with_runs_and_data_may_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen_from(folder: str, *overrides: str) -> RunConfig:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "questions.jsonl").write_text("")
+        monkeypatch.chdir(tmp_path / folder)
+        return config("prompts.source=questions.jsonl", *overrides)
+
+    checkpoints_of(tmp_path / "checkpoints", 1, settings=seen_from("before"))
+    checkpoint = tmp_path / "checkpoints/step_000001"
+    run_state.refuse_other_run(checkpoint, seen_from("after"))
+    with pytest.raises(ValueError, match=r"model\.path: '/.*/before/absent' there, '/.*/after/other' here\)"):
+        run_state.refuse_other_run(checkpoint, seen_from("after", "model.path=other"))
+
+
 def checkpoints_of(directory: Path, *steps: int, settings: RunConfig, keep: int = 2) -> None:
     """One after the other, as a run writes them."""
     assert dist.group.WORLD is not None
