@@ -106,7 +106,7 @@ class RolloutBatch:
 
     def __post_init__(self) -> None:
         if len(self.samples) % self.group_size:
-            raise ValueError(f"{len(self.samples)} samples are no whole number of groups of {self.group_size}")
+            raise ValueError(f"{len(self.samples)} samples are not a whole number of groups of {self.group_size}")
         for sample in self.samples:
             if sample.policy_versions != (self.policy_version, self.policy_version):
                 raise ValueError(

@@ -38,7 +38,7 @@ LocalFile = Annotated[str, AfterValidator(_absolute_file)]
 
 
 class Section(BaseModel):
-    """Typed, frozen, closed: a string is no number, 1 is no boolean, NaN is no setting."""
+    """Typed, frozen, closed: a string is not a number, 1 is not a boolean, NaN is not allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -57,7 +57,10 @@ class Choice(Section):
 class ObjectiveConfig(Choice):
     """What is optimised. The other keys are the objective's options; see megatron_minpro/objectives."""
 
-    name: str = Field(description="of the objective, or package.module:function")
+    name: str = Field(
+        description="minpro, cispo, scaled_cispo, grpo, gspo, m2po, ctpo, topr, prefix_ratio, prefix_filter, reinforce, or "
+        "package.module:function"
+    )
 
 
 class OverlongConfig(Section):
@@ -71,7 +74,7 @@ class OverlongConfig(Section):
 class RewardConfig(Choice):
     """How a response is judged. The other keys are the reward's options; see megatron_minpro/rewards."""
 
-    name: str = Field(description="of the reward, or package.module:function")
+    name: str = Field(description="math_verify, or package.module:function")
     overlong: OverlongConfig | None = Field(default=None, description="null: length is not punished")
     concurrency: MayChange[int] = Field(default=32, ge=1, description="calls that run at once, of a reward that is a coroutine")
 
@@ -84,14 +87,15 @@ class RewardConfig(Choice):
 class EnvironmentConfig(Choice):
     """What happens between a prompt and its reward; see megatron_minpro/environments."""
 
-    name: str = Field(default="single_turn", description="of the environment, or package.module:function, a coroutine of your own")
+    name: str = Field(default="single_turn", description="single_turn, or package.module:function, a coroutine of your own")
 
 
 class AdvantagesConfig(Choice):
     """How rewards become advantages. The other keys are the estimator's options; see megatron_minpro/objectives/advantages.py."""
 
     estimator: str = Field(
-        description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; others; or package.module:function"
+        description="group_normalized: (R - mean) / (std + epsilon) over the responses to one prompt; mean_only, leave_one_out, "
+        "batch_whitened, or package.module:function"
     )
 
 
@@ -152,12 +156,14 @@ class PromptsConfig(Section):
     max_prompt_tokens: int = Field(ge=1, description="longer prompts (after the chat template) are dropped and counted")
     options: dict[str, Any] = Field(default_factory=dict, description="of the plug-in; split, name, revision of a Hugging Face dataset")
     preset: str | None = Field(
-        default=None, description="layout of a well-known data set, such as dapo; the keys below override its values"
+        default=None,
+        description="layout of a well-known data set: dapo, gsm8k, amc23, aime24, aime25, math500, olympiadbench, minerva_math; the keys "
+        "below override its values",
     )
     question_field: str | None = Field(default=None, description="dotted path of the question in a row (prompt.0.content)")
     answer_field: str | None = Field(default=None, description="dotted path of the answer in a row (reward_model.ground_truth)")
-    answer_format: str | None = Field(default=None, description="where the answer stands inside its field, such as after_hashes")
-    wrapper: str | None = Field(default=None, description="a wrapper's name, such as dapo, or a text that contains {question}")
+    answer_format: str | None = Field(default=None, description="where the answer is inside its field: plain, after_hashes or boxed")
+    wrapper: str | None = Field(default=None, description="instructions around the question: dapo, boxed, or a text with {question}")
 
 
 class EvaluationConfig(Section):

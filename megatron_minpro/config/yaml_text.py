@@ -91,7 +91,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) ->
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 raise YamlError(f"the key {getattr(key_node, 'value', '?')!r} is not a string", line)
             if key_node.value in seen:
-                raise YamlError(f"the key {'.'.join(map(str, (*path, key_node.value)))} stands here a second time", line)
+                raise YamlError(f"the key {'.'.join(map(str, (*path, key_node.value)))} appears twice", line)
             seen.add(key_node.value)
             lines[(*path, key_node.value)] = line
             _collect_lines(value_node, (*path, key_node.value), lines)

@@ -86,7 +86,7 @@ def _from_config(path: Path, config: Any) -> list[int]:
 def _token_id(tokenizer: Any, token: str | int) -> int:
     if isinstance(token, int):
         if not 0 <= token < len(tokenizer):
-            raise ValueError(f"end_tokens: {token} is no token id, expected 0 to {len(tokenizer) - 1}")
+            raise ValueError(f"end_tokens: {token} is not a token id, expected 0 to {len(tokenizer) - 1}")
         return token
     token_ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(token_ids) != 1 or token_ids[0] == tokenizer.unk_token_id:

@@ -20,7 +20,7 @@ def find_checkpoint(path: Path, *, config: Path | None) -> CheckpointLocation:
     location = locate_checkpoint(path, config=config)
     megatron = is_megatron(location.weights)
     if not megatron and config is not None:
-        raise ValueError(f"--config {config}: {path} is no Megatron checkpoint; leave it out")
+        raise ValueError(f"--config {config}: {path} is not a Megatron checkpoint; leave --config out")
     if not (location.model / "config.json").is_file():
         expected = "--config FOLDER, the model folder that it was trained from" if megatron else "a Hugging Face or a Megatron checkpoint"
         raise ValueError(f"{location.model}: holds no config.json, expected {expected}{found_instead(location.model)}")

@@ -177,7 +177,7 @@ def notes(plan: Plan) -> list[str]:
     if plan.work.rollouts is not None:
         lengths, prompt = plan.work.rollouts.lengths, plan.work.rollouts.prompt_tokens
         if plan.work.mean_tokens == plan.work.max_tokens:
-            found.append("every response is taken to be as long as it may be; --mean-tokens or --lengths say otherwise")
+            found.append("assumes that every response has rollout.max_new_tokens tokens; set --mean-tokens or --lengths to change that")
         else:
             found.append(
                 f"lengths of responses: {lengths.source}; under way they are {lengths.under_way + prompt:,.0f} tokens, prompt included"

@@ -96,7 +96,7 @@ def test_a_batch_that_mixes_policy_versions_is_refused(make_batch: MakeBatch, ma
 
 
 def test_a_batch_of_no_whole_number_of_groups_is_refused(make_batch: MakeBatch) -> None:
-    with pytest.raises(ValueError, match=r"^4 samples are no whole number of groups of 3$"):
+    with pytest.raises(ValueError, match=r"^4 samples are not a whole number of groups of 3$"):
         replace(make_batch(0), group_size=3)
 
 

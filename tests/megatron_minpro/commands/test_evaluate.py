@@ -78,7 +78,7 @@ def test_a_dry_run_shows_what_would_be_sampled_and_leaves_nothing(
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--api", "chat"], "--api chat needs --endpoint"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--model-name", "m"], "--model-name is for OpenAI servers"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--api-key-file", "k"], "--api-key-file is for running servers"),
-        (["{model}", "--benchmarks", "{own}", "--out", "x", "--config", "{model}"], "is no Megatron checkpoint; leave it out"),
+        (["{model}", "--benchmarks", "{own}", "--out", "x", "--config", "{model}"], "is not a Megatron checkpoint; leave --config out"),
         (["{model}", "--benchmarks", "{own}", "--out", "x", "--server-option", "tp"], "--server-option tp: expected KEY=VALUE"),
         (
             [

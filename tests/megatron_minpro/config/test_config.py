@@ -256,8 +256,8 @@ def test_all_problems_are_counted_and_a_misspelling_comes_first() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("name: a\nseed: 1\nname: b\n", ":3: not valid YAML: the key name stands here a second time"),
-        ("rollout:\n  tp: 1\n  tp: 2\n", ":3: not valid YAML: the key rollout.tp stands here a second time"),
+        ("name: a\nseed: 1\nname: b\n", ":3: not valid YAML: the key name appears twice"),
+        ("rollout:\n  tp: 1\n  tp: 2\n", ":3: not valid YAML: the key rollout.tp appears twice"),
         ("1: a\n", ":1: not valid YAML: the key '1' is not a string"),
         ("name: [a\n", "not valid YAML"),
         ("- a\n", ": expected key: value lines, found list"),

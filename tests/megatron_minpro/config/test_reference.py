@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+import pytest
+
 from megatron_minpro.config import RunConfig, reference
+from megatron_minpro.data.sources import ANSWER_FORMATS, PRESETS
+from megatron_minpro.data.wrappers import WRAPPERS
+from megatron_minpro.environments.environment import ENVIRONMENTS
+from megatron_minpro.objectives.advantages import ESTIMATORS
+from megatron_minpro.objectives.registry import OBJECTIVES
+from megatron_minpro.rewards.registry import REWARDS
+from megatron_minpro.run.weight_sync import WEIGHT_SYNCS
+from megatron_minpro.tracking.tracker import TRACKERS
 
 
 def test_the_settings_reference_is_current() -> None:
@@ -22,3 +35,22 @@ def test_rows_by_hand() -> None:
     assert "| `rollout.max_retries` | integer >= 0 | `3` | resume | further attempts after a failed request |" in page
     assert "| `actor.optimizer.betas` | list |  |  | decay of the first and second moment |" in page
     assert "| `schedule` | `overlapped`, `serial` or null | `null` | resume |" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("objective.name", OBJECTIVES.known),
+        ("advantages.estimator", ESTIMATORS.known),
+        ("environment.name", ENVIRONMENTS.known),
+        ("reward.name", REWARDS.known),
+        ("rollout.weight_sync", WEIGHT_SYNCS.known),
+        ("tracking.trackers", TRACKERS.known),
+        ("prompts.preset", PRESETS),
+        ("prompts.answer_format", ANSWER_FORMATS),
+        ("prompts.wrapper", WRAPPERS),
+    ],
+)
+def test_the_row_of_a_choice_names_every_known_name(key: str, names: Iterable[str]) -> None:
+    (row,) = re.findall(rf"^\| `{re.escape(key)}` \|.*$", reference.render(), re.MULTILINE)
+    assert set(names) <= set(re.findall(r"\w+", row.split("|")[-2]))

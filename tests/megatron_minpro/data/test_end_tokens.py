@@ -49,7 +49,7 @@ def test_a_setting_adds_end_tokens_by_text_or_id(model_folder: Path, qwen_tokeni
     assert end_token_ids(model_folder, qwen_tokenizer, extra=["</think>", 5]) == (5, END_OF_TEXT, IM_END, think)
     with pytest.raises(ValueError, match=r"^end_tokens: 'two words' is 2 tokens of this tokenizer, expected exactly one known token$"):
         end_token_ids(model_folder, qwen_tokenizer, extra=["two words"])
-    with pytest.raises(ValueError, match=r"^end_tokens: 999999 is no token id"):
+    with pytest.raises(ValueError, match=r"^end_tokens: 999999 is not a token id"):
         end_token_ids(model_folder, qwen_tokenizer, extra=[999_999])
 
 
