@@ -337,9 +337,12 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
 
 
 def collective_timeout_s(config: RunConfig) -> float:
-    """The ranks that do not sample wait in a collective for the one that does: longer than all of its retries and the start of a server."""
+    """The ranks that do not sample wait in a collective for the one that does: longer than the start of a server, and than all retries in
+    every round of dynamic sampling and in the held-out measurement, which comes before the batch in the same wait."""
     rollout = config.rollout
-    return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1)
+    rounds = 1 if rollout.dynamic_sampling is None else rollout.dynamic_sampling.max_rounds
+    times_asked = rounds + (config.evaluation is not None)
+    return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1) * times_asked
 
 
 def _stop_requested(run_dir: Path) -> Callable[[], bool]:
