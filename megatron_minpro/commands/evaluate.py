@@ -42,8 +42,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
     \b
     Example:
-      minpro evaluate runs/tiny/policy --benchmarks aime24,math500 --data ../shared --out runs/evaluation
-      minpro evaluate MODEL --benchmarks my_problems.jsonl --samples 8 --endpoint http://127.0.0.1:8000 --api completions
+      minpro evaluate runs/tiny_moe_cpu/policy --benchmarks aime24,math500 --data data --out runs/evaluation
+      minpro evaluate MODEL --benchmarks my_problems.jsonl --out runs/mine --samples 8 --endpoint http://127.0.0.1:8000 --api completions
       minpro evaluate --rescore --out runs/evaluation --grading-timeout 20
       minpro evaluate --compare runs/evaluation_a runs/evaluation_b
     """

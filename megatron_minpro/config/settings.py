@@ -123,6 +123,7 @@ class Settings:
             child = place.get(key)
             if child is None:
                 child = place[key] = {}
+                self.origins = Origins({**self.origins.places, path[:depth]: COMMAND_LINE})
             if not isinstance(child, dict):
                 dotted, section = (".".join(map(str, part)) for part in (path, path[:depth]))
                 raise ConfigError(f"{COMMAND_LINE}: {dotted}: {section} is a value, not a section")

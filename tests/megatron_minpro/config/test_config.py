@@ -207,7 +207,11 @@ def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
             "corrections.rejection={level: token, low: 0.9, high: 1.1}",
             "corrections.rejection.level = 'token': expected 'geometric_mean' or 'product'",
         ),
-        ("corrections.truncatd_is.max_weight=2.0", "unknown key corrections.truncatd_is; did you mean corrections.truncated_is?"),
+        ("rollot.servers=1", "command line: unknown key rollot; did you mean rollout?"),
+        (
+            "corrections.truncatd_is.max_weight=2.0",
+            "command line: unknown key corrections.truncatd_is; did you mean corrections.truncated_is?",
+        ),
         ("rollout.dynamic_sampling={equal: reward, max_rounds: 1}", "max_rounds = 1: expected greater than or equal to 2"),
         ("rollout.dynamic_sampling={max_rounds: 4}", "missing key rollout.dynamic_sampling.equal: what makes a group useless"),
         (
