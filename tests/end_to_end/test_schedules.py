@@ -49,12 +49,12 @@ def test_overlapped_equals_serial_at_staleness_two(
     assert not any("time/wait" in row for row in metrics_of(serial))
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize(("staleness", "servers"), [(1, 2), (3, 1)])
 def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
-    staleness: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    staleness: int, servers: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     changes = [
-        *(f"staleness={staleness}", "num_global_steps=4", "rollout.servers=2", "evaluation.every=2", "checkpoint.every=3"),
+        *(f"staleness={staleness}", "num_global_steps=4", f"rollout.servers={servers}", "evaluation.every=2", "checkpoint.every=3"),
         *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", "debug.check_weights=true"),
     ]
     runs = [
