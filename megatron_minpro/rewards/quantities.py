@@ -37,7 +37,7 @@ _CHANGES = frozenset(
         "multiplied", "power", "raised", "between", "through", "until", "except", "more", "less", "maybe", "perhaps", "possibly",
         "either", "actually", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "gcd", "lcm", "deg",
         "arcsin", "arccos", "arctan", "pi", "theta", "alpha", "beta", "choose", "hundredths", "tenths",
-        "thousandths", "eighths", "remainder", "with", "ratio",
+        "thousandths", "eighths", "remainder", "with", "ratio", "wrong", "incorrect", "false", "impossible",
     )
 )  # fmt: skip
 _SHORT_WORDS = frozenset(("of", "in", "on", "at", "sq", "cu", "is", "we"))

@@ -85,6 +85,7 @@ def test_the_answer_is_found_behind_its_mark(pool: GraderPool, response: str) ->
         "72 base 9",
         "72:00",
         "between 72 and 80",
+        "72 is wrong",
         "72!",
     ],
 )
