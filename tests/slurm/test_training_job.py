@@ -114,7 +114,7 @@ def test_it_is_requeued_only_so_often(jobs: Jobs, undisturbed: list[dict[str, An
         ("bad_layout", ("parallel.ep=3",), {}, "parallel"),
         ("undisturbed", ("seed=7",), {}, "seed: 0 there, 7 here"),
         ("no_gpus", (), {"GPUS_SEEN": "2"}, "--exclude=n0,n1,n2,n3"),
-        ("no_model", ("model.path=absent", "model.warm_up=null"), {}, "model.path: absent does not exist"),
+        ("no_model", ("model.path=absent", "model.warm_up=null"), {}, "/absent does not exist and model.warm_up is null"),
     ],
 )
 def test_a_job_that_cannot_work_ends_at_once_and_says_why(
