@@ -106,7 +106,7 @@ def test_the_long_responses_of_the_30b_take_as_long_as_in_the_simulation() -> No
     assert step.trainer_idle("overlapped") == pytest.approx(0.68, abs=0.02)
 
 
-def test_a_split_with_more_servers_is_found_where_sampling_is_the_longer_side() -> None:
+def test_more_servers_are_found_where_sampling_is_the_longer_side() -> None:
     rollouts = Rollouts(sequences=512, prompt_tokens=512, lengths=exponential(6000, 16384), servers=8, tp=2)
     work = replace(PLAIN, updates_per_step=2, staleness=1, schedule="overlapped", keeps_weights=True, rollouts=rollouts)
     found = splits(make_plan(SHAPE, ParallelLayout(world_size=64, ep=8), TRAINING, H100, work))
