@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from megatron_minpro.batch.conversation import Conversation, Turn
@@ -59,7 +60,7 @@ class Model:
             stop_token_ids: tokens that end this answer, beside the model's own.
 
         Raises:
-            ValueError: the conversation has no place for another token; ask `room` first.
+            ValueError: the conversation has no place for another token (ask `room` first), or the context is of another kind.
         """
         token_ids = _token_ids(self.tokenizer, context)
         room = self.room(token_ids)
@@ -154,9 +155,12 @@ class Model:
 
 
 def _token_ids(tokenizer: Any, context: Sequence[int] | Sequence[Message]) -> tuple[int, ...]:
-    token_ids = [entry for entry in context if isinstance(entry, int)]
+    token_ids = [int(entry) for entry in context if isinstance(entry, Integral)]  # NumPy's too
     if len(token_ids) == len(context):
         return tuple(token_ids)
-    messages = [entry for entry in context if not isinstance(entry, int)]
+    messages = [entry for entry in context if isinstance(entry, Mapping)]
+    if len(messages) != len(context):
+        kinds = sorted({type(entry).__name__ for entry in context})
+        raise ValueError(f"the context holds {' and '.join(kinds)}, expected token ids (whole numbers) or messages")
     [encoded] = encode_conversations(tokenizer, [messages])
     return encoded

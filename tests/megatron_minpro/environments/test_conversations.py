@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
@@ -181,6 +183,19 @@ def test_an_untrainable_conversation_names_environment_and_prompt(strange: str, 
 
     with pytest.raises(RuntimeError, match=rf"^environment mine: p0: .*{message}"):
         hold(environment(misbehave), Session(), max_new_tokens=10)
+
+
+def test_a_context_is_token_ids_of_any_kind_or_messages() -> None:
+    async def ask(prompt: Prompt, model: Model, *, context: Any) -> Conversation:
+        return model.conversation(await model(context))
+
+    session = Session()
+    hold(environment(ask, context=np.array([7, 10])), session)
+    [(first, *_)] = session.calls
+    assert first.prompt_token_ids == (7, 10) and {type(token_id) for token_id in first.prompt_token_ids} == {int}
+    for context, kinds in ((torch.tensor([7, 10]), "Tensor"), ([7, {"role": "user", "content": "8"}], "dict and int")):
+        with pytest.raises(RuntimeError, match=rf"p0: ValueError: the context holds {kinds}, expected token ids \(whole numbers\) or"):
+            hold(environment(ask, context=context), Session())
 
 
 def test_weights_that_are_missing_are_not_the_environments_fault() -> None:
