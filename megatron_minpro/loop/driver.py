@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RunDriver:
-    """The `trainer.Driver` of a real run."""
+    """The `training_run.Driver` of a real run."""
 
     config: RunConfig
     run_dir: Path

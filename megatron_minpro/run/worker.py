@@ -190,7 +190,7 @@ def _checkpoint_to_continue(checkpoints: Path, config: RunConfig, groups: Proces
 
 @dataclass(frozen=True, kw_only=True)
 class RunCheckpoints:
-    """The `trainer.Checkpoints` of a real run."""
+    """The `training_run.Checkpoints` of a real run."""
 
     writer: CheckpointWriter
     config: RunConfig
