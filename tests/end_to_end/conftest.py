@@ -123,7 +123,7 @@ def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
     """One undisturbed short run, weights checked after every sync, two steps traced."""
     command = Command(
-        ["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true", "checkpoint.keep=3", "profile.steps=3-4"]
+        ["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true", "checkpoint.keep=4", "profile.steps=3-4"]
     )
     try:
         code, out, err = command.wait()
