@@ -227,8 +227,8 @@ def _running_min(shard: SequenceShard, x_RL: Tensor) -> Tensor:
     items_K = x_RL.view(-1).index_select(0, rows.token_K)
     items_K.index_copy_(0, rows.summary_R, running_T.index_select(0, rows.summary_token_R))
     skeleton_K = _restarting_min(items_K, rows.key_K)
-    brought_R = torch.where(rows.continues_R, skeleton_K.index_select(0, rows.before_R), _INF)
-    torch.minimum(running_RL, brought_R[:, None], out=running_RL)
+    carried_R = torch.where(rows.continues_R, skeleton_K.index_select(0, rows.before_R), _INF)
+    torch.minimum(running_RL, carried_R[:, None], out=running_RL)
     running_T.scatter_(0, rows.late_token_D, skeleton_K.index_select(0, rows.late_D))
     return running_T[: shard.num_local_tokens]
 
