@@ -17,6 +17,7 @@ from parallel.mcore import (
 )
 from parallel.megatron_options import check_options
 from parallel.optimizer_settings import OptimizerSettings
+from parallel.optimizer_state import create_state
 
 OPTIMIZER_FIELDS = frozenset(field.name for field in dataclasses.fields(OptimizerConfig))
 
@@ -58,29 +59,14 @@ def build_optimizer(
     config = OptimizerConfig(**{**fixed, **options})
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=get_standard_config_overrides(config))
     apply_settings(optimizer, settings)
-    _create_state(optimizer)
+    for each in inner_optimizers(optimizer):
+        create_state(each)
     return optimizer
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
     """Megatron chains one distributed optimizer per kind of parameter (dense, expert)."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _create_state(optimizer: Any) -> None:
-    """Moments of zero and zero steps, for every parameter, now.
-
-    torch's AdamW makes its state at the first step only; without state Megatron can neither save a checkpoint before that step nor
-    load one into a fresh optimizer. Its own remedy is a step with zero gradients, which counts: the counters go back to 0.
-    """
-    for each in inner_optimizers(optimizer):
-        each._init_optimizer_states_with_dummy_values()  # the rate is 0 here, so no weight moves
-        for state in each.optimizer.state.values():
-            if "step" in state:
-                state["step"].zero_()
-        for group in each.optimizer.param_groups:
-            if "step" in group:
-                group["step"] = 0
 
 
 def apply_settings(optimizer: Any, settings: OptimizerSettings) -> None:
