@@ -42,10 +42,11 @@ from parallel.optimizer import (
 )
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, settle_weights
-from parallel.packing import MicroBatch, TokenSequence, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
+from parallel.packing import MicroBatch, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
 from parallel.sequence_shard import SequenceShard
+from parallel.token_sequence import TokenSequence
 from parallel.weight_snapshot import SnapshotPlace, WeightSnapshot
 from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.actor import MegatronActor
-from parallel.packing import TokenSequence
 from parallel.plain_forward import plain_logprobs
+from parallel.token_sequence import TokenSequence
 from parallel.weights import take_part
 
 # How far the actor may be off, as a multiple of what one plain pass in its own dtype is off.

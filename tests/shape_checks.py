@@ -9,7 +9,10 @@ from typing import Any
 from beartype import beartype
 from jaxtyping import AbstractArray, install_import_hook
 
-CHECKED = ("parallel.prefix_scan", "parallel.sequence_shard", "parallel.logprobs", "parallel.packing", "megatron_minpro.objectives")
+CHECKED = (
+    *("parallel.prefix_scan", "parallel.sequence_shard", "parallel.logprobs", "parallel.packing", "parallel.token_sequence"),
+    "megatron_minpro.objectives",
+)
 
 
 def install() -> None:

@@ -9,9 +9,9 @@ from jaxtyping import TypeCheckError
 from megatron_minpro.objectives.advantages import mean_only
 from megatron_minpro.objectives.ratios import ratio
 from parallel.logprobs import token_logprobs
-from parallel.packing import TokenSequence
 from parallel.prefix_scan import PrefixMin
 from parallel.sequence_shard import SequenceShard
+from parallel.token_sequence import TokenSequence
 
 MASK_3 = torch.ones(3, dtype=torch.bool)
 

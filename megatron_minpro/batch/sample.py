@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 from rollout.records import VersionSpan
 
 # What a sample holds per token of the sequence, and per token that the model wrote. A scored response costs 13 bytes a token: batches

@@ -13,7 +13,7 @@ from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from parallel.actor import LossFunction, MegatronActor, UpdateReport
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 
 
 def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.registry import PlugIns
 from parallel.actor import MegatronActor
 from parallel.optimizer_settings import OptimizerSettings
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 
 RECIPE_FILE = "warm_up.json"
 OPTIMIZER = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 
 
 def synthetic_sequences(*, count: int, positions: int, prompt_tokens: int, vocab_size: int, seed: int) -> list[TokenSequence]:

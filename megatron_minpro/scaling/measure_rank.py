@@ -33,8 +33,9 @@ from parallel.expert_load import dispatched, load_of, record_routing
 from parallel.exposed_communication import PIPELINE, kinds_of_groups, measure_waiting
 from parallel.layout import ParallelLayout
 from parallel.memory_watch import peak_rss_bytes, reset_peak_rss
-from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
+from parallel.packing import break_even_tokens, plan_replicas
 from parallel.process_groups import ProcessGroups
+from parallel.token_sequence import TokenSequence
 from rollout.processes import die_with_parent
 
 _EXPLAINED_STEPS = 2  # after the window: their routing and waiting are recorded, which costs time of its own

@@ -23,7 +23,7 @@ from parallel.capabilities import Capabilities, detect
 from parallel.layers.experts import Product, grouped_linear, loop_linear
 from parallel.layout import ParallelLayout
 from parallel.optimizer_settings import OptimizerSettings
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 
 SMALL = {
     "vocab_size": 512,

@@ -39,7 +39,8 @@ from parallel.mcore import TopKRouter, version
 from parallel.model_check import check_model
 from parallel.optimizer import inner_optimizers
 from parallel.optimizer_settings import OptimizerSettings
-from parallel.packing import TokenSequence, break_even_tokens, plan_replicas
+from parallel.packing import break_even_tokens, plan_replicas
+from parallel.token_sequence import TokenSequence
 
 LOSS = make_loss_function(make_objective("minpro"))
 

@@ -19,7 +19,7 @@ from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import UpdateReport
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 UPDATES = 2

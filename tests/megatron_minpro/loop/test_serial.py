@@ -18,8 +18,8 @@ from megatron_minpro.loop.servers import ServersFailed, publish
 from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
 from megatron_minpro.objectives import make_objective
 from parallel.actor import UpdateReport
-from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
+from parallel.token_sequence import TokenSequence
 from rollout.client import RolloutFailed, WeightsMissing
 from tests.megatron_minpro.loop import diary as diaries
 from tests.megatron_minpro.loop.diary import Diary, MakeBatch, MakeSample

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.run import base_model
-from parallel.packing import TokenSequence
 from parallel.sequence_shard import SequenceShard
+from parallel.token_sequence import TokenSequence
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

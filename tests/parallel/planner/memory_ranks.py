@@ -24,7 +24,7 @@ from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
 from parallel.optimizer import inner_optimizers
 from parallel.optimizer_settings import OptimizerSettings
-from parallel.packing import TokenSequence
+from parallel.token_sequence import TokenSequence
 from rollout.ports import free_ports
 
 CHUNK_TOKENS = 64
