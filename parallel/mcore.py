@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 from parallel import cpu
+from parallel.engine_import import import_engine
 
 # Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
+import_engine()  # one that does not import is hidden from what follows
 cpu.install()
 
 from megatron.core import __version__ as version

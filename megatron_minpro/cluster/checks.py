@@ -107,7 +107,7 @@ def check_end_tokens(config: RunConfig, folder: Path, tokenizer: Any) -> None:
 
 def check_machine(config: RunConfig, capabilities: Capabilities) -> None:
     """This one machine cannot hold the servers and ranks that it would start, or lacks what an option needs."""
-    check_machine_options(config.megatron, capabilities)
+    check_machine_options(config.megatron, capabilities.choose_layers(config.actor.layers))
     servers, tp = config.rollout.servers, config.rollout.tp
     if servers:
         default_server_python()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from megatron_minpro.config import RunConfig
+from parallel.engine_import import EngineImport
 
 Verdict = Literal["ok", "absent", "missing"]
 
@@ -34,10 +35,7 @@ REQUIRED = (
     ("tensorboard", "event files"),
     ("matplotlib", "plots"),
 )
-_OPTIONAL = (
-    ("transformer-engine", "fused layers on GPUs"),
-    ("nvidia-modelopt", "fp8 and nvfp4 export"),
-)
+_OPTIONAL = (("nvidia-modelopt", "fp8 and nvfp4 export"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +83,22 @@ def _capabilities() -> list[Finding]:
         return []
     from parallel.capabilities import detect
 
-    return [Finding(subject="trainer", verdict="ok", detail=line) for line in detect().lines()]
+    capabilities = detect()
+    return [_transformer_engine(capabilities.transformer_engine), *(_trainer(line) for line in capabilities.lines())]
+
+
+def _trainer(line: str) -> Finding:
+    return Finding(subject="trainer", verdict="ok", detail=line)
+
+
+def _transformer_engine(found: EngineImport) -> Finding:
+    if found.version is None:
+        detail = "needed for fused layers on GPUs"
+    elif found.error is not None:
+        detail = f"{found.version} does not import ({found.error}); the local layers are used. Rebuild it for this torch, or remove it"
+    else:
+        detail = found.version
+    return Finding(subject="transformer-engine", verdict="ok" if found.usable_version else "absent", detail=detail)
 
 
 def _server_environment() -> list[Finding]:

@@ -299,6 +299,9 @@ class ActorConfig(Section):
         ge=1, description="packed tokens of one forward pass, summed over its context-parallel ranks"
     )
     recompute: MayChange[Literal["none", "selective", "full"]] = Field(description="which activations the backward pass computes again")
+    layers: MayChange[Literal["auto", "local", "transformer_engine"]] = Field(
+        default="auto", description="auto: TransformerEngine's on GPUs where it imports, else this project's own"
+    )
     logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
     kept_weights: MayChange[Literal["device", "pinned_host"]] = Field(
         default="device", description="where the overlapped schedule keeps the weights that sample: beside the model, or in host memory"

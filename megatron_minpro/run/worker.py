@@ -93,7 +93,7 @@ def build_actor(
         optimizer=optimizer,
         megatron_options=config.megatron,
     )
-    actor = MegatronActor(read_architecture(folder), config.layout, groups, detect(), settings)
+    actor = MegatronActor(read_architecture(folder), config.layout, groups, detect().choose_layers(config.actor.layers), settings)
     with SafetensorsReader(folder) as reader:
         actor.load_hugging_face(reader.read)
     return actor
@@ -368,7 +368,7 @@ def main(arguments: list[str]) -> None:
         stream=sys.stdout,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
-    capabilities = detect()
+    capabilities = detect().choose_layers(config.actor.layers)
     if capabilities.device_type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if config.debug.deterministic:

@@ -4,46 +4,73 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.capabilities import Capabilities, detect
+from parallel.capabilities import Capabilities, Layers, detect
+from parallel.engine_import import EngineImport
 from parallel.megatron_options import check_machine_options
 from parallel.weights import canonical_name
 
+BROKEN = EngineImport(version="2.9", error="ImportError: undefined symbol: _ZN3c10")
 
-def machine(*, cuda_devices: int = 0, transformer_engine_version: str | None = None) -> Capabilities:
+
+def machine(*, cuda_devices: int = 0, engine: EngineImport | str | None = None) -> Capabilities:
     return Capabilities(
         cuda_devices=cuda_devices,
         device_name="a device",
         torch_version="2",
         megatron_core_version="0.16.1",
-        transformer_engine_version=transformer_engine_version,
+        transformer_engine=engine if isinstance(engine, EngineImport) else EngineImport(version=engine, error=None),
         apex_version=None,
     )
 
 
+OURS = "layers: the local layer spec with this project's attention, norm and experts "
+
+
 @pytest.mark.parametrize(
-    ("found", "layers", "said"),
+    ("found", "setting", "layers", "said"),
     [
-        (machine(), "local", "layers: the local layer spec with this project's attention, norm and experts (loop)"),
-        (machine(cuda_devices=8), "local", "layers: the local layer spec with this project's attention, norm and experts (grouped)"),
+        (machine(), "auto", "local", f"{OURS}(loop)"),
+        (machine(cuda_devices=8), "auto", "local", f"{OURS}(grouped); TransformerEngine absent"),
         # Importable, but of no use without a device.
+        (machine(engine="2.9"), "auto", "local", f"{OURS}(loop)"),
+        (machine(cuda_devices=1, engine="2.9"), "auto", "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
+        (machine(cuda_devices=1, engine="2.9"), "local", "local", f"{OURS}(grouped); actor.layers = local"),
+        (machine(cuda_devices=1, engine="2.9"), "transformer_engine", "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
         (
-            machine(transformer_engine_version="2.9"),
+            machine(cuda_devices=1, engine=BROKEN),
+            "auto",
             "local",
-            "layers: the local layer spec with this project's attention, norm and experts (loop)",
+            f"{OURS}(grouped); TransformerEngine 2.9 is installed but does not import (ImportError: undefined symbol: _ZN3c10)",
         ),
-        (machine(cuda_devices=1, transformer_engine_version="2.9"), "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
     ],
 )
-def test_transformer_engine_is_used_with_cuda_and_the_choice_is_said(found: Capabilities, layers: str, said: str) -> None:
-    assert found.layer_spec == layers
-    assert found.lines()[-1] == said
+def test_layers_follow_the_setting_and_what_imports(found: Capabilities, setting: Layers, layers: str, said: str) -> None:
+    chosen = found.choose_layers(setting)
+    assert chosen.layer_spec == layers
+    assert chosen.lines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (machine(engine="2.9"), "this machine has no CUDA device"),
+        (machine(cuda_devices=1), "TransformerEngine absent"),
+        (
+            machine(cuda_devices=1, engine=BROKEN),
+            r"TransformerEngine 2\.9 is installed but does not import \(ImportError: undefined symbol",
+        ),
+    ],
+)
+def test_demanded_layers_that_are_not_there_are_refused(found: Capabilities, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^actor\.layers: 'transformer_engine', but {reason}.*; expected auto or local here$"):
+        found.choose_layers("transformer_engine")
 
 
 def test_fp8_without_transformer_engine_is_an_error() -> None:
     for name in ("fp8", "fp4"):
         with pytest.raises(ValueError, match=rf"^megatron\.{name} = 'e4m3': needs TransformerEngine on CUDA, here is the local layer spec"):
             check_machine_options({name: "e4m3"}, machine(cuda_devices=8))
-        check_machine_options({name: "e4m3"}, machine(cuda_devices=8, transformer_engine_version="2.9"))
+        check_machine_options({name: "e4m3"}, machine(cuda_devices=8, engine="2.9"))
         check_machine_options({name: None}, machine())
 
 

@@ -11,6 +11,7 @@ import torch
 from checkpoints_convert.hf_config import Architecture
 from parallel.actor import check_option_names, split_options
 from parallel.capabilities import Capabilities
+from parallel.engine_import import EngineImport
 from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
 from parallel.megatron_options import HARMLESS, REASONS, check_effect, check_machine_options
@@ -24,7 +25,7 @@ ON_CPU = Capabilities(
     device_name="CPU",
     torch_version="2",
     megatron_core_version="0",
-    transformer_engine_version=None,
+    transformer_engine=EngineImport(version=None, error=None),
     apex_version=None,
 )
 MOE = Architecture(
