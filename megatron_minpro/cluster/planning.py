@@ -13,7 +13,7 @@ from parallel.planner.hardware import Hardware
 from parallel.planner.lengths import Lengths, exponential
 from parallel.planner.models import find_shape
 from parallel.planner.plan import Work
-from parallel.planner.rl import Rollouts
+from parallel.planner.sampling import Rollouts
 from parallel.planner.shape import ModelShape
 from parallel.planner.training import CUDA_GRAPHS, DISPATCHERS, PRECISIONS, RECOMPUTES, SPECS, Training
 
@@ -109,6 +109,7 @@ def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bo
     prompt = run.prompts.max_prompt_tokens
     rollouts = Rollouts(
         sequences=run.rollout.prompts_per_step * run.rollout.group_size,
+        group_size=run.rollout.group_size,
         prompt_tokens=prompt,
         lengths=lengths,
         servers=run.rollout.servers or len(run.rollout.endpoints),

@@ -104,7 +104,7 @@ def predict_phases(config: RunConfig, hardware: str, *, mean_tokens: int | None)
     step = make_plan(planning.shape_of(config), config.layout, training, machine, work).global_step
     assert step is not None
     found = {"score": step.logprobs_s, "update": step.updates_s, "sync": step.sync_s}
-    return found if machine.measured else {"sample": step.sampling_s, **found}
+    return found if machine.measured else {"sample": step.sampling.batch_s, **found}
 
 
 def _mean(lines: Sequence[Mapping[str, float | None]], name: str) -> float | None:

@@ -76,10 +76,8 @@ def rl_table(rows: Sequence[RlRow]) -> Table:
     for name in ("published s", "predicted s", "error", "sampling s", "log-probs s", "update s"):
         shown.add_column(name, justify="right")
     for row in rows:
-        step = row.predicted
-        sampling = step.sampling_s if step.staleness == 0 else step.steady_sampling_s
-        seconds = [f"{value:.1f}" for value in (sampling, step.logprobs_s, step.updates_s)]
-        shown.add_row(row.id, f"{row.published_s:.1f}", f"{step.step_s:.1f}", f"{step.step_s / row.published_s - 1:+.0%}", *seconds)
+        seconds = [f"{value:.1f}" for value in (row.sampling_s, row.parts.logprobs_s, row.parts.updates_s)]
+        shown.add_row(row.id, f"{row.published_s:.1f}", f"{row.predicted_s:.1f}", f"{row.predicted_s / row.published_s - 1:+.0%}", *seconds)
     return shown
 
 
@@ -107,7 +105,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[0] if arguments else "runs/plan_report")
     folder.mkdir(parents=True, exist_ok=True)
     rows, rl_rows = read_rows(), read_rl_rows()
-    rl_errors = [row.predicted.step_s / row.published_s - 1 for row in rl_rows]
+    rl_errors = [row.predicted_s / row.published_s - 1 for row in rl_rows]
     lines = [*summary(rows), _error_line("RL steps, nothing fitted", rl_errors)]
     with (folder / "report.txt").open("w", encoding="utf-8") as file:
         for console in (Console(highlight=False, width=max(140, Console().width)), Console(file=file, width=150)):

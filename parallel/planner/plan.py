@@ -10,7 +10,9 @@ from parallel.layout import ParallelLayout
 from parallel.planner.efficiency import efficiency_of
 from parallel.planner.hardware import Hardware
 from parallel.planner.memory import GB, StageMemory, stage_memory
-from parallel.planner.rl import GlobalStep, Rollouts, Schedule, sampling_seconds, server_bytes, sync_seconds
+from parallel.planner.rl import GlobalStep, Schedule, schedules, server_bytes, sync_seconds
+from parallel.planner.rollout_server import rollout_server
+from parallel.planner.sampling import Rollouts, simulate_sampling
 from parallel.planner.shape import ModelShape
 from parallel.planner.stages import check_layout, is_even, stage_parameters
 from parallel.planner.step import StepTime, forward_seconds, step_time
@@ -96,13 +98,9 @@ def make_plan(shape: ModelShape, layout: ParallelLayout, training: Training, har
     global_step = None
     if work.rollouts is not None:
         forward = forward_seconds(shape, layout, hardware, training, batch, efficiency=efficiency)
-        alone, steady = (
-            sampling_seconds(shape, hardware, work.rollouts, batches_under_way=count, efficiency=efficiency)
-            for count in (1, max(1, work.staleness))
-        )
+        server_of_run = rollout_server(shape, hardware, tp=work.rollouts.tp, efficiency=efficiency)
         global_step = GlobalStep(
-            sampling_s=alone,
-            steady_sampling_s=min(alone, steady),
+            sampling=simulate_sampling(server_of_run, work.rollouts),
             logprobs_s=work.updates_per_step * forward,
             updates_s=work.updates_per_step * time.step_s,
             sync_s=sync_seconds(shape),
@@ -159,11 +157,6 @@ def _changes(plan: Plan) -> Iterator[tuple[str, ParallelLayout, Training, Work]]
             more = "" if world_size == layout.world_size else f" world_size={world_size}"
             yield f"parallel.{axis}={size}{more}", changed, training, work
             break
-
-
-def schedules(step: GlobalStep) -> tuple[Schedule, ...]:
-    """Those that this project has and the staleness allows."""
-    return ("serial",) if step.staleness == 0 else ("serial", "overlapped")
 
 
 def notes(plan: Plan) -> list[str]:
@@ -225,7 +218,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
     if step is not None:
         result["rl"] = {
-            "sampling_s": step.sampling_s,
+            "sampling_s": step.sampling.batch_s,
+            "sampling_server_s": step.sampling.server_s,
             "logprobs_s": step.logprobs_s,
             "updates_s": step.updates_s,
             "weight_sync_s": step.sync_s,

@@ -12,10 +12,13 @@ from parallel.planner.hardware import read_hardware
 from parallel.planner.lengths import exponential
 from parallel.planner.plan import Work, make_plan
 from parallel.planner.published import ROWS, shape_of
-from parallel.planner.rl import GlobalStep, Rollouts
+from parallel.planner.rl import GlobalStep
+from parallel.planner.rollout_server import RolloutServer, rollout_server
+from parallel.planner.sampling import Rollouts
 from parallel.planner.training import Training
 
 _PROMPT_TOKENS = 100
+_GROUP_SIZE = 1  # not published; sharing so short a prompt matters little
 _SYNC_S = 7.0  # published for these systems, 5 to 10 s; this project's own sender is slower for large models
 _TRAINING = Training(
     precision="bf16",
@@ -39,7 +42,9 @@ class RlRow:
 
     id: str
     published_s: float
-    predicted: GlobalStep
+    predicted_s: float
+    sampling_s: float
+    parts: GlobalStep
 
 
 def read_rl_rows() -> list[RlRow]:
@@ -59,6 +64,7 @@ def _row(values: dict[str, Any]) -> RlRow:
     )
     rollouts = Rollouts(
         sequences=values["sequences"],
+        group_size=_GROUP_SIZE,
         prompt_tokens=_PROMPT_TOKENS,
         lengths=exponential(values["mean"] - _PROMPT_TOKENS, values["max"] - _PROMPT_TOKENS),
         servers=values["sampling_gpus"] // values["server_tp"],
@@ -73,9 +79,23 @@ def _row(values: dict[str, Any]) -> RlRow:
         staleness=values["staleness"],
         rollouts=rollouts,
         colocated=colocated,
-        schedule="rolling" if values["staleness"] else "serial",
     )
-    step = make_plan(shape_of(values["model"]), layout, _TRAINING, read_hardware(values["hardware"]), work).global_step
+    shape, hardware = shape_of(values["model"]), read_hardware(values["hardware"])
+    step = make_plan(shape, layout, _TRAINING, hardware, work).global_step
     assert step is not None
-    with_reference = replace(step, logprobs_s=2 * step.logprobs_s, sync_s=_SYNC_S)
-    return RlRow(id=values["id"], published_s=values["step_s"], predicted=with_reference)
+    parts = replace(step, logprobs_s=2 * step.logprobs_s)  # the reference's too
+    sampling_s = parts.sampling.batch_s
+    if values["staleness"] > 1:
+        server = rollout_server(shape, hardware, tp=rollouts.tp)
+        sampling_s = min(sampling_s, _continuous_s(server, rollouts, batches_under_way=values["staleness"]))
+    training_s = parts.logprobs_s + parts.updates_s
+    beside_s = max(sampling_s, training_s) if values["staleness"] else sampling_s + training_s
+    return RlRow(id=values["id"], published_s=values["step_s"], predicted_s=beside_s + _SYNC_S, sampling_s=sampling_s, parts=parts)
+
+
+def _continuous_s(server: RolloutServer, rollouts: Rollouts, *, batches_under_way: int) -> float:
+    """Seconds per batch of systems that give up a fixed lag: the next batches fill the servers while the last responses finish."""
+    share = rollouts.sequences / rollouts.servers
+    context = rollouts.prompt_tokens + rollouts.lengths.under_way
+    together = max(1.0, min(share * batches_under_way, server.room_tokens / context))
+    return share * (server.prefill_s(rollouts.prompt_tokens) + rollouts.lengths.mean * server.step_s(together, context) / together)

@@ -14,8 +14,8 @@ from rich.text import Text
 from checkpoints_convert.atomic_files import write_atomically
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import GB
-from parallel.planner.plan import Plan, batch_of, notes, schedules
-from parallel.planner.rl import GlobalStep
+from parallel.planner.plan import Plan, batch_of, notes
+from parallel.planner.rl import GlobalStep, schedules
 from parallel.planner.search import Search
 
 _BAR = 24
@@ -133,7 +133,8 @@ def _global_step_line(plan: Plan) -> Text:
     assert plan.work.rollouts is not None
     servers = plan.work.rollouts.servers * plan.work.rollouts.tp
     line = Text(
-        f"global step {_short(step.step_s)} s at staleness {step.staleness}: sampling {_short(step.sampling_s)} on {servers} GPUs, "
+        f"global step {_short(step.step_s)} s at staleness {step.staleness}: sampling {_short(step.sampling.batch_s)} on {servers} GPUs "
+        f"({_short(step.sampling.server_s)} on the mean server), "
         f"log-probabilities {_short(step.logprobs_s)}, {plan.work.updates_per_step} updates {_short(step.updates_s)}, weight sync "
         f"{_short(step.sync_s)}"
     )
@@ -145,7 +146,7 @@ def _schedule_lines(step: GlobalStep) -> list[Text]:
     return [
         Text(
             f"  {schedule}: {_short(step.seconds(schedule))} s; the trainer is idle for {step.trainer_idle(schedule):.0%} of it, "
-            f"all servers together for {step.servers_idle(schedule):.0%}",
+            f"the servers for {step.servers_idle(schedule):.0%}",
             style="" if schedule == step.schedule else "dim",
         )
         for schedule in schedules(step)
@@ -161,7 +162,7 @@ def _split_line(plan: Plan, best: Plan) -> Text:
         return Text(f"no other split of the {trainers + sampling} GPUs in whole nodes that fits makes the step shorter", style="green")
     return Text(
         f"shortest step with the same GPUs: world_size={trainers} and rollout.servers={rollouts.servers} ({sampling} GPUs): "
-        f"{_short(step.step_s)} s; the trainer is idle for {step.trainer_idle(step.schedule):.0%} of it, all servers together for "
+        f"{_short(step.step_s)} s; the trainer is idle for {step.trainer_idle(step.schedule):.0%} of it, the servers for "
         f"{step.servers_idle(step.schedule):.0%}",
         style="yellow",
     )
