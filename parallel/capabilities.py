@@ -15,6 +15,9 @@ import torch
 from parallel.engine_import import EngineImport, import_engine
 
 Layers = Literal["auto", "local", "transformer_engine"]
+AttentionProduct = Literal["varlen", "grid"]
+
+_FLASH_ATTENTION = (8, 0)  # compute capability that torch's flash attention needs
 
 
 def _version(distribution: str, module: str) -> str | None:
@@ -37,6 +40,7 @@ class Capabilities:
     megatron_core_version: str
     transformer_engine: EngineImport
     apex_version: str | None
+    compute_capability: tuple[int, int] | None = None  # of the first CUDA device
     layers: Layers = "auto"  # actor.layers
 
     def choose_layers(self, layers: Layers) -> Capabilities:
@@ -80,6 +84,22 @@ class Capabilities:
         """How `experts.py` multiplies. On a CPU the loop is the faster one (make bench)."""
         return "grouped" if self.cuda_devices else "loop"
 
+    def attention_product(self, dtype: torch.dtype) -> AttentionProduct:
+        """How the local layers attend (layers/attention_varlen.py, attention_grid.py). On a CPU grids: fewer calls for short sequences.
+
+        Raises:
+            ValueError: flash attention is needed, and this GPU is too old for it.
+        """
+        if self.compute_capability is None or dtype == torch.float32:  # the kernel takes 16-bit heads only
+            return "grid"
+        if self.compute_capability < _FLASH_ATTENTION:
+            found, name = ".".join(map(str, self.compute_capability)), str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"model.dtype: {name} with the local layers needs flash attention (compute capability 8.0 or later); "
+                f"{self.device_name} has {found}; expected float32 on this GPU"
+            )
+        return "varlen"
+
     def describe_layers(self) -> str:
         """Which layers the model is made of."""
         if self.layer_spec == "transformer_engine":
@@ -110,4 +130,5 @@ def detect() -> Capabilities:
         transformer_engine=import_engine(),
         # NVIDIA's Apex has amp_C kernels; the package of that name on the index has nothing to do with it.
         apex_version=_version("apex", "apex") if importlib.util.find_spec("amp_C") is not None else None,
+        compute_capability=torch.cuda.get_device_capability(0) if cuda_devices else None,
     )

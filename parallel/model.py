@@ -187,7 +187,7 @@ class HiddenStateModel(GPTModel):
         return hidden_states.squeeze(1).to(self.head_weight().dtype)
 
 
-def _local_layer_spec(architecture: Architecture, capabilities: Capabilities) -> Any:
+def _local_layer_spec(architecture: Architecture, capabilities: Capabilities, *, dtype: torch.dtype) -> Any:
     spec = get_gpt_layer_local_spec(
         num_experts=architecture.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
     )
@@ -195,7 +195,9 @@ def _local_layer_spec(architecture: Architecture, capabilities: Capabilities) ->
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = ModuleSpec(module=PackedAttention, params={"rotary_base": architecture.rope_theta})
+    attention.core_attention = ModuleSpec(
+        module=PackedAttention, params={"rotary_base": architecture.rope_theta, "product": capabilities.attention_product(dtype)}
+    )
     if architecture.is_moe:
         moe = _moe_submodules(spec)
         moe.router = SequenceBalancedRouter
@@ -226,7 +228,10 @@ def build_model_chunks(
     """This rank's model chunks, one per virtual pipeline stage (one without), uninitialised. Needs Megatron's process groups."""
     chunks = []
     with_engine = capabilities.layer_spec == "transformer_engine"
-    layer_spec = _transformer_engine_layer_spec(architecture) if with_engine else _local_layer_spec(architecture, capabilities)
+    if with_engine:
+        layer_spec = _transformer_engine_layer_spec(architecture)
+    else:
+        layer_spec = _local_layer_spec(architecture, capabilities, dtype=config.params_dtype)
     for index in range(layout.vpp or 1):
         vp_stage = index if layout.vpp is not None else None
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -1,108 +1,25 @@
 """Rotary embedding and core attention of packed sequences, where TransformerEngine is absent.
 
-Tokens arrive packed, [T, heads, head_size]; each sequence attends to itself only. Sequences of similar length are laid side by side
-in a [sequences, longest] grid so that torch's causal kernel does the work, and nothing of size T x T exists. Under context
-parallelism keys and values are gathered over the ranks of the group (backward: reduce-scatter) and masked by position.
+Tokens arrive packed, [T, heads, head_size]; each sequence attends to itself only. Under context parallelism keys and values are gathered
+over the ranks of the group (backward: reduce-scatter). The product itself is in attention_varlen.py or attention_grid.py;
+`capabilities.py` chooses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.capabilities import AttentionProduct
+from parallel.layers.attention_grid import GridBlock, attend_in_grids, grid_blocks
+from parallel.layers.attention_varlen import VarlenPieces, attend_varlen
 from parallel.mcore import PackedSeqParams, TransformerConfig, parallel_state
 from parallel.sequence_shard import SequenceShard
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Some sequences side by side in a [sequences, width] grid, out of T packed tokens.
-
-    token_G: which packed tokens are in it. slot_G: their flat slots. position_SW: position in every slot, -1 where empty.
-    is_view: all packed tokens in their order, no slot empty (sequences of equal length): nothing has to move.
-    """
-
-    token_G: Tensor
-    slot_G: Tensor
-    position_SW: Tensor
-    is_view: bool
-
-    @classmethod
-    def of(cls, sequence_id_T: Tensor, position_T: Tensor, sequences: Tensor) -> _Grid:
-        """The grid of the sequences with the ids in `sequences`, one row each. Tokens keep their order of arrival (zigzag: two pieces)."""
-        row_of = torch.full((int(sequences.max()) + 1,), -1, dtype=torch.int64, device=sequence_id_T.device)
-        row_of[sequences] = torch.arange(len(sequences), device=sequence_id_T.device)
-        in_range_T = sequence_id_T < len(row_of)
-        row_T = torch.where(in_range_T, row_of[sequence_id_T.clamp(max=len(row_of) - 1)], -1)
-        token_G = (row_T >= 0).nonzero()[:, 0]
-        row_G = row_T[token_G]
-        order = torch.argsort(row_G, stable=True)
-        counts = torch.bincount(row_G, minlength=len(sequences))
-        starts = torch.cumsum(counts, 0) - counts
-        column_G = torch.empty_like(row_G)
-        column_G[order] = torch.arange(len(order), device=order.device) - starts[row_G[order]]
-        width = int(counts.max())
-        slot_G = row_G * width + column_G
-        position_SW = torch.full((len(sequences) * width,), -1, device=slot_G.device, dtype=position_T.dtype)
-        position_SW[slot_G] = position_T[token_G]
-        is_view = len(slot_G) == len(position_SW) == len(position_T) and bool((slot_G == token_G).all())
-        return cls(token_G=token_G, slot_G=slot_G, position_SW=position_SW.view(len(sequences), width), is_view=is_view)
-
-    def spread(self, x_THD: Tensor) -> Tensor:
-        """[T, heads, size] -> [sequences, heads, width, size]; empty slots are zero."""
-        num_sequences, width = self.position_SW.shape
-        if self.is_view:
-            return x_THD.unflatten(0, (num_sequences, width)).transpose(1, 2)
-        chosen = x_THD if len(self.token_G) == len(x_THD) else x_THD.index_select(0, self.token_G)
-        flat = x_THD.new_zeros((num_sequences * width, *x_THD.shape[1:])).index_copy(0, self.slot_G, chosen)
-        return flat.view(num_sequences, width, *x_THD.shape[1:]).transpose(1, 2)
-
-    def collect(self, x_SHWD: Tensor) -> Tensor:
-        """[sequences, heads, width, size] -> the grid's tokens [G, heads, size]."""
-        flat = x_SHWD.transpose(1, 2).flatten(0, 1)
-        return flat if self.is_view else flat.index_select(0, self.slot_G)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The sequences of one length class: this rank's queries, all ranks' keys, and who may see whom.
-
-    mask: [sequences, 1, query width, key width], 0 or -inf, added to the scores; None without context parallelism, where one rank holds
-    positions 0, 1, 2, ... in order, empty slots last: plain causal order.
-    """
-
-    queries: _Grid
-    keys: _Grid
-    mask: Tensor | None
-
-    @classmethod
-    def of(cls, queries: _Grid, keys: _Grid, *, dtype: torch.dtype) -> _Block:
-        allowed = queries.position_SW[:, :, None] >= keys.position_SW[:, None, :]
-        allowed &= keys.position_SW[:, None, :] >= 0
-        # An empty query slot must attend to something, or softmax gives NaN that backward would spread.
-        allowed |= (queries.position_SW < 0)[:, :, None]
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
-        return cls(queries, keys, mask[:, None])
-
-
-def length_classes(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequences that share a grid, by index. One class while padding to the longest at most doubles the tokens; else by power of two.
-
-    A response of 20,000 tokens packed with twenty of 1,000 would otherwise cost twenty times its attention.
-    """
-    if len(lengths) * max(lengths) <= 2 * sum(lengths):
-        return [list(range(len(lengths)))]
-    classes: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        classes.setdefault((length - 1).bit_length(), []).append(index)
-    return [classes[key] for key in sorted(classes)]
 
 
 @dataclass
@@ -111,7 +28,8 @@ class ShardedPackedSeqParams(PackedSeqParams):
 
     shard: SequenceShard | None = None
     sequence_weights: tuple[float, ...] = ()  # [S], in the router's balance loss; 0 for a sequence of padding
-    _blocks: list[_Block] | None = field(default=None, repr=False)
+    _blocks: list[GridBlock] | None = field(default=None, repr=False)
+    _pieces: VarlenPieces | None = field(default=None, repr=False)
     _rotation: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
@@ -140,31 +58,19 @@ class ShardedPackedSeqParams(PackedSeqParams):
             self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
         return self._rotation
 
-    def blocks(self, *, dtype: torch.dtype) -> list[_Block]:
-        """One for each length class. Made once: backward keeps the masks, local tokens * sequence length numbers, of every layer.
-
-        dtype: of the masks, which is the queries'; torch would convert others anew in every layer.
-        """
+    def blocks(self, *, dtype: torch.dtype) -> list[GridBlock]:
+        """See `grid_blocks`. Made once: backward keeps the masks, local tokens * sequence length numbers, of every layer."""
         if self._blocks is None:
-            shard = self.shard
-            assert shard is not None
-            key_ids, key_positions = shard.sequence_id_T, shard.position_T
-            if shard.cp_size > 1:
-                ranks = [
-                    SequenceShard.zigzag(shard.padded_lengths, rank, shard.cp_size, None, device=shard.device)
-                    for rank in range(shard.cp_size)
-                ]
-                key_ids = torch.cat([other.sequence_id_T for other in ranks])
-                key_positions = torch.cat([other.position_T for other in ranks])
-            self._blocks = []
-            for indices in length_classes(shard.padded_lengths):
-                sequences = torch.tensor(indices, device=shard.device)
-                queries = _Grid.of(shard.sequence_id_T, shard.position_T, sequences)
-                if shard.cp_size == 1:
-                    self._blocks.append(_Block(queries, queries, None))
-                else:
-                    self._blocks.append(_Block.of(queries, _Grid.of(key_ids, key_positions, sequences), dtype=dtype))
+            assert self.shard is not None
+            self._blocks = grid_blocks(self.shard, dtype=dtype)
         return self._blocks
+
+    def pieces(self) -> VarlenPieces:
+        """See `VarlenPieces`. Made once and shared by all layers."""
+        if self._pieces is None:
+            assert self.shard is not None
+            self._pieces = VarlenPieces.of(self.shard)
+        return self._pieces
 
 
 class _Rotate(torch.autograd.Function):
@@ -210,7 +116,7 @@ class PackedAttention(torch.nn.Module):
     """Drop-in `core_attention`: causal self-attention of packed sequences, grouped queries, context parallel.
 
     It applies the rotary embedding itself, to the positions that its shard knows: Megatron's runs over every sequence of every layer.
-    rotary_base: theta of the model.
+    rotary_base: theta of the model. product: how queries, keys and values become an output.
     """
 
     def __init__(
@@ -223,10 +129,11 @@ class PackedAttention(torch.nn.Module):
         pg_collection: Any = None,
         *,
         rotary_base: float,
+        product: AttentionProduct,
         **_: Any,
     ) -> None:
         super().__init__()
-        self.rotary_base = rotary_base
+        self.rotary_base, self.product = rotary_base, product
         self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
@@ -242,24 +149,11 @@ class PackedAttention(torch.nn.Module):
         if self.cp_group.size() > 1:
             gathered = _GatherOverContext.apply(torch.cat([key, value], dim=-1), self.cp_group)
             key, value = gathered.split([key.size(-1), value.size(-1)], dim=-1)
-        blocks = packed_seq_params.blocks(dtype=query.dtype)
-        parts = [self._attend(query, key, value, block) for block in blocks]
-        if len(parts) == 1:
-            return parts[0].reshape(query.size(0), 1, -1)
-        place_T = torch.argsort(torch.cat([block.queries.token_G for block in blocks]))
-        return torch.cat(parts).index_select(0, place_T).reshape(query.size(0), 1, -1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, block: _Block) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            block.queries.spread(query),
-            block.keys.spread(key),
-            block.keys.spread(value),
-            attn_mask=block.mask,
-            is_causal=block.mask is None,
-            scale=self.scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        return block.queries.collect(out)
+        if self.product == "varlen":
+            out = attend_varlen(query, key, value, packed_seq_params.pieces(), scale=self.scale)
+        else:
+            out = attend_in_grids(query, key, value, packed_seq_params.blocks(dtype=query.dtype), scale=self.scale)
+        return out.reshape(query.size(0), 1, -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """No parameters."""

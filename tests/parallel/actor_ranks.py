@@ -6,8 +6,8 @@ Each run starts with a fresh actor and leaves OUT_DIR/<name>/<run>/results.safet
 learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron (options), load (a checkpoint of these actors to start
 from, with first_step steps behind it), save_to (an absent folder for one, at the end, that names wrong settings of the optimizer),
 reload_before_step (save while another step is taken, build a new actor, load), swap_weights (score under the first weights before every
-later step), count_micro_batches (see `micro_batches_alive`), poison (between scoring and training, see `poisoned`), refuse (see
-`refusals`), check_model (see `checked`), tamper (see `tampered`).
+later step), count_micro_batches (see `micro_batches_alive`), attention (another product than this machine's), poison (between scoring
+and training, see `poisoned`), refuse (see `refusals`), check_model (see `checked`), tamper (see `tampered`).
 """
 
 import dataclasses
@@ -56,6 +56,10 @@ def build(fixture: Path, layout: ParallelLayout, groups: process_groups.ProcessG
         megatron_options=run.get("megatron", {}),
     )
     actor = MegatronActor(read_architecture(fixture), layout, groups, detect(), settings)
+    if "attention" in run:
+        for module in actor._modules:
+            for layer in module.decoder.layers:
+                layer.self_attention.core_attention.product = run["attention"]
     with SafetensorsReader(fixture) as reader:
         actor.load_hugging_face(reader.read)
     return actor

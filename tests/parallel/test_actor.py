@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.layers.attention import length_classes
+from parallel.layers.attention_grid import length_classes
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the first test of a world size runs all of its layouts
 
@@ -41,6 +41,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ep2 allgather": ("ep2", {"megatron": {"moe_token_dispatcher_type": "allgather"}}),
     "tp2 sp ep2 allgather": ("tp2 sp ep2", {"megatron": {"moe_token_dispatcher_type": "allgather"}}),
     "router in float64": ("one rank", {"megatron": {"moe_router_dtype": "fp64"}}),
+    # What CUDA runs, through the CPU's reference.
+    "one rank, attention without masks": ("one rank", {"attention": "varlen"}),
+    "cp2, attention without masks": ("cp2", {"attention": "varlen"}),
+    "cp4, attention without masks": ("cp4", {"attention": "varlen"}),
     "pp2, outputs freed": ("pp2", {"megatron": {"deallocate_pipeline_outputs": True, "batch_p2p_sync": False}}),
 }
 BALANCED = ("one rank", "dp2", "ep2", "tp2 sp", "pp2", "cp2")

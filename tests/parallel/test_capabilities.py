@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from parallel.capabilities import Capabilities, Layers, detect
 from parallel.engine_import import EngineImport
@@ -12,7 +13,9 @@ from parallel.weights import canonical_name
 BROKEN = EngineImport(version="2.9", error="ImportError: undefined symbol: _ZN3c10")
 
 
-def machine(*, cuda_devices: int = 0, engine: EngineImport | str | None = None) -> Capabilities:
+def machine(
+    *, cuda_devices: int = 0, engine: EngineImport | str | None = None, compute_capability: tuple[int, int] | None = None
+) -> Capabilities:
     return Capabilities(
         cuda_devices=cuda_devices,
         device_name="a device",
@@ -20,6 +23,7 @@ def machine(*, cuda_devices: int = 0, engine: EngineImport | str | None = None) 
         megatron_core_version="0.16.1",
         transformer_engine=engine if isinstance(engine, EngineImport) else EngineImport(version=engine, error=None),
         apex_version=None,
+        compute_capability=compute_capability,
     )
 
 
@@ -64,6 +68,15 @@ def test_layers_follow_the_setting_and_what_imports(found: Capabilities, setting
 def test_demanded_layers_that_are_not_there_are_refused(found: Capabilities, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"^actor\.layers: 'transformer_engine', but {reason}.*; expected auto or local here$"):
         found.choose_layers("transformer_engine")
+
+
+def test_attention_needs_no_mask_where_flash_attention_runs() -> None:
+    hopper, volta = (machine(cuda_devices=1, compute_capability=each) for each in ((9, 0), (7, 0)))
+    assert hopper.attention_product(torch.bfloat16) == "varlen"
+    assert {each.attention_product(torch.float32) for each in (hopper, volta, machine())} == {"grid"}
+    assert machine().attention_product(torch.bfloat16) == "grid"
+    with pytest.raises(ValueError, match=r"^model\.dtype: bfloat16 with the local layers needs flash attention .*; a device has 7\.0; "):
+        volta.attention_product(torch.bfloat16)
 
 
 def test_fp8_without_transformer_engine_is_an_error() -> None:

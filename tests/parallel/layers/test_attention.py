@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.capabilities import AttentionProduct
 from parallel.layers import attention as attention_module
 from parallel.layers.attention import PackedAttention, ShardedPackedSeqParams
 from parallel.mcore import TransformerConfig
@@ -17,9 +19,10 @@ from parallel.sequence_shard import SequenceShard
 HEADS, GROUPS, SIZE = 6, 2, 4
 LENGTHS = (1, 5, 9, 1, 3)
 BASE = 100.0
+PRODUCTS = typing.get_args(AttentionProduct)
 
 
-def attention(group: dist.ProcessGroup, *, heads: int = HEADS, groups: int = GROUPS) -> PackedAttention:
+def attention(group: dist.ProcessGroup, *, heads: int = HEADS, groups: int = GROUPS, product: AttentionProduct = "grid") -> PackedAttention:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=heads * SIZE,
@@ -34,7 +37,9 @@ def attention(group: dist.ProcessGroup, *, heads: int = HEADS, groups: int = GRO
     class Groups:
         cp = group
 
-    return PackedAttention(config, layer_number=1, attn_mask_type=None, attention_type="self", pg_collection=Groups(), rotary_base=BASE)
+    return PackedAttention(
+        config, layer_number=1, attn_mask_type=None, attention_type="self", pg_collection=Groups(), rotary_base=BASE, product=product
+    )
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -68,12 +73,13 @@ def random_qkv(num_tokens: int, *, heads: int, groups: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("lengths", "multiple_of"), [(LENGTHS, 1), (LENGTHS, 4), ((5, 5, 5), 1)])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_packed_attention_and_its_gradient_equal_a_loop_over_sequences(
-    one_rank_group: dist.ProcessGroup, lengths: tuple[int, ...], multiple_of: int, heads: int, groups: int
+    one_rank_group: dist.ProcessGroup, lengths: tuple[int, ...], multiple_of: int, heads: int, groups: int, product: AttentionProduct
 ) -> None:
     shard = SequenceShard.whole(lengths, multiple_of=multiple_of)
     qkv = random_qkv(shard.num_local_tokens, heads=heads, groups=groups)
-    module = attention(one_rank_group, heads=heads, groups=groups)
+    module = attention(one_rank_group, heads=heads, groups=groups, product=product)
     out = module(*qkv, None, packed_seq_params=ShardedPackedSeqParams.from_shard(shard))
     assert out.shape == (shard.num_local_tokens, 1, heads * SIZE)
     assert out.isfinite().all()
@@ -92,10 +98,11 @@ def test_packed_attention_and_its_gradient_equal_a_loop_over_sequences(
         assert (mine.grad[shard.padding_T] == 0).all()
 
 
-def test_no_token_sees_a_later_one_or_another_sequence(one_rank_group: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_no_token_sees_a_later_one_or_another_sequence(one_rank_group: dist.ProcessGroup, product: AttentionProduct) -> None:
     shard = SequenceShard.whole((4, 3))
     packed = ShardedPackedSeqParams.from_shard(shard)
-    module = attention(one_rank_group)
+    module = attention(one_rank_group, product=product)
     query, key, value = (x.detach() for x in random_qkv(7, heads=HEADS, groups=GROUPS))
     before = module(query, key, value, None, packed_seq_params=packed)
     key[2], value[2] = 9.0, -9.0
