@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -184,6 +184,15 @@ class _Servers:
         return set(server_checksums(self.members[0], admin_key=self.admin_key, timeout_s=self.timeout_s)[0])
 
 
+def each_once(tensors: NamedTensors, seen: set[str]) -> NamedTensors:
+    """Passes tensors on and adds their names to `seen`. Raises ValueError when one comes twice."""
+    for name, tensor in tensors:
+        if name in seen:
+            raise ValueError(f"weight sync: tensor {name} came twice")
+        seen.add(name)
+        yield name, tensor
+
+
 class _CompletenessCheck:
     """A server keeps its old values for every name that an update leaves out, and says nothing. This says it."""
 
@@ -194,24 +203,24 @@ class _CompletenessCheck:
     def watch(self, tensors: NamedTensors) -> NamedTensors:
         """Passes tensors on; at the end, before any server is told to continue, checks that none was missing or came twice."""
         seen: set[str] = set()
-        for name, tensor in tensors:
-            if name in seen:
-                raise ValueError(f"weight sync: tensor {name} came twice")
-            seen.add(name)
-            yield name, tensor
+        yield from each_once(tensors, seen)
+        self.check(seen)
+
+    def check(self, names: Set[str]) -> None:
+        """Raises ValueError unless these are the server's parameters, at the first time, and the same names as then, later."""
         if self._names is None:
-            self._check_against_server(seen)
-            self._names = frozenset(seen)
-        elif seen != self._names:
-            missing, extra = sorted(self._names - seen), sorted(seen - self._names)
+            self._check_against_server(names)
+            self._names = frozenset(names)
+        elif names != self._names:
+            missing, extra = sorted(self._names - names), sorted(names - self._names)
             raise ValueError(f"weight sync: tensors differ from the first publish; missing: {missing[:5]}; new: {extra[:5]}")
 
-    def _check_against_server(self, seen: set[str]) -> None:
+    def _check_against_server(self, names: Set[str]) -> None:
         try:
             held = self._servers.parameter_names()
         except ServerRefused as refused:
             raise WeightSyncFailed(f"cannot learn which parameters a server has: {refused}") from refused
-        sent = {server_parameter(name)[0] for name in seen}
+        sent = {server_parameter(name)[0] for name in names}
         missing = sorted(held - sent)
         unknown = sorted(sent - held - {"lm_head.weight"})  # tied to the embedding, the server lists it once
         if missing or unknown:
@@ -255,11 +264,28 @@ class DiskWeightSync:
         """
         folder = self._directory / f"version_{policy_version}"
         self._servers.gather(policy_version)
-        self._write_checkpoint(folder, self._complete.watch(tensors))
-        self._servers.gather(policy_version)  # once more: writing may have taken minutes
+        names: set[str] = set()
+        self._write_checkpoint(folder, each_once(tensors, names))
+        members = self.load(policy_version, folder, names)
+        self._remove_all_but(folder)
+        return members
+
+    def load(self, policy_version: int, folder: Path, names: Set[str]) -> tuple[str, ...]:
+        """Load a checkpoint that is written already.
+
+        Args:
+            policy_version: of its weights.
+            folder: what `write_checkpoint` wrote.
+            names: of its tensors.
+
+        Raises:
+            WeightSyncFailed: no server took it.
+            ValueError: tensors are missing.
+        """
+        self._servers.gather(policy_version)  # after the writing, which may have taken minutes
+        self._complete.check(names)
         with _update(self._servers, policy_version, self._in_flight):
             self._servers.tell("/update_weights_from_disk", {"model_path": str(folder.resolve()), "flush_cache": True})
-        self._remove_all_but(folder)
         return self._servers.members
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
+from rollout.background import in_background
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.sglang.control import weight_version
 from rollout.sglang.server import ServerDied, ServerPool, ServerSettings
 from rollout.supervisor import Supervisor
 from rollout.weights.checksums import check_equal, expected_checksums
+from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
 from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
 
@@ -96,6 +99,17 @@ def both_run(two: Two) -> Iterator[None]:
     yield
 
 
+def writer(model_folder: Path) -> Callable[[Path, Iterator[tuple[str, Tensor]]], None]:
+    """For weight sync through a folder: writes a checkpoint of the served model."""
+
+    def write_checkpoint(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        folder.mkdir(parents=True)
+        save_file(dict(tensors), folder / "model.safetensors")
+        (folder / "config.json").write_text((model_folder / "config.json").read_text())
+
+    return write_checkpoint
+
+
 def content(rows: list[list[Generation]]) -> list[list[tuple[object, ...]]]:
     return [[(g.request_id, g.response_token_ids, g.engine_logprobs, g.policy_versions) for g in row] for row in rows]
 
@@ -161,13 +175,8 @@ def test_the_requests_of_a_hanging_server_are_answered_by_the_other(two: Two, mo
 
 
 def test_a_publish_goes_on_without_a_dead_server_and_takes_it_in_again(two: Two, model_folder: Path, tmp_path: Path) -> None:
-    def write_checkpoint(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        folder.mkdir(parents=True)
-        save_file(dict(tensors), folder / "model.safetensors")
-        (folder / "config.json").write_text((model_folder / "config.json").read_text())
-
     endpoints = two.pool.endpoints
-    disk = DiskWeightSync(endpoints, write_checkpoint=write_checkpoint, directory=tmp_path, timeout_s=60)
+    disk = DiskWeightSync(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path, timeout_s=60)
     two.kill(0)
     for version, sync in ((2, two.sync), (3, disk)):
         assert sync.publish(version, iter(two.tensors)) == (endpoints[1],)
@@ -177,6 +186,30 @@ def test_a_publish_goes_on_without_a_dead_server_and_takes_it_in_again(two: Two,
         assert sync.publish(version, iter(two.tensors)) == tuple(endpoints)
         assert (two.version(0), two.version(1)) == (str(version),) * 2
         check_equal(expected_checksums(iter(two.tensors), dtype=torch.float32), endpoints[0])
+
+
+def test_a_keeper_gives_each_server_its_own_version(two: Two, model_folder: Path, tmp_path: Path) -> None:
+    endpoints = two.pool.endpoints
+    doubled = [(name, tensor * 2) for name, tensor in two.tensors]
+    expected = {version: expected_checksums(iter(tensors), dtype=torch.float32) for version, tensors in ((2, two.tensors), (3, doubled))}
+    keepers: list[WeightKeeper] = [
+        CollectiveKeeper(endpoints, bucket_bytes=20_000, timeout_s=60),
+        DiskKeeper(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path, timeout_s=60),
+    ]
+    for keeper in keepers:
+        keeper.offer(2, iter(two.tensors))
+        keeper.offer(3, iter(doubled))
+        keeper.give(endpoints[0], 3)
+        assert (two.version(0), two.version(1)) == ("3", "1")
+        both = [in_background(partial(keeper.give, endpoints[index], version), name="give") for index, version in enumerate((2, 3))]
+        assert [given.result(60) for given in both] == [None, None]
+        for index, version in enumerate((2, 3)):
+            assert two.version(index) == str(version)
+            check_equal(expected[version], endpoints[index])
+        rows = two.client().generate(REQUESTS, SHORT, num_samples=1, policy_version=3)
+        assert {g.policy_versions for row in rows for g in row} == {(3, 3)}
+        keeper.close()
+        two.publish(1)
 
 
 def test_a_server_killed_during_a_broadcast_fails_the_publish(two: Two) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import struct
 import subprocess
@@ -11,9 +10,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from rollout.weights.broadcast_group import BroadcastGroup
 from rollout.weights.buckets import fill_buckets
 from rollout.weights.checksums import check_equal
 from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed
+from tests.rollout.weights.control_stub import Stub
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -58,76 +57,9 @@ def test_buckets_are_filled_as_tensors_stream_by() -> None:
     assert taken == [0, 1, 2], "two full tensors, and the one that did not fit"
 
 
-class Stub:
-    """A server's control endpoints: it reports its weight version and remembers what it was told.
-
-    answers: path -> what happens there ("refuse": HTTP 400, "hang": no answer for 30 s). refused_version: a version it does not take.
-    Everything else is done at once.
-    """
-
-    def __init__(self, **answers: str) -> None:
-        self.version = "0"
-        self.told: list[tuple[str, dict[str, Any]]] = []
-        self.answers = answers
-        self.refused_version = ""
-        self.released = threading.Event()
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer(200, {"weight_version": stub.version})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                name = self.path.removeprefix("/")
-                stub.told.append((name, body))
-                if stub.answers.get(name) == "hang":
-                    stub.released.wait(30)
-                if stub.answers.get(name) == "refuse" or (stub.refused_version and body.get("new_version") == stub.refused_version):
-                    self.answer(400, {"success": False, "message": "group is taken"})
-                    return
-                if name == "update_weight_version":
-                    stub.version = body["new_version"]
-                self.answer(200, {"ranks": [{"checksums": {}}]})
-
-            def answer(self, status: int, body: dict[str, Any]) -> None:
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    @property
-    def steps(self) -> list[str]:
-        return [name for name, _ in self.told]
-
-
 @pytest.fixture
-def stub() -> Iterator[Callable[..., Stub]]:
-    made: list[Stub] = []
-
-    def make(**answers: str) -> Stub:
-        made.append(Stub(**answers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.released.set()
-        one.server.shutdown()
-        one.server.server_close()
-
-
-@pytest.fixture
-def refusing_server(stub: Callable[..., Stub]) -> str:
-    return stub(init_weights_update_group="refuse", pause_generation="refuse").endpoint
+def refusing_server(control_stub: Callable[..., Stub]) -> str:
+    return control_stub(init_weights_update_group="refuse", pause_generation="refuse").endpoint
 
 
 def disk_sync(tmp_path: Path, *endpoints: str) -> DiskWeightSync:
@@ -138,8 +70,8 @@ def disk_sync(tmp_path: Path, *endpoints: str) -> DiskWeightSync:
     return DiskWeightSync(endpoints, write_checkpoint=write, directory=tmp_path, timeout_s=20)
 
 
-def test_the_server_has_no_version_until_the_load_is_done(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = stub()
+def test_the_server_has_no_version_until_the_load_is_done(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = control_stub()
     assert disk_sync(tmp_path, server.endpoint).publish(4, iter(())) == (server.endpoint,)
     steps = ["pause_generation", "update_weight_version", "update_weights_from_disk", "update_weight_version", "continue_generation"]
     assert [step for step in server.steps if step != "weights_checker"] == steps
@@ -148,8 +80,8 @@ def test_the_server_has_no_version_until_the_load_is_done(stub: Callable[..., St
 
 
 @pytest.mark.parametrize("step", ["pause_generation", "update_weights_from_disk", "continue_generation"])
-def test_a_failed_publish_is_repeated_and_the_next_version_tries_all(stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
-    good, bad = stub(), stub(**{step: "refuse"})
+def test_a_failed_publish_is_repeated_and_the_next_version_tries_all(control_stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
+    good, bad = control_stub(), control_stub(**{step: "refuse"})
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     with pytest.raises(WeightSyncFailed, match=rf"^policy version 1: no server took it: {bad.endpoint}/{step}: HTTP 400"):
         sync.publish(1, iter(()))
@@ -163,8 +95,8 @@ def test_a_failed_publish_is_repeated_and_the_next_version_tries_all(stub: Calla
     assert (good.version, bad.version, sync.num_restarts) == ("2", "2", 0)
 
 
-def test_a_failed_publish_leaves_no_paused_server_with_a_wanted_version(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    good, bad = stub(), stub()
+def test_a_failed_publish_leaves_no_paused_server_with_a_wanted_version(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    good, bad = control_stub(), control_stub()
     sync = disk_sync(tmp_path, good.endpoint, bad.endpoint)
     sync.publish(1, iter(()))
     bad.refused_version = "2"
@@ -174,9 +106,9 @@ def test_a_failed_publish_leaves_no_paused_server_with_a_wanted_version(stub: Ca
     assert sync.publish(2, iter(())) == (good.endpoint,) and good.version == "2" and sync.num_restarts == 0
 
 
-def test_a_broadcast_is_given_up_when_a_server_failed_before_it(stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broadcast_is_given_up_when_a_server_failed_before_it(control_stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's first broadcast waits, without a time limit, until every server has begun it too."""
-    server = stub(update_weights_from_distributed="refuse")
+    server = control_stub(update_weights_from_distributed="refuse")
     forever = threading.Event()
     sync = CollectiveWeightSync([server.endpoint], bucket_bytes=4, timeout_s=50)
     monkeypatch.setattr(BroadcastGroup, "join", lambda group: None)
@@ -188,8 +120,8 @@ def test_a_broadcast_is_given_up_when_a_server_failed_before_it(stub: Callable[.
     forever.set()
 
 
-def test_a_death_before_the_first_publish_is_checked_fails_it(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = stub(weights_checker="refuse")
+def test_a_death_before_the_first_publish_is_checked_fails_it(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = control_stub(weights_checker="refuse")
     sync = disk_sync(tmp_path, server.endpoint)
     with pytest.raises(WeightSyncFailed, match=f"^cannot learn which parameters a server has: {server.endpoint}/weights_checker"):
         sync.publish(1, iter(()))
@@ -197,8 +129,8 @@ def test_a_death_before_the_first_publish_is_checked_fails_it(stub: Callable[...
     assert sync.publish(1, iter(())) == (server.endpoint,)
 
 
-def test_a_server_on_which_all_publishes_fail_is_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = stub(pause_generation="refuse")
+def test_a_server_on_which_all_publishes_fail_is_asked_again(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = control_stub(pause_generation="refuse")
     sync = disk_sync(tmp_path, server.endpoint)
     for _ in range(2):
         with pytest.raises(WeightSyncFailed, match="pause_generation"):
@@ -207,8 +139,8 @@ def test_a_server_on_which_all_publishes_fail_is_asked_again(stub: Callable[...,
     assert sync.publish(1, iter(())) == (server.endpoint,)
 
 
-def test_a_server_with_other_weights_than_it_was_given_counts_as_restarted(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    servers = [stub(), stub()]
+def test_a_server_with_other_weights_than_it_was_given_counts_as_restarted(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    servers = [control_stub(), control_stub()]
     sync = disk_sync(tmp_path, *(server.endpoint for server in servers))
     sync.publish(1, iter(()))
     servers[1].version = "-1"
@@ -258,12 +190,12 @@ def test_no_endpoints_are_refused() -> None:
         CollectiveWeightSync([])
 
 
-def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, control_stub: Callable[..., Stub], tmp_path: Path) -> None:
     code = f"""
         import time
         from pathlib import Path
         from rollout.weights.weight_sync import DiskWeightSync, WeightSyncFailed
-        endpoints = [{stub(pause_generation="hang").endpoint!r}, {refusing_server!r}]
+        endpoints = [{control_stub(pause_generation="hang").endpoint!r}, {refusing_server!r}]
         sync = DiskWeightSync(endpoints, write_checkpoint=lambda folder, tensors: None, directory=Path({str(tmp_path)!r}), timeout_s=60)
         print(time.time(), flush=True)
         try:
