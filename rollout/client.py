@@ -7,7 +7,7 @@ servers, dead or alive, and the calls of a dead one are made unchanged to others
 
 A request that fails (connection, time limit, server error, abort, weights of another version) is sent again with the same seed, after a
 pause and to another server; what it had generated is dropped. A response is counted once, from the one attempt that succeeded.
-gate.py decides which servers may be asked.
+gate.py decides which servers may be asked; rolling_gate.py does where each server is given its weights when it is free.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 
 import httpx
 
-from rollout.gate import Gate, RolloutFailed, WeightsMissing
+from rollout.event_loop import BackgroundLoop, Result
+from rollout.gate import Gate, RolloutFailed, SessionGate, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.refusals import refusal
+from rollout.rolling_gate import Give, RollingServers
 from rollout.sglang.control import KEEPALIVE
 from rollout.sglang.generate import read_generation, request_body, response_seed
 
@@ -52,6 +54,16 @@ class _Arrived:
     retries: Counter[GenerationRequest] = field(default_factory=Counter)
 
 
+@dataclass(slots=True)
+class _Report:
+    """What `take_report` tells of the sessions of one policy version."""
+
+    num_retries: int = 0
+    servers_used: set[str] = field(default_factory=set)
+    last_response_at: dict[str, float] = field(default_factory=dict)  # by server, in the latest session
+    waits: dict[str, float] = field(default_factory=dict)  # by server: seconds without work before the first request
+
+
 class GenerationClient:
     """Asks a fixed set of servers for responses."""
 
@@ -66,6 +78,7 @@ class GenerationClient:
         samples_per_call: int | None = None,
         backoff_s: float = 0.5,
         wait_s: float = 300.0,
+        give: Give | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +91,8 @@ class GenerationClient:
                 the fastest way and, on a CPU, the repeatable one. Small calls lose less when a server dies during long responses.
             backoff_s: pause before the first retry; it doubles with each.
             wait_s: how long to wait for a server while none answers.
+            give: puts the weights of a version into a server. Sessions of several versions may then be open at once, each server is given
+                what the oldest one wants of it, and WeightsMissing is never raised. None: the servers get their weights from elsewhere.
 
         Raises:
             ValueError: no endpoint, or a number out of range.
@@ -99,10 +114,25 @@ class GenerationClient:
         self._max_in_flight = max_in_flight
         self._backoff_s = backoff_s
         self._wait_s = wait_s
-        self._arrived: _Arrived | None = None
-        self._num_retries = 0
-        self._servers_used: set[str] = set()
-        self._last_response_at: dict[str, float] = {}  # by server, in the latest session
+        self._arrived: dict[tuple[int, SamplingParams], _Arrived] = {}  # of sessions that are open or broke off
+        self._reports: dict[int | None, _Report] = {}  # by policy version
+        self._last_answers: dict[str, tuple[int | None, float]] = {}  # by server: policy version and time of its last response
+        self._loop = None if give is None else BackgroundLoop(name="sessions")
+        self._rolling = None if give is None else RollingServers(self.endpoints, give=give, wait_s=wait_s)
+
+    @property
+    def is_rolling(self) -> bool:
+        """Whether sessions of several versions may be open at once."""
+        return self._rolling is not None
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine that opens a session, to its end. With `give` several threads may do so at once."""
+        return asyncio.run(coroutine) if self._loop is None else self._loop.run(coroutine)
+
+    def close(self) -> None:
+        """No session is opened any more."""
+        if self._loop is not None:
+            self._loop.close()
 
     def generate(
         self,
@@ -133,7 +163,7 @@ class GenerationClient:
             async with self.session(sampling, policy_version=policy_version) as session:
                 return await session.generate(wanted, on_generation=on_generation)
 
-        generations = asyncio.run(ask())
+        generations = self.run(ask())
         return [generations[start : start + num_samples] for start in range(0, len(generations), num_samples)]
 
     @asynccontextmanager
@@ -147,27 +177,32 @@ class GenerationClient:
             sampling: how to sample.
             policy_version: every token is sampled under these weights; servers that hold others are not asked. None: any weights.
         """
-        arrived = self._arrived
-        if policy_version is None or arrived is None or (arrived.policy_version, arrived.sampling) != (policy_version, sampling):
-            arrived = _Arrived(policy_version, sampling)
-        self._arrived = None if policy_version is None else arrived
-        self._last_response_at = {}
-        async with self._connections() as http:
-            yield self._open(http, arrived, one_at_a_time=self.samples_per_call is None)
-        self._arrived = None
+        arrived = _Arrived(policy_version, sampling)
+        if policy_version is not None:
+            arrived = self._arrived.setdefault((policy_version, sampling), arrived)
+        self._report(policy_version).last_response_at.clear()
+        async with self._connections() as http, self._gate(http, policy_version) as gate:
+            yield self._open(http, arrived, gate, one_at_a_time=self.samples_per_call is None)
+        self._arrived.clear()
 
-    @property
-    def tail_s(self) -> float:
-        """Of the last session: from the moment the first server had given its last response to the last response of all."""
-        ends = self._last_response_at.values()
-        return max(ends, default=0.0) - min(ends, default=0.0)
+    def take_report(self, policy_version: int | None = None) -> dict[str, float]:
+        """Metrics of the sessions of one version since the last report of it.
 
-    def take_report(self) -> dict[str, float]:
-        """Since the last report: servers/used (that gave at least one response) and servers/retries (requests that were sent again)."""
-        report = {"servers/used": float(len(self._servers_used)), "servers/retries": float(self._num_retries)}
-        self._servers_used.clear()
-        self._num_retries = 0
-        return report
+        servers/used: servers that gave at least one response; servers/retries: requests that were sent again; time/tail: in the last
+        session, from the first server's last response to the last response of all; time/servers_wait: from a server's last response under
+        other weights to its first request under these, mean over servers, where there was one.
+        """
+        report = self._reports.pop(policy_version, _Report())
+        ends, waits = report.last_response_at.values(), report.waits.values()
+        return {
+            "servers/used": float(len(report.servers_used)),
+            "servers/retries": float(report.num_retries),
+            "time/tail": max(ends, default=0.0) - min(ends, default=0.0),
+            **({"time/servers_wait": sum(waits) / len(waits)} if waits else {}),
+        }
+
+    def _report(self, policy_version: int | None) -> _Report:
+        return self._reports.setdefault(policy_version, _Report())
 
     def stream(self, requests: Iterable[GenerationRequest], sampling: SamplingParams, *, on_generation: OnGeneration) -> None:
         """One response for each request, handed over in order of arrival, in this thread, and then forgotten.
@@ -175,11 +210,11 @@ class GenerationClient:
         A request is drawn from `requests` when there is a place for it and sent as one HTTP call. So memory stays bounded by
         max_in_flight however many there are, and no later failure loses what has arrived. Raises what `generate` raises.
         """
-        asyncio.run(self._stream(enumerate(requests), sampling, on_generation))
+        self.run(self._stream(enumerate(requests), sampling, on_generation))
 
     async def _stream(self, source: Iterator[tuple[int, GenerationRequest]], sampling: SamplingParams, on_generation: OnGeneration) -> None:
         async with self._connections() as http:
-            session = self._open(http, _Arrived(None, sampling), one_at_a_time=False)
+            session = self._open(http, _Arrived(None, sampling), self._gate_to_all(http, None), one_at_a_time=False)
 
             async def draw() -> None:
                 for index, request in source:  # shared by all: each request goes to one of them
@@ -187,12 +222,23 @@ class GenerationClient:
 
             await run_all([draw() for _ in range(self._max_in_flight)])
 
-    def _open(self, http: httpx.AsyncClient, arrived: _Arrived, *, one_at_a_time: bool) -> GenerationSession:
+    @asynccontextmanager
+    async def _gate(self, http: httpx.AsyncClient, policy_version: int | None) -> AsyncIterator[SessionGate]:
+        if self._rolling is None or policy_version is None:
+            yield self._gate_to_all(http, policy_version)
+        else:
+            async with self._rolling.session(http, policy_version) as gate:
+                yield gate
+
+    def _gate_to_all(self, http: httpx.AsyncClient, policy_version: int | None) -> Gate:
+        return Gate(self.endpoints, http, policy_version=policy_version, wait_s=self._wait_s)
+
+    def _open(self, http: httpx.AsyncClient, arrived: _Arrived, gate: SessionGate, *, one_at_a_time: bool) -> GenerationSession:
         return GenerationSession(
             client=self,
             http=http,
             arrived=arrived,
-            gate=Gate(self.endpoints, http, policy_version=arrived.policy_version, wait_s=self._wait_s),
+            gate=gate,
             places=asyncio.Semaphore(self._max_in_flight),
             turns={endpoint: asyncio.Lock() for endpoint in self.endpoints} if one_at_a_time else {},
         )
@@ -212,7 +258,7 @@ class GenerationSession:
     client: GenerationClient
     http: httpx.AsyncClient
     arrived: _Arrived
-    gate: Gate
+    gate: SessionGate
     places: asyncio.Semaphore  # one per request under way
     turns: Mapping[str, asyncio.Lock]  # of servers that get one call at a time; empty: they get as many as there are places for
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one call takes its places before the next one begins to
@@ -236,7 +282,7 @@ class GenerationSession:
         if len(names) != len(requests):
             raise ValueError(f"generate: two requests have the name {names.most_common(1)[0][0]}")
         for request in requests:  # also of what has arrived already: the deal stays the same
-            self.homes.setdefault(request.request_id, len(self.homes) % len(self.client.endpoints))
+            self._home(request.request_id)
         waiting = [request for request in requests if request not in self.arrived.generations]
 
         def keep(request: GenerationRequest, generation: Generation) -> None:
@@ -248,24 +294,43 @@ class GenerationSession:
         await run_all([self.fill(share, turn, keep) for turn, share in self._deal(waiting)])
         return [self.arrived.generations[request] for request in requests]
 
+    def begin(self, request_ids: Iterable[str]) -> None:
+        """Conversations begin, each named by the request_id of its requests. Until its `end` its server gets no newer weights."""
+        for request_id in request_ids:
+            self.gate.expect(self._home(request_id))
+
+    def end(self, request_id: str) -> None:
+        """One conversation asks nothing more."""
+        self.gate.release(self.homes[request_id])
+
+    def _home(self, request_id: str) -> int:
+        return self.homes.setdefault(request_id, len(self.homes) % len(self.client.endpoints))
+
     async def fill(self, requests: Sequence[GenerationRequest], turn: int, keep: OnGeneration) -> None:
         """Get all of `requests`, first from the server whose number is `turn`. Whatever fails in an attempt goes into the next one."""
         attempt = 0
-        while requests:
-            async with self.taking:  # two calls that each hold some of their places would wait for each other
-                for _ in requests:
-                    await self.places.acquire()
-            try:
-                endpoint = await self.gate.pick(turn + attempt)
-                async with self.turns.get(endpoint, nullcontext()):
-                    again = await self._attempt(requests, endpoint, keep)
-            finally:
-                for _ in requests:
-                    self.places.release()
-            attempt += 1
-            requests = again
-            if requests:
-                await self._prepare_retry(requests, endpoint, attempt)
+        self.gate.expect(turn)
+        try:
+            while requests:
+                async with self.taking:  # two calls that each hold some of their places would wait for each other
+                    for _ in requests:
+                        await self.places.acquire()
+                try:
+                    async with self.gate.server(turn + attempt) as endpoint, self.turns.get(endpoint, nullcontext()):
+                        again = await self._attempt(requests, endpoint, keep)
+                        if again:
+                            self.gate.close(endpoint)
+                finally:
+                    for _ in requests:
+                        self.places.release()
+                requests = again
+                if requests:
+                    self.gate.expect(turn + attempt + 1)  # before the release: nobody else gets in between
+                    self.gate.release(turn + attempt)
+                    attempt += 1
+                    await self._prepare_retry(requests, endpoint, attempt)
+        finally:
+            self.gate.release(turn + attempt)
 
     def _deal(self, requests: Sequence[GenerationRequest]) -> list[tuple[int, list[GenerationRequest]]]:
         """(number of the server, requests of one call). The deal ignores which servers are alive: it is the same whatever happens."""
@@ -279,19 +344,19 @@ class GenerationSession:
     async def _prepare_retry(self, requests: Sequence[GenerationRequest], endpoint: str, attempt: int) -> None:
         """Give up or pause, and look whether the server that failed may be asked again."""
         client, retries = self.client, self.arrived.retries
-        client._num_retries += len(requests)
+        client._report(self.gate.policy_version).num_retries += len(requests)
         for request in requests:
             if retries[request] > client._max_retries:
                 raise RolloutFailed(
                     f"{endpoint}: request {request.name}: {self.failures[request]} (gave up after {retries[request]} attempts)"
                 )
         log.warning("%s: %s: %d request(s) are sent again", endpoint, self.failures[requests[0]], len(requests))
-        self.gate.close(endpoint)
         await asyncio.sleep(min(30.0, client._backoff_s * 2 ** (attempt - 1)))
         await self.gate.look([endpoint])
 
     async def _attempt(self, requests: Sequence[GenerationRequest], endpoint: str, keep: OnGeneration) -> list[GenerationRequest]:
         """One HTTP call. Keeps what came back whole; returns the requests to send again."""
+        self._note_call(endpoint)
         for request in requests:
             self.first_sent.setdefault(request, time.monotonic())
         try:
@@ -319,12 +384,24 @@ class GenerationSession:
                 self._note_failure(request, f"{reason}, wanted is {self.gate.policy_version}")
                 again.append(request)
             else:
-                self.client._servers_used.add(endpoint)
-                self.client._last_response_at[endpoint] = time.monotonic()
+                self._note_response(endpoint)
                 del self.first_sent[request]
                 self.failures.pop(request, None)
                 keep(request, generation)
         return again
+
+    def _note_call(self, endpoint: str) -> None:
+        version = self.gate.policy_version
+        last_version, at = self.client._last_answers.get(endpoint, (version, 0.0))
+        if last_version != version:
+            self.client._report(version).waits.setdefault(endpoint, time.monotonic() - at)
+
+    def _note_response(self, endpoint: str) -> None:
+        version, now = self.gate.policy_version, time.monotonic()
+        report = self.client._report(version)
+        report.servers_used.add(endpoint)
+        report.last_response_at[endpoint] = now
+        self.client._last_answers[endpoint] = (version, now)
 
     def _note_failure(self, request: GenerationRequest, reason: str) -> None:
         self.arrived.retries[request] += 1

@@ -1,5 +1,7 @@
 """Which servers may be asked for a response: those that answer and hold the wanted weights.
 
+Two gates: `Gate` here, for servers that change their weights together, and rolling_gate.py, for servers that do so one by one.
+
 There is no router between client and servers. A router hides which server answers, and so which weights; it would send requests to a
 server that has just been restarted with the base model's weights. Here every server is asked for its weight version before it gets a
 sample, and again after every failure, and a server with another version is passed over until the next publish.
@@ -10,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 import httpx
 
@@ -28,6 +32,29 @@ class WeightsMissing(RuntimeError):
     """Servers answer, but none holds the wanted weights: publish them, then ask again."""
 
 
+class SessionGate(Protocol):
+    """What a session asks before each call."""
+
+    @property
+    def policy_version(self) -> int | None:
+        """Every token is sampled under these weights; None: under any."""
+
+    def expect(self, turn: int) -> None:
+        """A conversation, or a call, begins whose turn it is on the server with this number."""
+
+    def release(self, turn: int) -> None:
+        """It asks nothing more."""
+
+    def server(self, turn: int) -> AbstractAsyncContextManager[str]:
+        """The endpoint that one call is made to, while it is made: the server whose turn it is, or another one."""
+
+    def close(self, endpoint: str) -> None:
+        """A call failed: ask nothing of this server until it has been looked at again."""
+
+    async def look(self, endpoints: Iterable[str]) -> None:
+        """Ask servers for their weight version."""
+
+
 class Gate:
     """Lets requests through to servers that hold the weights of `policy_version`; None: to all of them, unasked.
 
@@ -43,6 +70,17 @@ class Gate:
         self._found: dict[str, str] = {}  # endpoint -> the weight version it reported, if it answered the last time it was looked at
         self._reasons: dict[str, str] = {}  # endpoint -> why it did not answer
         self._looking = asyncio.Lock()
+
+    def expect(self, turn: int) -> None:
+        """Nothing changes before the whole session has ended."""
+
+    def release(self, turn: int) -> None:
+        """See `expect`."""
+
+    @asynccontextmanager
+    async def server(self, turn: int) -> AsyncIterator[str]:
+        """See SessionGate. Raises what `pick` raises."""
+        yield await self.pick(turn)
 
     async def pick(self, turn: int) -> str:
         """The server whose turn it is, or another one where that one may not be asked.
@@ -82,14 +120,7 @@ class Gate:
         await asyncio.gather(*(self._look(endpoint) for endpoint in endpoints))
 
     async def _look(self, endpoint: str) -> None:
-        version, reason = None, ""
-        try:
-            answer = await self._http.get(f"{endpoint}/model_info", timeout=_LOOK_TIMEOUT_S)
-            if answer.status_code in (401, 403):
-                raise RolloutFailed(f"{endpoint}/model_info: HTTP {answer.status_code}: {answer.text[:300]}")
-            version, reason = answer.json()["weight_version"], f"HTTP {answer.status_code}"
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        version, reason = await reported_version(endpoint, self._http)
         if version is None:
             if self._reasons.get(endpoint) != reason:
                 log.warning("%s does not answer (%s): it gets no requests", endpoint, reason)
@@ -101,3 +132,15 @@ class Gate:
             self._found[endpoint] = version
             self._reasons.pop(endpoint, None)
         (self._open.add if version == str(self.policy_version) else self._open.discard)(endpoint)
+
+
+async def reported_version(endpoint: str, http: httpx.AsyncClient) -> tuple[str | None, str]:
+    """The weight version that a server reports, or None and why there is none. Raises RolloutFailed where a key is wrong."""
+    try:
+        answer = await http.get(f"{endpoint}/model_info", timeout=_LOOK_TIMEOUT_S)
+        if answer.status_code in (401, 403):
+            raise RolloutFailed(f"{endpoint}/model_info: HTTP {answer.status_code}: {answer.text[:300]}")
+        version: str | None = answer.json()["weight_version"]
+        return version, f"HTTP {answer.status_code}"
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

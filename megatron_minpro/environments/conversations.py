@@ -6,6 +6,9 @@ Two ways, decided by the client's `samples_per_call`:
   order of the conversations. So the batches that a server computes depend on what was said and not on timing, and a run repeats bit for
   bit. With `single_turn` this is one batched call per server.
 - at once (a number, on GPUs): a question travels as soon as it is asked, and no conversation waits for a slow tool of another one.
+
+With rolling publish a server gets newer weights when the conversations at home there have ended. So an answer is handed over as soon as
+its server has given it, in both ways; questions still travel as said above.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ async def hold_conversations(
         RolloutFailed, WeightsMissing: as the session.
         RuntimeError: the environment failed or returned no conversation of its model; names environment and prompt.
     """
-    exchange = _Exchange(session, num_conversations=len(prompts) * num_samples, together=session.client.samples_per_call is None)
+    names = [f"{request_prefix}-{number}" for number in range(len(prompts)) for _ in range(num_samples)]  # of their requests
+    exchange = _Exchange(session, num_conversations=len(names))
 
     async def hold(place: int) -> Conversation:
         number, sample_index = divmod(place, num_samples)
@@ -58,7 +62,7 @@ async def hold_conversations(
             tokenizer=tokenizer,
             end_ids=end_ids,
             max_new_tokens=max_new_tokens,
-            request_id=f"{request_prefix}-{number}",
+            request_id=names[place],
             sample_index=sample_index,
             ask=lambda request: exchange.ask(place, request),
         )
@@ -77,12 +81,14 @@ async def hold_conversations(
             found = type(conversation).__name__
             raise RuntimeError(f"environment {environment.name}: {prompt.prompt_id}: returned a {found}, expected model.conversation(...)")
         exchange.end(place)
+        session.end(names[place])
         return conversation
 
+    session.begin(names)
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(exchange.run(tasks))
-            conversations = [tasks.create_task(hold(place)) for place in range(len(prompts) * num_samples)]
+            conversations = [tasks.create_task(hold(place)) for place in range(len(names))]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from failures.exceptions[0].__cause__
     return [conversation.result() for conversation in conversations]
@@ -91,9 +97,11 @@ async def hold_conversations(
 class _Exchange:
     """Collects questions and hands out answers."""
 
-    def __init__(self, session: GenerationSession, *, num_conversations: int, together: bool) -> None:
+    def __init__(self, session: GenerationSession, *, num_conversations: int) -> None:
         self._session = session
-        self._together = together
+        self._together = session.client.samples_per_call is None
+        # Otherwise all at once: what environments do with answers then has one order, whatever the timing.
+        self._as_they_arrive = not self._together or session.client.is_rolling
         self._under_way = set(range(num_conversations))
         self._asked: list[tuple[int, GenerationRequest, asyncio.Future[Generation]]] = []
         self._changed = asyncio.Event()
@@ -131,7 +139,7 @@ class _Exchange:
             if not answers[request].done():  # the environment may have given up waiting
                 answers[request].set_result(generation)
 
-        generations = await self._session.generate(list(answers), on_generation=None if self._together else arrived)
+        generations = await self._session.generate(list(answers), on_generation=arrived if self._as_they_arrive else None)
         for answer, generation in zip(answers.values(), generations, strict=True):
             if not answer.done():
                 answer.set_result(generation)

@@ -9,6 +9,7 @@ from itertools import count
 
 import torch
 
+from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor
@@ -68,6 +69,11 @@ class Collector:
         self._temperature = temperature
         self._seed = seed
         self._dynamic_sampling = dynamic_sampling
+        self._drawn: dict[int, list[Prompt]] = {}  # by global step: prompts of batches that are to be collected
+
+    def draw(self, step: int) -> None:
+        """Draw the prompts of a batch before `collect`. Where batches are collected at the same time, this keeps their prompts in order."""
+        self._drawn[step] = self.cursor.next(self._prompts_per_step)
 
     def collect(self, step: int, *, policy_version: int) -> Collected:
         """The batch of global step `step`, not yet scored by the trainer.
@@ -86,7 +92,7 @@ class Collector:
         numbers, reward_s, rounds = count(), 0.0, 0
         while missing := self._missing_groups(groups, rounds):
             responses, seconds = self._responder.respond(
-                self.cursor.next(missing),
+                self._drawn.pop(step) if step in self._drawn else self.cursor.next(missing),
                 num_samples=self._group_size,
                 max_new_tokens=self._max_new_tokens,
                 temperature=self._temperature,
@@ -122,7 +128,7 @@ class Collector:
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=rounds,
             equal_groups=equal_groups,
-            servers={**self._responder.client.take_report(), "time/tail": self._responder.client.tail_s},
+            servers=self._responder.client.take_report(policy_version),
         )
 
     def _missing_groups(self, groups: Sequence[Sequence[tuple[str, Judged]]], rounds: int) -> int:

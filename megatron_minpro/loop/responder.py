@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Responder:
                     request_prefix=request_prefix,
                 )
 
-        conversations = asyncio.run(ask())
+        conversations = self.client.run(ask())
         began = time.perf_counter()
         results = self.reward.score(conversations)
         return list(zip(conversations, results, strict=True)), time.perf_counter() - began

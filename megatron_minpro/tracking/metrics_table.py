@@ -185,6 +185,13 @@ METRICS: tuple[Metric, ...] = (
         _SERVERS,
         "from the moment the first server has given its last response to the last response of all, in the last round of sampling",
     ),
+    _metric(
+        "time/servers_wait",
+        "s",
+        Combined.WALL,
+        _SERVERS,
+        "mean over servers: from a server's last response to its first request under newer weights",
+    ),
     _metric("time/step", "s", Combined.WALL, _FINISH, "wall time of the whole step; phases overlap under schedule: overlapped"),
     _metric(
         "throughput/tokens_per_second",

@@ -7,7 +7,7 @@ its weights wait here, on disk or in host memory, until the server has finished 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -116,8 +116,9 @@ class CollectiveKeeper:
 
     def give(self, endpoint: str, policy_version: int) -> None:
         """See WeightKeeper. Raises ValueError when tensors are missing or came twice."""
+        tensors = kept(self._kept, policy_version)
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
-            self._syncs[endpoint].publish(policy_version, iter(kept(self._kept, policy_version)))
+            self._syncs[endpoint].publish(policy_version, iter(tensors))
 
     def forget(self, policy_version: int) -> None:
         """See WeightKeeper."""
@@ -129,7 +130,7 @@ class CollectiveKeeper:
             sync.close()
 
 
-def kept(by_version: dict[int, Weights], policy_version: int) -> Weights:
+def kept(by_version: Mapping[int, Weights], policy_version: int) -> Weights:
     """What is kept of a version. Raises RuntimeError, naming the versions that are kept, when it is none of them."""
     if policy_version not in by_version:
         raise RuntimeError(f"weights of policy version {policy_version} are wanted; kept are those of {sorted(by_version)}")

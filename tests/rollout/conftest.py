@@ -1,8 +1,8 @@
-"""One real SGLang server on the CPU, with a tiny random Qwen3-MoE, shared by all tests that need one."""
+"""Servers: a real one on the CPU with a tiny random Qwen3-MoE, shared by all tests that need one, and stubs without a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollout.sglang.server import ServerPool, ServerSettings
+from tests.rollout.generate_stub import Answer, Stub
 
 VOCAB_SIZE = 40
 EOS = 1
@@ -80,3 +81,17 @@ def server_pool(server_settings: ServerSettings, tmp_path_factory: pytest.TempPa
     with ServerPool.start(server_settings, num_servers=1, log_dir=tmp_path_factory.mktemp("servers"), start_timeout_s=900) as pool:
         yield pool
         assert all(process.is_running for process in pool.processes)
+
+
+@pytest.fixture
+def stub() -> Iterator[Callable[[Answer], Stub]]:
+    made: list[Stub] = []
+
+    def make(answer: Answer) -> Stub:
+        made.append(Stub(answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,10 +38,17 @@ class Session:
     """Answers with the last token of the context plus one, and the end token. Keeps what was asked, call by call."""
 
     def __init__(self, *, samples_per_call: int | None = None, slow: Callable[[GenerationRequest], float] = lambda request: 0.0) -> None:
-        self.client = SimpleNamespace(samples_per_call=samples_per_call)
+        self.client = SimpleNamespace(samples_per_call=samples_per_call, is_rolling=False)
+        self.open: Counter[str] = Counter()  # conversations under way, by the name of their requests
         self.calls: list[list[GenerationRequest]] = []
         self.slow = slow
         self.fails = False
+
+    def begin(self, request_ids: Iterable[str]) -> None:
+        self.open.update(request_ids)
+
+    def end(self, request_id: str) -> None:
+        self.open[request_id] -= 1
 
     async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: OnGeneration | None = None) -> list[Generation]:
         self.calls.append(list(requests))
@@ -144,6 +152,16 @@ def test_with_small_calls_nobody_waits_for_a_slow_conversation() -> None:
     assert len(first) == 4
     assert [name for call in later for name, _ in call][-1] == "step5-1#1.1"
     assert len(later) > 1, "the second answers were asked for as they could be"
+
+
+@pytest.mark.parametrize("is_rolling", [True, False])
+def test_a_conversation_ends_when_it_is_answered_if_servers_are_rolling(is_rolling: bool) -> None:
+    open_at_last: list[int] = []
+    session = Session(slow=lambda request: open_at_last.append(session.open.total()) or 0.01)
+    session.client.is_rolling = is_rolling
+    hold(make_environment("single_turn"), session)
+    assert open_at_last == ([4, 4, 3, 2] if is_rolling else [4] * 4)
+    assert session.open == {"step5-0": 0, "step5-1": 0}
 
 
 def test_what_is_left_of_the_limit_bounds_every_answer() -> None:

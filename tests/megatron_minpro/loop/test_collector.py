@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -37,15 +38,20 @@ class Client:
     """Response j of a request is its first prompt token, then j, then the end; sampled under `version`."""
 
     samples_per_call = None
-    tail_s = 0.25
+    is_rolling = False
+    run = staticmethod(asyncio.run)
 
     def __init__(self, version: int | tuple[int, int] = 4) -> None:
         self.versions = (version, version) if isinstance(version, int) else version
         self.asked: list[tuple[list[GenerationRequest], SamplingParams]] = []
         self.fails_at: dict[int, Exception] = {}  # by the number of the call
 
-    def take_report(self) -> dict[str, float]:
-        return {"servers/used": float(len(self.asked))}
+    def take_report(self, policy_version: int) -> dict[str, float]:
+        assert policy_version == 4
+        return {"servers/used": float(len(self.asked)), "time/tail": 0.25}
+
+    def begin(self, request_ids: Iterable[str]) -> None: ...
+    def end(self, request_id: str) -> None: ...
 
     @asynccontextmanager
     async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
@@ -189,6 +195,20 @@ def test_prompts_go_on_where_the_last_batch_ended() -> None:
     collector = make_collector(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
     seen = [int(collector.collect(step, policy_version=4).batch.samples[0].token_ids[0]) for step in range(4)]
     assert sorted(seen[:2]) == sorted(seen[2:]) == [10, 11]
+
+
+def test_prompts_drawn_ahead_are_those_of_their_step_whoever_is_first() -> None:
+    def collector() -> Collector:
+        return make_collector(Client(), SecondWord(), prompts_per_step=1, advantages=lambda rewards: torch.zeros_like(rewards))
+
+    one_by_one, ahead = collector(), collector()
+    expected = [one_by_one.collect(step, policy_version=4).batch for step in range(2)]
+    for step in range(2):
+        ahead.draw(step)
+    later, earlier = (ahead.collect(step, policy_version=4).batch for step in (1, 0))
+    assert [[sample.token_ids.tolist() for sample in batch.samples] for batch in (earlier, later)] == [
+        [sample.token_ids.tolist() for sample in batch.samples] for batch in expected
+    ]
 
 
 @pytest.mark.parametrize("failure", [WeightsMissing("all servers were restarted"), RolloutFailed("gave up")])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +34,11 @@ class Client:
         self.sampling: SamplingParams | None = None
 
     samples_per_call = None
+    is_rolling = False
+    run = staticmethod(asyncio.run)
+
+    def begin(self, request_ids: Iterable[str]) -> None: ...
+    def end(self, request_id: str) -> None: ...
 
     @asynccontextmanager
     async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
