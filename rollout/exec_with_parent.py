@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable, Sequence
 
 PR_SET_PDEATHSIG = 1
 
@@ -24,6 +25,12 @@ def die_with_parent(*, parent_pid: int, death_signal: int = signal.SIGKILL) -> N
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os._exit(128 + int(death_signal))
+
+
+def with_parent(command: Sequence[str], *, ignored: Iterable[signal.Signals] = ()) -> list[str]:
+    """The command line of a `command` that is killed when the thread of this process that starts it ends. ignored: signals."""
+    numbers = ",".join(str(int(number)) for number in ignored)
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(signal.SIGKILL)), numbers, "--", *command]
 
 
 def main(arguments: list[str]) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from rollout import exec_with_parent, reaper
-from rollout.exec_with_parent import die_with_parent
+from rollout import reaper
+from rollout.exec_with_parent import die_with_parent, with_parent
 
 __all__ = ["ManagedProcess", "die_with_parent", "spawn", "terminate_all"]
 
@@ -205,13 +205,11 @@ def spawn(
     starter = _get_starter()
     mark = starter.next_mark()
     outer_marks = [os.environ[reaper.VARIABLE]] if reaper.VARIABLE in os.environ else []
-    ignored = ",".join(str(int(number)) for number in ignore_signals)
-    shim = [sys.executable, "-I", "-S", exec_with_parent.__file__, str(os.getpid()), str(int(signal.SIGKILL)), ignored, "--"]
     with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
         os.fchmod(log.fileno(), 0o600)  # an earlier log of that name may be open to others
         log_start = log.seek(0, os.SEEK_END)
         popen = starter.start(
-            args=[*shim, *command],
+            args=with_parent(command, ignored=ignore_signals),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,14 @@ from rollout.records import VersionSpan
 _SCALARS = tuple(field.name for field in fields(Sample) if field.name not in (*STREAMS, "version_spans"))
 
 
-def pack(batch: RolloutBatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class PackedBatch(NamedTuple):
+    """A batch in transit."""
+
+    record: dict[str, Any]  # JSON's types
+    streams: dict[str, Tensor]  # of all samples, end to end
+
+
+def pack(batch: RolloutBatch) -> PackedBatch:
     """The record (JSON's types) and the joined streams: token_ids and loss_mask [all tokens], the others [all response tokens].
 
     A stream that the batch does not have yet, or not at all, is absent. Raises ValueError naming a sample that has one which others lack.
@@ -36,7 +43,7 @@ def pack(batch: RolloutBatch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "streams": present,
         "samples": [_record(sample) for sample in batch.samples],
     }
-    return record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present}
+    return PackedBatch(record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present})
 
 
 def _record(sample: Sample) -> dict[str, Any]:
@@ -77,15 +84,16 @@ def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutB
     )
 
 
-def broadcast(batch: RolloutBatch | None, *, group: dist.ProcessGroup) -> RolloutBatch:
+def broadcast(packed: PackedBatch | None, *, group: dist.ProcessGroup) -> RolloutBatch:
     """Collective over `group` (gloo). Rank 0's batch on every rank; the others give None."""
-    record, streams = pack(batch) if batch is not None else (None, {})
-    box = [record]
+    box = [None if packed is None else packed.record]
     dist.broadcast_object_list(box, src=0, group=group)
     record = box[0]
     assert record is not None, "rank 0 gives the batch"
-    if batch is None:
+    if packed is None:
         streams = {name: torch.empty(sum(_lengths(record, name)), dtype=STREAMS[name]) for name in record["streams"]}
+    else:
+        streams = packed.streams
     for name in record["streams"]:
         dist.broadcast(streams[name], src=0, group=group)
-    return batch if batch is not None else unpack(record, streams)
+    return unpack(record, streams)

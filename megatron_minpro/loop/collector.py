@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Collected:
     batch: RolloutBatch
     judged: tuple[Judged, ...]  # conversations and judgements, in the order of batch.samples, then of dropped
     reward_s: float
+    cursor: Mapping[str, Any]  # of the prompts, behind those of this batch
     dropped: tuple[Sample, ...] = ()  # by dynamic sampling: whole groups, sampled and never trained; their advantage is 0
     rounds: int = 1  # times that responses were asked for
     equal_groups: int = 0  # equal groups that dynamic sampling had to leave in the batch
@@ -125,6 +127,7 @@ class Collector:
             batch=batch,
             judged=tuple(response for _, response in (*trained, *dropped)),
             reward_s=reward_s,
+            cursor=self.cursor.state(),
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=rounds,
             equal_groups=equal_groups,

@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_minpro.batch.sample import RolloutBatch
-from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep
 from megatron_minpro.loop.finish_step import finish_step
+from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.scoring import score, take_in
 from megatron_minpro.loop.servers import ServersFailed, ask_servers, evaluate, publish, weights_of
 from megatron_minpro.loop.training_run import Driver, PhaseTimer, TrainingRun, save, stop_requested
@@ -46,37 +46,38 @@ class SamplingTask:
         self.seconds = 0.0  # of sampling, once the batch is there
         self.evaluation_s: float | None = None  # of the held-out measurement, where one was due
         self._evaluation = run.evaluation_label(step)
-        self._future: Future[Collected] | None = None
+        self._future: Future[SampledBatch] | None = None
         if run.driver is not None:
-            run.driver.hold_cursor()
             self._begin(run.driver)
 
-    def join(self, run: TrainingRun) -> Collected | None:
+    def join(self, run: TrainingRun) -> SampledBatch | None:
         """Collective. The batch on rank 0, None elsewhere. Publishes the sampling weights again where they are missing.
 
         Raises ServersFailed.
         """
-        collected = ask_servers(run, self._ask, policy_version=self.policy_version)
-        if run.driver is not None:
-            run.driver.release_cursor()
-        return collected
+        return ask_servers(run, self._ask, policy_version=self.policy_version)
 
-    def _begin(self, driver: Driver) -> Future[Collected]:
+    def _begin(self, driver: Driver) -> Future[SampledBatch]:
         self._future = in_background(lambda: self._work(driver), name=f"sampling of step {self.step}")
         return self._future
 
-    def _work(self, driver: Driver) -> Collected:
-        start = time.perf_counter()
-        if self._evaluation is not None:
-            driver.evaluate(self._evaluation, policy_version=self.policy_version)
-            self._evaluation = None  # measured: a second attempt at the batch does not repeat it
-            self.evaluation_s = time.perf_counter() - start
+    def _work(self, driver: Driver) -> SampledBatch:
+        try:
             start = time.perf_counter()
-        collected = driver.collect(self.step, policy_version=self.policy_version)
-        self.seconds = time.perf_counter() - start
-        return collected
+            if self._evaluation is not None:
+                driver.beside(f"evaluation {self._evaluation}")
+                driver.evaluate(self._evaluation, policy_version=self.policy_version)
+                self._evaluation = None  # measured: a second attempt at the batch does not repeat it
+                self.evaluation_s = time.perf_counter() - start
+                start = time.perf_counter()
+            driver.beside("sample")
+            sampled = driver.collect(self.step, policy_version=self.policy_version)
+            self.seconds = time.perf_counter() - start
+            return sampled
+        finally:
+            driver.beside("")
 
-    def _ask(self, driver: Driver) -> Collected:
+    def _ask(self, driver: Driver) -> SampledBatch:
         future = self._begin(driver) if self._future is None else self._future
         self._future = None
         return future.result()
@@ -149,11 +150,11 @@ def train_and_sample(run: TrainingRun, step: int, task: SamplingTask | None, tim
 def receive(run: TrainingRun, task: SamplingTask, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
     """Wait for the batch of a task. time/wait: how long the trainer had nothing else to do. Raises ServersFailed."""
     with timer("wait"):
-        collected = task.join(run)
+        sampled = task.join(run)
     timer.seconds["sample"] = task.seconds
     if task.evaluation_s is not None:
         timer.seconds["evaluate"] = task.evaluation_s
-    return take_in(run, collected, timer, metrics)
+    return take_in(run, sampled, timer, metrics)
 
 
 def finish(run: TrainingRun, unfinished: Unfinished) -> None:

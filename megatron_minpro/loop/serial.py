@@ -54,6 +54,6 @@ def train_serially(run: TrainingRun) -> bool:
 def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
     """Sample a batch under the current weights and attach its behaviour log-probs. Raises ServersFailed."""
     with timer("sample"):
-        collected = ask_servers(run, lambda driver: driver.collect(step, policy_version=run.actor.policy_version))
-        batch = take_in(run, collected, timer, metrics)
+        sampled = ask_servers(run, lambda driver: driver.collect(step, policy_version=run.actor.policy_version))
+        batch = take_in(run, sampled, timer, metrics)
     return score(run, batch, timer, metrics)

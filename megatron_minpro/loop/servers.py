@@ -98,5 +98,7 @@ def weights_of(run: TrainingRun, policy_version: int) -> Iterator[None]:
 def evaluate(run: TrainingRun, label: str) -> None:
     """Held-out measurement on rank 0 while the others wait. Raises ServersFailed."""
     start = time.perf_counter()
+    if run.driver is not None:
+        run.driver.heartbeat(f"evaluation {label}")
     ask_servers(run, lambda driver: driver.evaluate(label, policy_version=run.actor.policy_version))
     run.counters.add_seconds("evaluate", time.perf_counter() - start)

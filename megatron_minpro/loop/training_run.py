@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.objectives import Objective
 from parallel.actor import MegatronActor
 
@@ -25,15 +25,14 @@ T = TypeVar("T")
 class Driver(Protocol):
     """What happens on rank 0 alone."""
 
-    def collect(self, step: int, *, policy_version: int) -> Collected: ...
+    def collect(self, step: int, *, policy_version: int) -> SampledBatch: ...
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
-    def hold_cursor(self) -> None: ...  # a checkpoint that is made from now on draws the prompts of the batch under way again
-    def release_cursor(self) -> None: ...
+    def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None: ...  # see RunDriver
     def heartbeat(self, phase: str) -> None: ...  # what the trainer does now
-    def count_sampled(self, rollouts_sampled: int) -> None: ...  # so far, over all attempts
+    def beside(self, activity: str) -> None: ...  # what the servers do beside the trainer; "" when nothing
 
 
 class Checkpoints(Protocol):

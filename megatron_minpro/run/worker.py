@@ -12,12 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
@@ -27,25 +26,17 @@ from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.data.end_tokens import end_token_ids
-from megatron_minpro.data.prompts import PromptCursor
-from megatron_minpro.data.sources import load_prompts
-from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop import schedule
-from megatron_minpro.loop.collector import Collector
 from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.driver import RunDriver
-from megatron_minpro.loop.held_out import held_out_prompts
-from megatron_minpro.loop.responder import Responder
 from megatron_minpro.loop.servers import evaluate, publish, weights_of
 from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives import make_objective
-from megatron_minpro.objectives.advantages import make_advantages
-from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model, run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.finished import summarise
 from megatron_minpro.run.last_words import last_words
+from megatron_minpro.run.process_settings import configure_process
 from megatron_minpro.run.profiling import StepProfiler
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
@@ -57,10 +48,10 @@ from megatron_minpro.run.run_folder import (
     STOP_FILE,
     forget_unfinished_attempt,
 )
+from megatron_minpro.run.sampling.process import SamplingProcess
 from megatron_minpro.run.weight_sync import WeightSyncContext, make_weight_sync
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
-from megatron_minpro.tracking.rollout_log import RolloutLog
 from megatron_minpro.tracking.sampled_count import read_sampled
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
@@ -70,13 +61,11 @@ from parallel.model_check import check_model
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.process_groups import ProcessGroups
 from parallel.weights import take_part
-from rollout.client import GenerationClient
 from rollout.processes import die_with_parent
 from rollout.sglang.server import read_key
 
 log = logging.getLogger(__name__)
 
-_MAX_IN_FLIGHT = 4096
 _PROBES, _PROBE_TOKENS = 8, 64
 
 
@@ -102,6 +91,7 @@ def build_actor(
 def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     """The whole run of one rank: build, resume, measure, train, measure, export."""
     first = groups.coordinates.rank == 0
+    sampling = SamplingProcess(run_dir) if first else None  # it loads the prompts meanwhile
     folder = Path(config.model.path)
     actor = build_actor(
         config,
@@ -121,7 +111,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         counters, cursor_state, half_step = saved.counters, saved.cursor, saved.half_step
         buffer.restore(saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
-    driver = build_driver(config, run_dir, counters, cursor_state) if first else None
+    driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling)
     writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
 
     profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
@@ -137,7 +127,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
         at_step=profiler.at_step,
     )
-    probes = share(run, None if driver is None else probe_sequences(driver.collector.cursor))
+    probes = share(run, None if driver is None else probe_sequences(driver.sampler.example_tokens(_PROBES)))
     log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
     with weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
@@ -163,17 +153,16 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         else:
             take_part(tensors)
     if driver is not None:
-        driver.responder.reward.close()
-        driver.weight_sync.close()
+        driver.close()
         result = {**asdict(counters), "complete": complete, "policy_version": actor.policy_version}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         driver.tracker.finish(summarise(config, run_dir, counters.seconds) if complete else result)
         driver.heartbeat(DONE if complete else STOPPED)
 
 
-def probe_sequences(cursor: PromptCursor) -> list[tuple[int, ...]]:
+def probe_sequences(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Token ids for the check of the built model: the beginnings of a few training prompts, text that the model knows."""
-    beginnings = [prompt.token_ids[:_PROBE_TOKENS] for prompt in cursor.examples(_PROBES)]
+    beginnings = [token_ids[:_PROBE_TOKENS] for token_ids in prompts]
     return [ids if len(ids) > 1 else ids * 2 for ids in beginnings]
 
 
@@ -207,7 +196,7 @@ class RunCheckpoints:
             actor=self.actor,
             config=self.config,
             counters=self.counters,
-            cursor=self.driver.cursor_state() if self.driver is not None else None,
+            cursor=dict(self.driver.cursor) if self.driver is not None else None,
             waiting=self.buffer.waiting(),
             half_step=half_step,
         )
@@ -221,73 +210,32 @@ class RunCheckpoints:
         return self.writer.failure()
 
 
-def build_driver(config: RunConfig, run_dir: Path, counters: RunCounters, cursor_state: dict[str, Any] | None) -> RunDriver:
+def build_driver(
+    config: RunConfig, run_dir: Path, counters: RunCounters, cursor_state: dict[str, Any] | None, sampling: SamplingProcess
+) -> RunDriver:
     """Rank 0's part. Waits for the servers."""
-    tokenizer = load_tokenizer(Path(config.model.path))
-    source, report = load_prompts(tokenizer=tokenizer, **config.prompts.model_dump())
-    log.info("training prompts: %s", report.summary())
-    cursor = PromptCursor(source, seed=config.seed)
-    if cursor_state is not None:
-        cursor.load_state(cursor_state)
-    held_out = [] if config.evaluation is None else held_out_prompts(config.evaluation, tokenizer)
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)
     tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers])
     tracker.start(config.model_dump(mode="json"))
-    rollouts = RolloutLog(run_dir) if config.tracking.keep_rollouts else None
-    if rollouts is not None:
-        rollouts.truncate_after(counters.next_step - 1)
-    endpoints = wait_for_endpoints(run_dir, timeout_s=config.rollout.start_timeout_s)
     rollout = config.rollout
+    endpoints = wait_for_endpoints(run_dir, timeout_s=rollout.start_timeout_s)
     api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
     admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")
-    client = GenerationClient(
-        endpoints,
-        api_key=api_key,
-        request_timeout_s=rollout.request_timeout_s,
-        max_retries=rollout.max_retries,
-        max_in_flight=_MAX_IN_FLIGHT,
-        # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
-        samples_per_call=None if detect().device_type == "cpu" else rollout.group_size,
-        wait_s=rollout.start_timeout_s,
+    weight_sync = make_weight_sync(
+        WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
     )
-    responder = Responder(
-        client=client,
-        tokenizer=tokenizer,
-        end_ids=end_token_ids(Path(config.model.path), tokenizer, extra=rollout.end_tokens),
-        environment=make_environment(config.environment.name, **config.environment.options),
-        reward=make_reward(
-            config.reward.name,
-            overlong=config.reward.overlong_options,
-            concurrency=config.reward.concurrency,
-            **config.reward.options,
-        ),
-    )
-    collector = Collector(
-        cursor=cursor,
-        responder=responder,
-        advantages=make_advantages(config.advantages.estimator, **config.advantages.options),
-        prompts_per_step=rollout.prompts_per_step,
-        group_size=rollout.group_size,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        seed=config.seed,
-        dynamic_sampling=rollout.dynamic_sampling,
-    )
+    cursor = sampling.start(endpoints=endpoints, cursor=cursor_state, next_step=counters.next_step, device_type=detect().device_type)
     return RunDriver(
         config=config,
         run_dir=run_dir,
-        collector=collector,
-        responder=responder,
-        weight_sync=make_weight_sync(
-            WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
-        ),
+        sampler=sampling,
+        weight_sync=weight_sync,
         api_key=api_key,
         admin_key=admin_key,
-        held_out_prompts=held_out,
         tracker=tracker,
-        rollouts=rollouts,
+        cursor=cursor,
         trained_batches=counters.trained_batches,
     )
 
@@ -362,17 +310,13 @@ def main(arguments: list[str]) -> None:
     run_dir, task = Path(arguments[0]), {"train": train, "warm_up": warm_up}[arguments[1]]
     config = load_config(run_dir / CONFIG_FILE, [])
     rank = int(os.environ["RANK"])
-    logging.basicConfig(
-        level=config.tracking.log_level.upper() if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
-        stream=sys.stdout,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
     capabilities = detect().choose_layers(config.actor.layers)
-    if capabilities.device_type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if config.debug.deterministic:
-        torch.use_deterministic_algorithms(True)
+    configure_process(
+        config,
+        name=f"rank {rank}",
+        log_level=config.tracking.log_level if rank == 0 else "warning",
+        device_type=capabilities.device_type,
+    )
     for line in capabilities.lines():
         log.info(line)
     with last_words(run_dir, rank=rank):

@@ -60,6 +60,7 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
     ]
 
 
+_SAMPLED = "loop/sampled_batch.py"
 _SCORING = "loop/scoring.py"
 _UPDATE = "loop/update.py"
 _FINISH = "loop/finish_step.py"
@@ -74,32 +75,30 @@ METRICS: tuple[Metric, ...] = (
         "reward/sampled",
         "reward",
         Combined.BATCH_MEAN,
-        _SCORING,
+        _SAMPLED,
         "mean reward of all responses sampled in this step, also of those that dynamic sampling drops",
     ),
-    _metric("reward/correct", "fraction", Combined.BATCH_MEAN, _SCORING, "sampled responses that are judged correct"),
-    _metric("reward/errors", "responses", Combined.BATCH_SUM, _SCORING, "sampled responses that could not be graded; they count as wrong"),
+    _metric("reward/correct", "fraction", Combined.BATCH_MEAN, _SAMPLED, "sampled responses that are judged correct"),
+    _metric("reward/errors", "responses", Combined.BATCH_SUM, _SAMPLED, "sampled responses that could not be graded; they count as wrong"),
     _metric(
         "reward/zero_variance_groups",
         "fraction",
         Combined.BATCH_MEAN,
-        _SCORING,
+        _SAMPLED,
         "sampled groups whose rewards are all equal; they teach nothing",
     ),
-    _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _SCORING, "response tokens sampled in this step"),
-    _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _SCORING, "length of a sampled response"),
-    _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _SCORING, "sampled responses cut at rollout.max_new_tokens"),
-    _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, "loop/collector.py", "times that dynamic sampling asked for responses"),
+    _metric("rollout/tokens", "tokens", Combined.BATCH_SUM, _SAMPLED, "response tokens sampled in this step"),
+    _metric("rollout/length", "tokens", Combined.BATCH_MEAN, _SAMPLED, "length of a sampled response"),
+    _metric("rollout/truncated", "fraction", Combined.BATCH_MEAN, _SAMPLED, "sampled responses cut at rollout.max_new_tokens"),
+    _metric("rollout/rounds", "rounds", Combined.BATCH_SUM, _SAMPLED, "times that dynamic sampling asked for responses"),
     _metric(
         "rollout/equal_groups",
         "groups",
         Combined.BATCH_SUM,
-        "loop/collector.py",
+        _SAMPLED,
         "equal groups that dynamic sampling had to keep in the batch",
     ),
-    _metric(
-        "rollout/dropped", "responses", Combined.BATCH_SUM, "loop/collector.py", "responses that dynamic sampling dropped in this step"
-    ),
+    _metric("rollout/dropped", "responses", Combined.BATCH_SUM, _SAMPLED, "responses that dynamic sampling dropped in this step"),
     _metric("servers/used", "servers", Combined.BATCH_SUM, _SERVERS, "servers that gave at least one response"),
     _metric("servers/retries", "responses", Combined.BATCH_SUM, _SERVERS, "responses that were asked for again after a failure"),
     _metric("servers/restarts", "restarts", Combined.BATCH_SUM, "loop/driver.py", "servers that were started again since the last step"),

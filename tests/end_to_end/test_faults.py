@@ -18,13 +18,18 @@ from tests.end_to_end.conftest import Command, metrics_of, without_times
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
-WORDS = {"rank": "-u -m megatron_minpro.run.worker", "server": "rollout.sglang.cpu", "launcher": "megatron_minpro.cli"}
+WORDS = {
+    "rank": "-u -m megatron_minpro.run.worker",
+    "sampling process": "-m megatron_minpro.run.sampling.child",
+    "launcher": "megatron_minpro.cli",
+    "server": "rollout.sglang.cpu",
+}
 MAX_ATTEMPTS = 4
 NUM_LINES = 7  # of metrics that the run writes: 5 global steps and a staleness of 2
 
 
 def victims(command: Command, kind: str) -> list[psutil.Process]:
-    """The command itself, its ranks, or everything that a server consists of."""
+    """The command itself, its ranks, the process that samples for them, or everything that a server consists of."""
     if kind == "launcher":
         return [psutil.Process(command.process.pid)]
     found = []
@@ -57,7 +62,7 @@ def test_a_killed_run_continues_to_the_undisturbed_result_bit_for_bit(
     seed: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     choice = random.Random(seed)
-    kind = ("rank", "server", "launcher")[seed % 3]
+    kind = list(WORDS)[seed % len(WORDS)]
     lines, delay_s = choice.randint(0, NUM_LINES - 1), choice.uniform(0, 2)
     name = f"fault_{seed}"
     run_dir = finished_run["dir"].parent / name

@@ -23,7 +23,7 @@ MakeBatch = Callable[..., RolloutBatch]
 def _rank(rank: int, batch: RolloutBatch, rendezvous: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     assert torch.distributed.group.WORLD is not None
-    found = batch_streams.broadcast(batch if rank == 0 else None, group=torch.distributed.group.WORLD)
+    found = batch_streams.broadcast(batch_streams.pack(batch) if rank == 0 else None, group=torch.distributed.group.WORLD)
     if rank == 1:
         record, streams = batch_streams.pack(found)
         torch.save((record, streams), out)

@@ -15,6 +15,7 @@ from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop.collector import Collected
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.sampled_batch import SampledBatch, sampled_batch
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
@@ -93,15 +94,17 @@ class FakeActor:
 class FakeDriver:
     """Samples numbered batches under the version it is told; writes down everything."""
 
-    def __init__(self, diary: list[tuple], make_batch: MakeBatch) -> None:
+    def __init__(self, diary: list[tuple], make_batch: MakeBatch, *, dynamic_sampling: bool) -> None:
         self.diary = diary
         self.make_batch = make_batch
+        self.dynamic_sampling = dynamic_sampling
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.fields: Callable[[int], dict[str, Any]] = lambda policy_version: {}
         self.num_dropped = 0  # samples of every batch that go to the dropped ones
         self.asked = self.published = 0
-        self.cursor_is_held = False
+        self.cursor: Mapping[str, Any] = {"behind": None}
         self.phases: list[str] = []
+        self.activities: list[str] = []  # of the servers, beside the trainer
         self.sampled: dict[int, int] = {}  # responses counted, by the number of metrics lines written until then
         self.trouble: dict[int, Exception] = {}  # by the number of the call that asks the servers for something
         self.void: dict[int, str] = {}  # by the number of the publish: why no server took the weights
@@ -111,24 +114,32 @@ class FakeDriver:
         if self.asked in self.trouble:
             raise self.trouble[self.asked]
 
-    def collect(self, step: int, *, policy_version: int) -> Collected:
+    def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         self.diary.append(("sample", step, policy_version))
         self.ask()
         batch = self.make_batch(step, groups=4, version=policy_version, behaviour_logprobs=None, **self.fields(policy_version))
         kept, dropped = batch.samples[self.num_dropped :], batch.samples[: self.num_dropped]
-        return Collected(batch=replace(batch, samples=kept), judged=(), reward_s=0.0, dropped=dropped, rounds=2, equal_groups=1)
+        collected = Collected(
+            batch=replace(batch, samples=kept),
+            judged=(),
+            reward_s=0.0,
+            cursor={"behind": step},
+            dropped=dropped,
+            rounds=2,
+            equal_groups=1,
+        )
+        return sampled_batch(collected, dynamic_sampling=self.dynamic_sampling)
 
-    def hold_cursor(self) -> None:
-        self.cursor_is_held = True
+    def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None:
+        self.cursor = cursor
+        self.sampled[len(self.lines)] = rollouts_sampled
 
-    def release_cursor(self) -> None:
-        self.cursor_is_held = False
+    def beside(self, activity: str) -> None:
+        if activity:
+            self.activities.append(activity)
 
     def heartbeat(self, phase: str) -> None:
         self.phases.append(phase)
-
-    def count_sampled(self, rollouts_sampled: int) -> None:
-        self.sampled[len(self.lines)] = rollouts_sampled
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
         self.diary.append(("publish", policy_version, [float(tensor) for _, tensor in tensors]))
@@ -173,7 +184,7 @@ class Diary:
     def __init__(self, config: RunConfig, group: Any, make_batch: MakeBatch, *, policy_version: int = 0, stop_after: int | None = None):
         self.lines: list[tuple] = []
         self.actor = FakeActor(self.lines, policy_version)
-        self.driver = FakeDriver(self.lines, make_batch)
+        self.driver = FakeDriver(self.lines, make_batch, dynamic_sampling=config.rollout.dynamic_sampling is not None)
         self.run = TrainingRun(
             config=config,
             actor=self.actor,  # type: ignore[arg-type]

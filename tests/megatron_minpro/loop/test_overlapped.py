@@ -52,7 +52,22 @@ def test_four_batches_at_staleness_two_by_hand(one_rank_group: dist.ProcessGroup
         *[("record", 5, 3), ("save", 6), ("wait",)],
     ]
     assert sampling_thread(diary) == [("sample", 0, 0), ("sample", 1, 0), ("sample", 2, 0), ("sample", 3, 2)]
-    assert not diary.driver.cursor_is_held and len(diary.run.buffer) == 0
+    assert len(diary.run.buffer) == 0
+
+
+@pytest.mark.parametrize("schedule", ["overlapped", "serial"])
+def test_a_checkpoint_draws_the_batch_under_way_again(schedule: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(f"schedule={schedule}", "checkpoint.every=1"), one_rank_group, make_batch)
+    found: list[tuple[int, Any]] = []
+    save = diary.run.checkpoints.save
+
+    def note(*arguments: Any) -> None:
+        found.append((diary.run.counters.next_step, diary.driver.cursor["behind"]))
+        save(*arguments)
+
+    diary.run.checkpoints.save = note  # type: ignore[method-assign]
+    train(diary.run)
+    assert found == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 3), (6, 3)]
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
@@ -198,6 +213,7 @@ def test_the_console_is_told_what_the_trainer_does(one_rank_group: dist.ProcessG
     diary = Diary(small_config("staleness=1", "num_global_steps=2"), one_rank_group, make_batch)
     train(diary.run)
     assert diary.driver.phases == ["wait", "score", "update", "wait", "score", "update", "sync"]
+    assert diary.driver.activities == ["sample", "sample"]
 
 
 def test_a_batch_is_counted_before_its_line_of_metrics_is_written(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:

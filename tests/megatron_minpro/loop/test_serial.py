@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.collector import Collected
+from megatron_minpro.loop.sampled_batch import SampledBatch, sampling_metrics
 from megatron_minpro.loop.schedule import train
-from megatron_minpro.loop.scoring import sampling_metrics
 from megatron_minpro.loop.servers import ServersFailed, publish
 from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
 from megatron_minpro.objectives import make_objective
@@ -140,7 +139,7 @@ def test_scoring_under_other_weights_than_sampled_stops_the_run(one_rank_group: 
     diary = Diary(small_config(), one_rank_group, make_batch)
     collect = diary.driver.collect
 
-    def move_the_weights(step: int, *, policy_version: int) -> Collected:
+    def move_the_weights(step: int, *, policy_version: int) -> SampledBatch:
         diary.actor.policy_version += 1
         return collect(step, policy_version=policy_version)
 

@@ -1,0 +1,28 @@
+"""Logging and torch, alike in every process of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+
+from megatron_minpro.config import RunConfig
+
+
+def configure_process(config: RunConfig, *, name: str, log_level: str, device_type: str) -> None:
+    """Call once, at the start.
+
+    Args:
+        config: of the run.
+        name: stands in every line that this process logs.
+        log_level: debug | info | warning ...
+        device_type: where torch computes: cuda | cpu.
+    """
+    logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
+    if device_type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if config.debug.deterministic:
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,48 @@
+"""The sampling process itself: `python -m megatron_minpro.run.sampling.child RUN_DIR SOCKET`. Rank 0 starts it, see process.py.
+
+It imports no Megatron-Core and touches no device. It ends with rank 0, whatever becomes of either.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_minpro.config import load_config
+from megatron_minpro.run.process_settings import configure_process
+from megatron_minpro.run.run_folder import CONFIG_FILE
+from megatron_minpro.run.sampling.build import build_sampler, load
+from megatron_minpro.run.sampling.channel import Channel
+from rollout.background import in_background
+
+
+def main(arguments: list[str]) -> None:
+    """Serve rank 0 until it closes the connection or is gone."""
+    run_dir, connection = Path(arguments[0]), socket.socket(fileno=int(arguments[1]))
+    connection.set_inheritable(False)  # graders and tools that are started from here must not hold it open
+    config = load_config(run_dir / CONFIG_FILE, [])
+    configure_process(config, name="sampling", log_level=config.tracking.log_level, device_type="cpu")
+    prompts = in_background(lambda: load(config), name="prompts")
+    functions: dict[str, Callable[..., Any]] = {}
+
+    def start(**where: Any) -> dict[str, Any]:
+        """See build_sampler. Gives the prompt cursor's state; from now on the sampler can be asked."""
+        sampler = build_sampler(prompts.result(), config, run_dir, **where)
+        for function in (sampler.collect, sampler.measure, sampler.example_tokens, sampler.close):
+            functions[function.__name__] = function
+        return sampler.collector.cursor.state()
+
+    functions["start"] = start
+    channel = Channel(connection, functions, other_side="rank 0", describe_end=lambda: "rank 0 has ended")
+    channel.listen()
+    channel.wait_until_closed()
+    sys.stdout.flush()
+    os._exit(0)  # at once: nobody waits for the calls under way
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

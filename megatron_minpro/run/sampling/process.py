@@ -1,0 +1,89 @@
+"""The sampling process as rank 0 sees it: started early, asked like a sampler in this process, ended with the run."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_minpro.loop.sampled_batch import SampledBatch
+from megatron_minpro.run.sampling.channel import Channel
+from megatron_minpro.working_folder import child_environment
+from rollout.background import in_background
+from rollout.exec_with_parent import with_parent
+
+_MODULE = "megatron_minpro.run.sampling.child"
+_END_TIMEOUT_S = 10.0
+# They are for the run: rank 0, or the launcher, decides what follows. A job's signal reaches every process of a rank.
+_IGNORED = (signal.SIGINT, signal.SIGUSR1)
+
+
+class SamplingProcess:
+    """The `Sampler` of a run. Its calls raise ChannelClosed, with how it ended, when the process is gone."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Start it: it reads RUN_DIR/config.yaml and loads tokenizer and prompts at once.
+
+        Call this from the thread that lives longest: the kernel ends the process with the thread that started it.
+        """
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", _MODULE, str(run_dir), str(theirs.fileno())]
+        self._popen = subprocess.Popen(
+            with_parent(command, ignored=_IGNORED),
+            stdin=subprocess.DEVNULL,
+            env=child_environment(),
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._channel = Channel(ours, {}, other_side="the sampling process", describe_end=partial(_describe_end, self._popen))
+        self._channel.listen()
+        in_background(self._watch, name="end of the sampling process")
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def start(self, *, endpoints: Sequence[str], cursor: Mapping[str, Any] | None, next_step: int, device_type: str) -> dict[str, Any]:
+        """Continue where the run stands; before all else. The state of the prompt cursor. Arguments and errors: build.build_sampler."""
+        return self._channel.call("start", endpoints=endpoints, cursor=cursor, next_step=next_step, device_type=device_type)
+
+    def collect(self, step: int, *, policy_version: int) -> SampledBatch:
+        """See Sampler. The batch's streams lie in shared memory, and nowhere else once the process has sent them."""
+        return self._channel.call("collect", step, policy_version=policy_version)
+
+    def measure(self, *, policy_version: int) -> dict[str, float]:
+        """See Sampler."""
+        return self._channel.call("measure", policy_version=policy_version)
+
+    def example_tokens(self, num_prompts: int) -> list[tuple[int, ...]]:
+        """See Sampler."""
+        return self._channel.call("example_tokens", num_prompts)
+
+    def close(self) -> None:
+        """End the graders, then the process."""
+        self._channel.call("close")
+        self._channel.close()
+        try:
+            self._popen.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+
+    def _watch(self) -> None:
+        self._popen.wait()
+        self._channel.close()  # a process that it started may still hold its end open
+
+
+def _describe_end(popen: subprocess.Popen[bytes]) -> str:
+    name = f"the sampling process (pid {popen.pid})"
+    try:
+        code = popen.wait(timeout=_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"{name} closed the connection and runs on"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}, see the log"
+    return f"{name} {how}"
