@@ -17,6 +17,7 @@ from rich.table import Table
 
 from parallel.planner.efficiency import DEFAULT, Efficiency
 from parallel.planner.fit import fit
+from parallel.planner.measured import MeasuredRun, read_measured_runs
 from parallel.planner.published import Row, read_rows
 from parallel.planner.published_rl import RlRow, read_rl_rows
 
@@ -81,6 +82,22 @@ def rl_table(rows: Sequence[RlRow]) -> Table:
     return shown
 
 
+def measured_table(runs: Sequence[MeasuredRun]) -> Table:
+    """Steps of the tiny job; the prediction is what the schedule makes of the measured phases."""
+    shown = Table(
+        title="step of the tiny job, composed of its measured phases against measured",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    shown.add_column("run", no_wrap=True)
+    for name in ("measured s", "composed s", "error"):
+        shown.add_column(name, justify="right")
+    for run in runs:
+        shown.add_row(run.id, f"{run.measured_s:.2f}", f"{run.composed_s:.2f}", f"{run.composed_s / run.measured_s - 1:+.1%}")
+    return shown
+
+
 def plot_parity(rows: Sequence[Row], path: Path) -> None:
     """Predicted against published TFLOP/s per GPU; filled: rows that no constant saw."""
     figure, axes = plt.subplots(figsize=(5.6, 5.4), dpi=150)
@@ -109,7 +126,7 @@ def main(arguments: list[str]) -> None:
     lines = [*summary(rows), _error_line("RL steps, nothing fitted", rl_errors)]
     with (folder / "report.txt").open("w", encoding="utf-8") as file:
         for console in (Console(highlight=False, width=max(140, Console().width)), Console(file=file, width=150)):
-            console.print(table(rows), rl_table(rl_rows), *lines, sep="\n")
+            console.print(table(rows), rl_table(rl_rows), measured_table(read_measured_runs()), *lines, sep="\n")
     plot_parity(rows, folder / "parity.png")
     print(f"written: {folder / 'report.txt'}, {folder / 'parity.png'}")
 

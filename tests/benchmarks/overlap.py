@@ -1,17 +1,21 @@
-"""A global step of the tiny main job, sampling and training at the same time against one after the other: real ranks, one real server.
+"""A global step of the tiny main job, sampling and training at the same time against one after the other: real ranks, real servers.
 
-Both schedules run in turn, twice, with the same numbers. A CPU has no cores to spare for the second side: the ratio says what overlap wins
-where trainer and server want the same two cores, not what it wins on machines of their own.
+The schedules run in turn, twice, with the same numbers. A CPU has no cores to spare for the second side: the ratio says what overlap wins
+where trainer and servers want the same two cores, not what it wins on machines of their own. replay.py measures that.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_time import tree_cpu_s
 from rows import Row
 
 from megatron_minpro.loop.idle import idle_metrics
@@ -22,39 +26,55 @@ STALENESS = 2
 ROUNDS = 2
 _ROOT = Path(__file__).resolve().parents[2]
 _OVERLAP = "throughput/overlap_efficiency"
-_IDLE = {"trainer": "time/wait", "server": "time/idle_servers"}
+_IDLE = {"trainer": "time/wait", "servers": "time/idle_servers"}
 Line = Mapping[str, float | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One run: all its lines of metrics, and CPU seconds of a whole step, over all its processes."""
+
+    lines: list[Line]
+    cpu_s: float
+
+    @property
+    def whole(self) -> list[Line]:
+        """Lines of steps that sampled, trained and published, but for the first, which still warms up."""
+        return [line for line in self.lines if _is_whole(line)]
+
+
 def rows(folder: Path) -> list[Row]:
-    """The row of this file. folder: an existing folder; the runs stay there."""
+    """The rows of this file. folder: an existing folder; the runs stay there until the next call."""
     base = folder / "overlap"
-    runs: dict[str, list[list[Line]]] = {"serial": [], "overlapped": []}
+    shutil.rmtree(base, ignore_errors=True)
+    return [_row(base, servers) for servers in (1, 2)]
+
+
+def _row(base: Path, servers: int) -> Row:
+    runs: dict[str, list[Trained]] = {"serial": [], "overlapped": []}
     for number in range(ROUNDS):
         for schedule, found in runs.items():
-            found.append(_train(base, schedule, number))
-    numbers = [[_without_times(line) for line in lines] for found in runs.values() for lines in found]
+            found.append(_train(base, schedule, servers, number))
+    numbers = [[_without_times(line) for line in run.lines] for found in runs.values() for run in found]
     if any(other != numbers[0] for other in numbers):
         raise RuntimeError(f"the schedules disagree, or a run does not repeat: {base}/*/{METRICS_FILE}")
-    serial, overlapped = ([line for lines in found for line in lines if _is_whole(line)] for found in runs.values())
-    return [
-        Row(
-            name=f"global step of the tiny job, overlapped: {_said(overlapped)}",
-            seconds=_median(overlapped, "time/step"),
-            peer=f"serial: {_said(serial)}",
-            peer_seconds=_median(serial, "time/step"),
-            target=1.0,
-        )
-    ]
+    return Row(
+        name=f"global step of the tiny job, {servers} server{'s' * (servers > 1)}, overlapped: {_said(runs['overlapped'])}",
+        seconds=_median(runs["overlapped"], "time/step"),
+        peer=f"serial: {_said(runs['serial'])}",
+        peer_seconds=_median(runs["serial"], "time/step"),
+        target=1.0,
+    )
 
 
-def _train(base: Path, schedule: str, number: int) -> list[Line]:
-    """The metrics of one run. The base model is made by the first."""
-    name = f"{schedule}_{number}"
+def _train(base: Path, schedule: str, servers: int, number: int) -> Trained:
+    """One run. The base model is made by the first."""
+    name = f"{schedule}_{servers}_{number}"
     settings = [
         f"output_dir={base}",
         f"name={name}",
         f"schedule={schedule}",
+        f"rollout.servers={servers}",
         f"model.path={base / 'base_model'}",
         f"num_global_steps={STEPS}",
         f"staleness={STALENESS}",
@@ -63,12 +83,21 @@ def _train(base: Path, schedule: str, number: int) -> list[Line]:
         "tracking.trackers=[]",
     ]
     command = [sys.executable, "-m", "megatron_minpro.cli", "train", "configs/tiny_moe_cpu.yaml", *settings]
-    subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-    return list(read_metrics(base / name / METRICS_FILE))
+    path = base / name / METRICS_FILE
+    cpu_s: dict[int, float] = {}  # number of lines that were written -> CPU seconds until then
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            written = path.read_bytes().count(b"\n") if path.exists() else 0
+            if written not in cpu_s:
+                cpu_s[written] = tree_cpu_s(process.pid)
+            time.sleep(0.05)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    first, last = STALENESS + 1, STEPS - 1  # lines before the first and the last whole step
+    return Trained(lines=list(read_metrics(path)), cpu_s=(cpu_s[last] - cpu_s[first]) / (last - first))
 
 
 def _is_whole(line: Line) -> bool:
-    """Whether the step sampled, trained and published; the first such step still warms up."""
     return STALENESS < (line["global_step"] or 0) < STEPS - 1
 
 
@@ -76,11 +105,13 @@ def _without_times(line: Line) -> dict[str, float | None]:
     return {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/", "servers/"))}
 
 
-def _said(lines: Sequence[Line]) -> str:
-    """Idle shares, and how near the steps come to one in which the longer side alone takes time."""
-    share = {who: statistics.median(_number(line, name) / _number(line, "time/step") for line in lines) for who, name in _IDLE.items()}
+def _said(runs: Sequence[Trained]) -> str:
+    """CPU seconds, idle shares, and how near the steps come to one in which the longer side alone takes time."""
+    lines = [line for run in runs for line in run.whole]
+    idle = {who: statistics.median(_number(line, name) / _number(line, "time/step") for line in lines) for who, name in _IDLE.items()}
     ideal = statistics.median(_share_of_the_ideal(line) for line in lines)
-    return f"trainer idle {share['trainer']:.0%}, server {share['server']:.0%}, {ideal:.0%} of the ideal"
+    cpu_s = statistics.median(run.cpu_s for run in runs)
+    return f"{cpu_s:.2f} CPU s, idle: trainer {idle['trainer']:.0%}, servers {idle['servers']:.0%}; {ideal:.0%} of the ideal"
 
 
 def _share_of_the_ideal(line: Line) -> float:
@@ -90,8 +121,8 @@ def _share_of_the_ideal(line: Line) -> float:
     return idle_metrics(seconds, wall_s=seconds["step"], overlapped=True)[_OVERLAP]
 
 
-def _median(lines: Sequence[Line], name: str) -> float:
-    return statistics.median(_number(line, name) for line in lines)
+def _median(runs: Sequence[Trained], name: str) -> float:
+    return statistics.median(_number(line, name) for run in runs for line in run.whole)
 
 
 def _number(line: Line, name: str) -> float:
