@@ -46,9 +46,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from parallel import megatron_gaps
+from parallel import megatron_gaps, token_permutation
 
 megatron_gaps.close()
+token_permutation.install()
 
 __all__ = [
     "ColumnParallelLinear",
