@@ -38,6 +38,7 @@ from parallel.optimizer import (
     apply_settings,
     build_optimizer,
     clip_and_step,
+    gradient_norm,
     set_learning_rate,
 )
 from parallel.optimizer_settings import OptimizerSettings
@@ -337,7 +338,7 @@ class MegatronActor:
 
         set_learning_rate(self._optimizer, learning_rate, weight_decay=self.settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
-        grad_norm = float(self._optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self._optimizer, device=self._device)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}; {unchanged}")
         clip_and_step(self._optimizer, grad_norm=grad_norm)

@@ -14,34 +14,47 @@ from parallel.packing import MicroBatch
 
 
 class FiniteWatch:
-    """Watches the log-probs of one pass over a mini-batch. T: this rank's packed tokens."""
+    """Watches the log-probs of one pass over a mini-batch. What it sees stays on the device until the pass is over.
+
+    T: this rank's packed tokens.
+    """
 
     def __init__(self, *, rank: int, control_group: dist.ProcessGroup) -> None:
         self._rank = rank
         self._control_group = control_group
-        self._found: list[str] = []
+        self._micro_batches: list[tuple[int, ...]] = []  # which sequences each held
+        self._seen: list[Tensor] = []  # of each: wrong tokens, and the first one's sequence there, position and value
 
     def screen(self, logprobs_T: Tensor, micro_batch: MicroBatch) -> Tensor:
         """logprobs_T with 0 in place of NaN and infinity where the loss mask is set; remembers where the first one was."""
         wrong_T = micro_batch.loss_mask_T & ~logprobs_T.detach().isfinite()
-        if not wrong_T.any():
-            return logprobs_T
-        at = int(wrong_T.nonzero()[0, 0])
-        shard = micro_batch.shard
-        self._found.append(
-            f"log-prob is {float(logprobs_T.detach()[at])} in sequence {micro_batch.indices[int(shard.sequence_id_T[at])]}, "
-            f"position {int(shard.position_T[at])}, on rank {self._rank} ({int(wrong_T.sum())} such tokens in one micro-batch there)"
-        )
+        first = wrong_T.int().argmax(0, keepdim=True)  # of one element: an index without an axis would be read, which waits
+        of_first = (micro_batch.shard.sequence_id_T, micro_batch.shard.position_T, logprobs_T.detach())
+        facts = (wrong_T.sum(0, keepdim=True), *(x_T.index_select(0, first) for x_T in of_first))
+        self._micro_batches.append(micro_batch.indices)
+        self._seen.append(torch.cat([fact.double() for fact in facts]))
         return torch.where(wrong_T, 0.0, logprobs_T)
+
+    def _first(self) -> str | None:
+        """What this rank found, in words. Waits for the device once."""
+        if not self._seen or not torch.stack(self._seen)[:, 0].any():
+            return None
+        found = zip(self._micro_batches, torch.stack(self._seen).tolist(), strict=True)
+        indices, (count, sequence, position, value) = next(entry for entry in found if entry[1][0])
+        return (
+            f"log-prob is {value} in sequence {indices[int(sequence)]}, position {int(position)}, on rank {self._rank} "
+            f"({int(count)} such tokens in one micro-batch there)"
+        )
 
     def raise_together(self, consequence: str) -> None:
         """Collective over all ranks. Raises FloatingPointError, the same on every rank, when any of them found something."""
-        affected = torch.tensor(int(bool(self._found)))
+        mine = self._first()
+        affected = torch.tensor(int(mine is not None))
         dist.all_reduce(affected, group=self._control_group)
         if not affected:
             return
         found: list[str | None] = [None] * self._control_group.size()
-        dist.all_gather_object(found, self._found[0] if self._found else None, group=self._control_group)
+        dist.all_gather_object(found, mine, group=self._control_group)
         first = next(text for text in found if text is not None)
         others = f"; {int(affected)} ranks found one" if affected > 1 else ""
         raise FloatingPointError(f"{first}{others}; {consequence}")

@@ -160,6 +160,8 @@ def transformer_config(
         # Where no token travels, the allgather dispatcher copies them less often; Megatron refuses it for pipelines of varying lengths.
         "moe_token_dispatcher_type": "allgather" if layout.ep * layout.etp * layout.pp == 1 else "alltoall",
         "moe_aux_loss_coeff": 0.0,
+        # Megatron waits for the device after every exchange between stages, because of a fault of torch that was mended long ago.
+        "batch_p2p_sync": False,
     }
     return TransformerConfig(**{**defaults, **fixed, **options})
 

@@ -156,6 +156,8 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Pack the sequences at `indices` and keep what this context-parallel rank holds of them. sequences: the whole mini-batch.
 
+    All of it happens on the host and is then sent to the device, without a wait.
+
     An empty `indices` gives a micro-batch of padding alone, so that this rank can take part in collectives.
     fill_to: add a masked sequence where there are fewer positions than this (over all context-parallel ranks).
     """
@@ -165,17 +167,25 @@ def build_micro_batch(
     if missing > 0 or not chosen:
         chosen.append(_padding_like(sequences[0], num_positions=max(1, missing)))
     lengths = [sequence.num_positions for sequence in chosen]
-    shard = SequenceShard.zigzag(lengths, cp_group.rank(), layout.cp, cp_group, multiple_of=multiple, device=device)
-    streams = {name: shard.local([sequence.streams[name].to(device) for sequence in chosen], fill=0.0) for name in chosen[0].streams}
+    shard = SequenceShard.zigzag(lengths, cp_group.rank(), layout.cp, cp_group, multiple_of=multiple)
+    streams = {name: shard.local([sequence.streams[name] for sequence in chosen], fill=0.0) for name in chosen[0].streams}
     weights = [1 / len(sequences)] * len(indices) + [0.0] * (len(chosen) - len(indices))
+    token_ids_T = shard.local([sequence.token_ids[:-1] for sequence in chosen], fill=0)
+    labels_T = shard.local([sequence.token_ids[1:] for sequence in chosen], fill=0)
+    loss_mask_T = shard.local([sequence.loss_mask for sequence in chosen], fill=False)
+
+    def move(x_T: Tensor) -> Tensor:
+        return x_T.to(device, non_blocking=True)
+
+    shard = shard.to(device)
     return MicroBatch(
         indices=tuple(indices),
         shard=shard,
         packed_seq_params=ShardedPackedSeqParams.from_shard(shard, sequence_weights=tuple(weights)),
-        token_ids_T=shard.local([sequence.token_ids[:-1].to(device) for sequence in chosen], fill=0),
-        labels_T=shard.local([sequence.token_ids[1:].to(device) for sequence in chosen], fill=0),
-        loss_mask_T=shard.local([sequence.loss_mask.to(device) for sequence in chosen], fill=False),
-        streams=streams,
+        token_ids_T=move(token_ids_T),
+        labels_T=move(labels_T),
+        loss_mask_T=move(loss_mask_T),
+        streams={name: move(x_T) for name, x_T in streams.items()},
     )
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,8 +107,9 @@ class SequenceShard:
         return fold_tokens(chunk_lengths.repeat_interleave(len(self.chunk_indices)), self.device)
 
     def to(self, device: torch.device | str) -> SequenceShard:
-        """The same shard with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        """The same shard with its tensors on `device`. Waits for no device."""
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return replace(self, **moved)
 
     def local(self, per_sequence: Sequence[Tensor], fill: float | int | bool) -> Shaped[Tensor, " T"]:
@@ -174,7 +176,7 @@ def _chunk_indices(cp_rank: int, cp_size: int) -> tuple[int, ...]:
 
 
 def _offsets(lengths: Sequence[int], *, device: torch.device | str | None) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device, non_blocking=True)
 
 
 def _placement(padded_lengths: tuple[int, ...], cp_rank: int, cp_size: int, device: torch.device | str | None) -> _Placement:
@@ -187,10 +189,10 @@ def _placement(padded_lengths: tuple[int, ...], cp_rank: int, cp_size: int, devi
     chunk_id_T = torch.arange(len(chunk_lengths)).repeat_interleave(chunk_lengths)
     position_T = torch.arange(len(chunk_id_T)) + (first_position - chunk_starts[:-1])[chunk_id_T]
     return _Placement(
-        sequence_id=(chunk_id_T // len(held)).to(device),
-        position=position_T.to(device),
-        chunk_id=chunk_id_T.to(device),
-        chunk_starts=chunk_starts.to(device),
+        sequence_id=(chunk_id_T // len(held)).to(device, non_blocking=True),
+        position=position_T.to(device, non_blocking=True),
+        chunk_id=chunk_id_T.to(device, non_blocking=True),
+        chunk_starts=chunk_starts.to(device, non_blocking=True),
     )
 
 

@@ -53,7 +53,9 @@ def fold_tokens(chunk_lengths: Tensor, device: torch.device) -> TokenRows:
         planned = _plan_rows(starts, num_tokens, length)
     chunk_of_K = torch.arange(len(chunk_lengths)).repeat_interleave(planned["item_starts"].diff())
     planned["key_K"] = (_HIGHEST_GROUP - chunk_of_K) << 32
-    return TokenRows(num_rows=-(-num_tokens // length), row_length=length, **{name: x.to(device) for name, x in planned.items()})
+    return TokenRows(
+        num_rows=-(-num_tokens // length), row_length=length, **{name: x.to(device, non_blocking=True) for name, x in planned.items()}
+    )
 
 
 def _plan_rows(starts: Tensor, num_tokens: int, length: int) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def _sum_and_count(x_T: Shaped[Tensor, " T"], mask_T: Tensor, count: Tensor) -> 
 
 def histogram(x_T: Float[Tensor, " T"], mask_T: Bool[Tensor, " T"]) -> Float64[Tensor, " bins"]:
     """Counts of x per bin over unmasked tokens: float64 [NUM_BINS]. Bin i holds BIN_EDGES[i - 1] < x <= BIN_EDGES[i]."""
-    bin_T = torch.bucketize(x_T.detach().double(), BIN_EDGES.to(x_T.device))
+    bin_T = torch.bucketize(x_T.detach().double(), BIN_EDGES.to(x_T.device, non_blocking=True))
     return x_T.new_zeros(NUM_BINS, dtype=torch.float64, requires_grad=False).index_add(0, bin_T, mask_T.double())
 
 

@@ -66,7 +66,7 @@ def loop_linear(input_TI: Tensor, tokens_per_expert_E: Tensor, weights_OI: Seque
 
 def grouped_linear(input_TI: Tensor, tokens_per_expert_E: Tensor, weights_OI: Sequence[Tensor]) -> Tensor:
     """The same in one grouped product. On CUDA in bf16, I and O must be multiples of 8."""
-    offsets_E = tokens_per_expert_E.to(input_TI.device).cumsum(0).to(torch.int32)
+    offsets_E = tokens_per_expert_E.to(input_TI.device, non_blocking=True).cumsum(0).to(torch.int32)
     return _GroupedLinear.apply(input_TI, offsets_E, *weights_OI)
 
 

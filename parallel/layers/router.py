@@ -73,7 +73,8 @@ class SequenceBalancedRouter(TopKRouter):
         if self.config.sequence_parallel:
             group = self.tp_group
             sequence_id_T, padding_T = (x.chunk(group.size())[group.rank()] for x in (sequence_id_T, padding_T))
-        lengths_S, weights_S = (torch.tensor(x, dtype=torch.float32, device=probs.device) for x in (shard.lengths, packed.sequence_weights))
+        known = torch.tensor([shard.lengths, packed.sequence_weights], dtype=torch.float32)
+        lengths_S, weights_S = known.to(probs.device, non_blocking=True)
         real_T1 = ~padding_T[:, None]
         chosen_SE = torch.zeros(len(lengths_S), routing_map.size(1), device=probs.device)
         chosen_SE.index_add_(0, sequence_id_T, (routing_map & real_T1).float())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.optimizer import apply_settings, build_optimizer
+from parallel.optimizer import apply_settings, build_optimizer, gradient_norm
 from parallel.optimizer_settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, gradient_clip=1.0)
@@ -29,3 +32,27 @@ def test_settings_replace_those_that_a_checkpoint_brought() -> None:
 def test_an_option_that_would_scale_gradients_or_do_nothing_is_refused(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^megatron\.{option}: decided by the layout, the model or the actor"):
         build_optimizer([], SETTINGS, dtype=torch.float32, options={option: value})
+
+
+class Reads(TorchDispatchMode):
+    """How often a number is read off a tensor: on CUDA the host waits for the device each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [((7,), (1000,), (33, 5), (1,)), ()])
+def test_the_gradient_norm_is_megatrons_and_read_once(one_rank_group: dist.ProcessGroup, sizes: tuple[tuple[int, ...], ...]) -> None:
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator) * 10.0**power for power, size in enumerate(sizes)]
+    parts = [SimpleNamespace(get_main_grads_for_grad_norm=lambda part=part: part) for part in (grads[:2], grads[2:])]
+    optimizer = SimpleNamespace(chained_optimizers=parts, get_grad_stats_parallel_group=lambda: one_rank_group)
+    with Reads() as reads:
+        norm = gradient_norm(optimizer, device=torch.device("cpu"))
+    assert norm == get_grad_norm_fp32(grads, grad_stats_parallel_group=one_rank_group)
+    assert reads.count == 1
