@@ -14,8 +14,8 @@ its server has given it, in both ways; questions still travel as said above.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
@@ -23,6 +23,8 @@ from megatron_minpro.environments.environment import Environment
 from megatron_minpro.environments.model import Model
 from rollout.client import GenerationSession, RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest
+
+Judged = TypeVar("Judged")
 
 
 async def hold_conversations(
@@ -35,8 +37,9 @@ async def hold_conversations(
     max_new_tokens: int,
     num_samples: int,
     request_prefix: str,
-) -> list[Conversation]:
-    """`num_samples` conversations on every prompt, prompt by prompt.
+    judge: Callable[[Conversation], Awaitable[Judged]],
+) -> list[Judged]:
+    """`num_samples` judged conversations on every prompt, prompt by prompt.
 
     Args:
         environment: holds one conversation.
@@ -46,15 +49,17 @@ async def hold_conversations(
         max_new_tokens: most tokens after a prompt.
         num_samples: conversations per prompt.
         request_prefix: the seed of an answer depends on this, on the place of the conversation and on the turn.
+        judge: called with every conversation as soon as it has ended, while others go on. What it gives is returned.
 
     Raises:
         RolloutFailed, WeightsMissing: as the session.
         RuntimeError: the environment failed or returned no conversation of its model; names environment and prompt.
+        What `judge` raises.
     """
     names = [f"{request_prefix}-{number}" for number in range(len(prompts)) for _ in range(num_samples)]  # of their requests
     exchange = _Exchange(session, num_conversations=len(names))
 
-    async def hold(place: int) -> Conversation:
+    async def hold(place: int) -> Judged:
         number, sample_index = divmod(place, num_samples)
         prompt = prompts[number]
         model = Model(
@@ -82,16 +87,16 @@ async def hold_conversations(
             raise RuntimeError(f"environment {environment.name}: {prompt.prompt_id}: returned a {found}, expected model.conversation(...)")
         exchange.end(place)
         session.end(names[place])
-        return conversation
+        return await judge(conversation)
 
     session.begin(names)
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(exchange.run(tasks))
-            conversations = [tasks.create_task(hold(place)) for place in range(len(names))]
+            held = [tasks.create_task(hold(place)) for place in range(len(names))]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from failures.exceptions[0].__cause__
-    return [conversation.result() for conversation in conversations]
+    return [conversation.result() for conversation in held]
 
 
 class _Exchange:

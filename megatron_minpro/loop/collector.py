@@ -19,6 +19,7 @@ from rollout.client import RolloutFailed, WeightsMissing
 
 log = logging.getLogger(__name__)
 
+Drawn = tuple[list[Prompt], Mapping[str, Any]]  # prompts, and the cursor's state behind them
 AdvantageFunction = Callable[[torch.Tensor], torch.Tensor]  # rewards [G groups, K responses] -> advantages, same shape
 
 
@@ -71,11 +72,11 @@ class Collector:
         self._temperature = temperature
         self._seed = seed
         self._dynamic_sampling = dynamic_sampling
-        self._drawn: dict[int, list[Prompt]] = {}  # by global step: prompts of batches that are to be collected
+        self._drawn: dict[int, Drawn] = {}  # by global step: of batches that are to be collected
 
     def draw(self, step: int) -> None:
         """Draw the prompts of a batch before `collect`. Where batches are collected at the same time, this keeps their prompts in order."""
-        self._drawn[step] = self.cursor.next(self._prompts_per_step)
+        self._drawn[step] = self._draw(self._prompts_per_step)
 
     def collect(self, step: int, *, policy_version: int) -> Collected:
         """The batch of global step `step`, not yet scored by the trainer.
@@ -93,8 +94,9 @@ class Collector:
         groups: list[list[tuple[str, Judged]]] = []  # with their sample ids, in the order they were asked for
         numbers, reward_s, rounds = count(), 0.0, 0
         while missing := self._missing_groups(groups, rounds):
+            prompts, cursor = self._drawn.pop(step) if step in self._drawn else self._draw(missing)
             responses, seconds = self._responder.respond(
-                self._drawn.pop(step) if step in self._drawn else self.cursor.next(missing),
+                prompts,
                 num_samples=self._group_size,
                 max_new_tokens=self._max_new_tokens,
                 temperature=self._temperature,
@@ -127,12 +129,15 @@ class Collector:
             batch=batch,
             judged=tuple(response for _, response in (*trained, *dropped)),
             reward_s=reward_s,
-            cursor=self.cursor.state(),
+            cursor=cursor,
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=rounds,
             equal_groups=equal_groups,
             servers=self._responder.client.take_report(policy_version),
         )
+
+    def _draw(self, num_prompts: int) -> Drawn:
+        return self.cursor.next(num_prompts), self.cursor.state()
 
     def _missing_groups(self, groups: Sequence[Sequence[tuple[str, Judged]]], rounds: int) -> int:
         """How many more prompts to draw; 0 also when no further round is allowed."""

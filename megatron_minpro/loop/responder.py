@@ -11,7 +11,7 @@ from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.environments.conversations import hold_conversations
 from megatron_minpro.environments.environment import Environment
-from megatron_minpro.rewards.reward import Reward, RewardResult
+from megatron_minpro.rewards.reward import Reward, RewardOnArrival, RewardResult
 from rollout.client import GenerationClient
 from rollout.records import SamplingParams
 
@@ -40,7 +40,7 @@ class Responder:
         request_prefix: str,
         policy_version: int,
     ) -> tuple[list[Judged], float]:
-        """`num_samples` conversations on every prompt, prompt by prompt, each with its judgement; and the seconds spent on judging.
+        """`num_samples` judged conversations on every prompt, prompt by prompt; and the seconds of judging after the last one's end.
 
         Args:
             prompts: what to ask.
@@ -59,7 +59,14 @@ class Responder:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=-1, stop_token_ids=self.end_ids, seed=seed
         )
 
-        async def ask() -> list[Conversation]:
+        ended_at = 0.0  # the last conversation so far
+
+        async def judge(conversation: Conversation) -> tuple[Conversation, RewardResult | None]:
+            nonlocal ended_at
+            ended_at = time.perf_counter()
+            return conversation, await self.reward.judge(conversation) if isinstance(self.reward, RewardOnArrival) else None
+
+        async def ask() -> list[tuple[Conversation, RewardResult | None]]:
             async with self.client.session(sampling, policy_version=policy_version) as session:
                 return await hold_conversations(
                     self.environment,
@@ -70,9 +77,13 @@ class Responder:
                     max_new_tokens=max_new_tokens,
                     num_samples=num_samples,
                     request_prefix=request_prefix,
+                    judge=judge,
                 )
 
-        conversations = self.client.run(ask())
-        began = time.perf_counter()
-        results = self.reward.score(conversations)
-        return list(zip(conversations, results, strict=True)), time.perf_counter() - began
+        held = self.client.run(ask())
+        if isinstance(self.reward, RewardOnArrival):
+            judged = [(conversation, result) for conversation, result in held if result is not None]
+        else:
+            conversations = [conversation for conversation, _ in held]
+            judged = list(zip(conversations, self.reward.score(conversations), strict=True))
+        return judged, time.perf_counter() - ended_at

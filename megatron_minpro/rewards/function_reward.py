@@ -7,12 +7,13 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
-from megatron_minpro.rewards.reward import RewardResult
+from megatron_minpro.rewards.reward import RewardResult, judge_all
 
 
 class FunctionReward:
@@ -27,23 +28,34 @@ class FunctionReward:
         self.name = path
         self.error_counts: Counter[str] = Counter()
         self._function, self._options, self._concurrency = function, dict(options), concurrency
+        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        # A plain function may take its time, and may not bear two calls at once.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=path)
 
     def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
         """Raises ValueError when the function returns neither a finite number nor a RewardResult; its exceptions pass through."""
+        return judge_all(self, conversations)
+
+    async def judge(self, conversation: Conversation) -> RewardResult:
+        """See RewardOnArrival. Raises as `score`."""
         if inspect.iscoroutinefunction(self._function):
-            values = asyncio.run(self._call_all(conversations))
+            async with self._place():
+                value = await self._function(conversation.prompt, conversation, **self._options)
         else:
-            values = [self._function(conversation.prompt, conversation, **self._options) for conversation in conversations]
-        return [self._result(value, conversation.prompt) for value, conversation in zip(values, conversations, strict=True)]
+            value = await asyncio.get_running_loop().run_in_executor(self._thread, self._call, conversation)
+        return self._result(value, conversation.prompt)
 
-    async def _call_all(self, conversations: Sequence[Conversation]) -> list[Any]:
-        places = asyncio.Semaphore(self._concurrency)
+    def _place(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._places is None or self._places[0] is not loop:
+            self._places = loop, asyncio.Semaphore(self._concurrency)
+        return self._places[1]
 
-        async def call(conversation: Conversation) -> Any:
-            async with places:
-                return await self._function(conversation.prompt, conversation, **self._options)
-
-        return await asyncio.gather(*(call(conversation) for conversation in conversations))
+    def _call(self, conversation: Conversation) -> Any:
+        try:
+            return self._function(conversation.prompt, conversation, **self._options)
+        except StopIteration as error:  # no future can hold one
+            raise RuntimeError(f"reward {self.name}: raised StopIteration for {conversation.prompt.prompt_id}") from error
 
     def _result(self, value: Any, prompt: Prompt) -> RewardResult:
         number = _number(value.reward if isinstance(value, RewardResult) else value)
@@ -56,7 +68,7 @@ class FunctionReward:
         return replace(value, reward=number, correct=bool(value.correct))
 
     def close(self) -> None:
-        pass
+        self._thread.shutdown()
 
 
 def _number(value: Any) -> float | None:

@@ -7,6 +7,7 @@ Only a worker that cannot even start is fatal, for then no answer could be grade
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -184,6 +185,10 @@ class GraderPool:
             RuntimeError: a worker did not start.
         """
         return list(self._threads.map(self._compare_one, pairs, [EXACT] * len(pairs) if tolerances is None else tolerances))
+
+    async def compare_one(self, label: str, answer: str) -> Verdict:
+        """Grade one answer; numbers must be equal. Many calls may be under way. Raises RuntimeError when a worker did not start."""
+        return await asyncio.wrap_future(self._threads.submit(self._compare_one, (label, answer), EXACT))
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that have been started. Call it between two compares."""

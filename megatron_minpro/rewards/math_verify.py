@@ -9,7 +9,7 @@ from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.rewards.answers import AnswerStyle, compare_plainly, extract_answer
 from megatron_minpro.rewards.grader_pool import GraderPool
-from megatron_minpro.rewards.reward import RewardResult
+from megatron_minpro.rewards.reward import RewardResult, judge_all
 
 
 class MathVerifyReward:
@@ -43,27 +43,21 @@ class MathVerifyReward:
 
     def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
         """One result per conversation, in order. Raises ValueError naming the prompt for a label that is no text."""
-        results: list[RewardResult] = []
-        undecided: list[tuple[int, str, str]] = []  # index, label, answer
-        for index, conversation in enumerate(conversations):
-            label, truncated = _text_label(conversation.prompt, reward=self.name), conversation.finish_reason != "stop"
-            extracted = extract_answer(conversation.response, style=self._style, truncated=truncated, label=label)
-            if extracted is None:
-                results.append(_judged(False, None))
-                continue
-            verdict = compare_plainly(label, extracted)
-            if verdict is not None:
-                results.append(_judged(verdict, extracted))
-                continue
-            results.append(_judged(False, extracted))  # until the workers have answered
-            undecided.append((index, label, extracted))
+        return judge_all(self, conversations)
 
-        judgements = self._pool.compare([(label, answer) for _, label, answer in undecided])
-        for (index, _, answer), judgement in zip(undecided, judgements, strict=True):
-            if judgement.error is not None:
-                self.error_counts[judgement.error.partition(":")[0]] += 1
-            results[index] = _judged(judgement.equal is True, answer, judgement.error)
-        return results
+    async def judge(self, conversation: Conversation) -> RewardResult:
+        """See RewardOnArrival. Raises ValueError naming the prompt for a label that is no text."""
+        label, truncated = _text_label(conversation.prompt, reward=self.name), conversation.finish_reason != "stop"
+        answer = extract_answer(conversation.response, style=self._style, truncated=truncated, label=label)
+        if answer is None:
+            return _judged(False, None)
+        verdict = compare_plainly(label, answer)
+        if verdict is not None:
+            return _judged(verdict, answer)
+        judgement = await self._pool.compare_one(label, answer)
+        if judgement.error is not None:
+            self.error_counts[judgement.error.partition(":")[0]] += 1
+        return _judged(judgement.equal is True, answer, judgement.error)
 
     def close(self) -> None:
         self._pool.close()

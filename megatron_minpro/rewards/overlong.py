@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.objectives.options import check_number
-from megatron_minpro.rewards.reward import Reward, RewardResult
+from megatron_minpro.rewards.reward import RewardOnArrival, RewardResult, judge_all
 
 
 class OverlongShaping:
@@ -16,7 +16,7 @@ class OverlongShaping:
     Responses of up to max_tokens - buffer_tokens are not punished, then the punishment grows linearly to -factor at max_tokens.
     """
 
-    def __init__(self, reward: Reward, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> None:
+    def __init__(self, reward: RewardOnArrival, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> None:
         """max_tokens, buffer_tokens: L_max and L_cache of the paper; max_tokens is the limit that cuts responses. factor: 1 in the paper.
 
         Raises ValueError unless 0 < buffer_tokens <= max_tokens and factor > 0.
@@ -38,10 +38,12 @@ class OverlongShaping:
         return self._reward.error_counts
 
     def score(self, conversations: Sequence[Conversation]) -> list[RewardResult]:
-        return [
-            replace(result, reward=result.reward + self.penalty(conversation.num_response_tokens))
-            for result, conversation in zip(self._reward.score(conversations), conversations, strict=True)
-        ]
+        return judge_all(self, conversations)
+
+    async def judge(self, conversation: Conversation) -> RewardResult:
+        """See RewardOnArrival."""
+        result = await self._reward.judge(conversation)
+        return replace(result, reward=result.reward + self.penalty(conversation.num_response_tokens))
 
     def penalty(self, num_tokens: int) -> float:
         """0 to -factor."""

@@ -8,12 +8,12 @@ from typing import Any
 from megatron_minpro.registry import PlugInError, PlugIns
 from megatron_minpro.rewards.function_reward import FunctionReward
 from megatron_minpro.rewards.overlong import OverlongShaping
-from megatron_minpro.rewards.reward import Reward
+from megatron_minpro.rewards.reward import RewardOnArrival
 
 REWARDS = PlugIns(setting="reward.name", options="reward", known={"math_verify": "megatron_minpro.rewards.math_verify:MathVerifyReward"})
 
 
-def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, concurrency: int = 32, **options: Any) -> Reward:
+def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, concurrency: int = 32, **options: Any) -> RewardOnArrival:
     """A reward by name.
 
     Args:
@@ -27,7 +27,7 @@ def make_reward(name: str, *, overlong: Mapping[str, Any] | None = None, concurr
     """
     try:
         if name in REWARDS.known:
-            reward: Reward = REWARDS.find(name, options, passed=0)(**options)
+            reward: RewardOnArrival = REWARDS.find(name, options, passed=0)(**options)
         else:
             reward = FunctionReward(name, REWARDS.find(name, options, passed=2), options, concurrency=concurrency)
         return reward if overlong is None else OverlongShaping(reward, **overlong)

@@ -5,9 +5,10 @@ A reward reads the answer from the model's words, never from the question: quest
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from megatron_minpro.batch.conversation import Conversation
 
@@ -23,7 +24,7 @@ class RewardResult:
 
 
 class Reward(Protocol):
-    """A judge of conversations. Close it when the run ends: it may own processes."""
+    """A judge of conversations, all of a batch together. Close it when the run ends: it may own processes."""
 
     @property
     def name(self) -> str: ...
@@ -38,3 +39,21 @@ class Reward(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class RewardOnArrival(Reward, Protocol):
+    """A judge that needs no other conversation: it begins as soon as a conversation has ended, while others still go on."""
+
+    async def judge(self, conversation: Conversation) -> RewardResult:
+        """The judgement of one conversation. It runs beside the requests to the servers, so it must not compute for long."""
+        ...
+
+
+def judge_all(reward: RewardOnArrival, conversations: Sequence[Conversation]) -> list[RewardResult]:
+    """`score` of a reward that judges on arrival."""
+
+    async def judge() -> list[RewardResult]:
+        return await asyncio.gather(*map(reward.judge, conversations))
+
+    return asyncio.run(judge())

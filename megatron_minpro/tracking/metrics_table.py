@@ -168,7 +168,7 @@ METRICS: tuple[Metric, ...] = (
     _metric("total/rollouts_trained", "responses", Combined.RUN_TOTAL, _FINISH, "responses trained so far"),
     _metric("total/rollouts_dropped", "responses", Combined.RUN_TOTAL, _FINISH, "responses that dynamic sampling dropped so far"),
     _metric("time/sample", "s", Combined.WALL, _FINISH, "from the first request of the batch to its last response"),
-    _metric("time/reward", "s", Combined.WALL, _FINISH, "judging responses"),
+    _metric("time/reward", "s", Combined.WALL, _FINISH, "judging responses after the last one had ended"),
     _metric("time/score", "s", Combined.WALL, _FINISH, "log-probs under the weights that sampled, corrections included"),
     _metric("time/update", "s", Combined.WALL, _FINISH, "optimizer steps"),
     _metric("time/sync", "s", Combined.WALL, _FINISH, "new weights into the servers"),

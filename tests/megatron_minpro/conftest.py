@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.sample import STREAMS, RolloutBatch, Sample
 from rollout.records import VersionSpan
 
@@ -25,6 +26,11 @@ def sample_content(samples: Sequence[Sample]) -> list[Any]:
     """As `content`."""
     values = [getattr(sample, field.name) for sample in samples for field in fields(Sample)]
     return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+async def unjudged(conversation: Conversation) -> Conversation:
+    """For `hold_conversations` where only the conversations matter."""
+    return conversation
 
 
 HIDING = "a module of the working folder was imported in place of ours"

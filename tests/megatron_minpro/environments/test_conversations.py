@@ -22,6 +22,7 @@ from megatron_minpro.registry import PlugInError
 from rollout.background import in_background
 from rollout.client import OnGeneration, WeightsMissing
 from rollout.records import Generation, GenerationRequest, VersionSpan
+from tests.megatron_minpro.conftest import unjudged
 
 END = 99
 
@@ -83,6 +84,12 @@ PROMPTS = [Prompt(prompt_id=f"p{n}", text=f"q{n}", token_ids=(7, 10 * n), answer
 
 
 def hold(environment: Environment, session: Session, *, max_new_tokens: int = 12) -> list[Conversation]:
+    return hold_and_judge(environment, session, unjudged, max_new_tokens=max_new_tokens)
+
+
+def hold_and_judge(
+    environment: Environment, session: Session, judge: Callable[[Conversation], Any], *, max_new_tokens: int = 12
+) -> list[Any]:
     return asyncio.run(
         hold_conversations(
             environment,
@@ -93,6 +100,7 @@ def hold(environment: Environment, session: Session, *, max_new_tokens: int = 12
             max_new_tokens=max_new_tokens,
             num_samples=2,
             request_prefix="step5",
+            judge=judge,
         )
     )
 
@@ -325,3 +333,26 @@ def test_an_environment_that_cannot_be_used_is_refused(
 def test_a_known_name_is_suggested() -> None:
     with pytest.raises(PlugInError, match=r"^environment\.name = 'single_trun': unknown; did you mean 'single_turn'"):
         make_environment("single_trun")
+
+
+def test_a_conversation_is_judged_while_others_go_on() -> None:
+    session = Session()
+    order: list[tuple[str, int]] = []
+
+    async def judge(conversation: Conversation) -> str:
+        name = conversation.prompt.prompt_id
+        order.append((name, len(session.asked)))
+        return name
+
+    judged = hold_and_judge(environment(echo, turns=lambda prompt: 3 if prompt.prompt_id == "p0" else 1), session, judge)
+    assert order == [("p1", 1), ("p1", 1), ("p0", 3), ("p0", 3)]  # with the calls of the servers until then
+    assert judged == ["p0", "p0", "p1", "p1"]
+
+
+@pytest.mark.parametrize("samples_per_call", [None, 1])
+def test_an_error_of_the_judge_is_raised_as_itself(samples_per_call: int | None) -> None:
+    async def judge(conversation: Conversation) -> None:
+        raise ZeroDivisionError(conversation.prompt.prompt_id)
+
+    with pytest.raises(ZeroDivisionError, match=r"^p0$"):
+        hold_and_judge(environment(echo, turns=lambda prompt: 1), Session(samples_per_call=samples_per_call), judge)

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_minpro.environments.conversations import hold_conversations
 from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.rewards.registry import make_reward
+from tests.megatron_minpro.conftest import unjudged
 from tests.megatron_minpro.environments.test_conversations import END, PROMPTS, Session, Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -49,6 +50,7 @@ def test_the_example_holds_a_conversation_and_judges_it(users_module: Callable[[
             max_new_tokens=20,
             num_samples=1,
             request_prefix="step0",
+            judge=unjudged,
         )
     )
     assert [[turn.author for turn in said.turns] for said in conversations] == [["model", "environment", "model"]] * 2

@@ -18,7 +18,7 @@ from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop.collector import Collected, Collector, choose_groups
 from megatron_minpro.loop.responder import Responder
 from megatron_minpro.objectives.advantages import make_advantages
-from megatron_minpro.rewards.reward import RewardResult
+from megatron_minpro.rewards.reward import RewardOnArrival, RewardResult
 from rollout.client import RolloutFailed, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
 from tests.megatron_minpro.conftest import content, sample_content
@@ -231,6 +231,32 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     assert sampled.judged == undisturbed.judged and cursor.position == end.position
     assert client.asked[:2] == client.asked[2:4]
     assert sampled.servers == {"servers/used": 5.0, "time/tail": 0.25}
+
+
+class LastFirst(SecondWord):
+    """The same verdicts, each conversation judged for itself, and the later ones sooner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = 0
+
+    async def judge(self, conversation: Conversation) -> RewardResult:
+        self.under_way += 1
+        await asyncio.sleep(0)  # all have begun
+        await asyncio.sleep(0.01 / self.under_way)
+        [result] = self.score([conversation])
+        self.under_way -= 1
+        return result
+
+
+def test_judging_on_arrival_gives_the_batch_of_judging_at_the_end() -> None:
+    at_the_end, on_arrival = SecondWord(), LastFirst()
+    assert not isinstance(at_the_end, RewardOnArrival) and isinstance(on_arrival, RewardOnArrival)
+    expected = make_collector(Client(), at_the_end).collect(3, policy_version=4)
+    found = make_collector(Client(), on_arrival).collect(3, policy_version=4)
+    assert content([found.batch]) == content([expected.batch])
+    assert found.judged == expected.judged and found.cursor == expected.cursor
+    assert len(on_arrival.texts) == len(at_the_end.texts) == 2 * GROUP
 
 
 # ------------------------------------------------------------------------------------------------------------ dynamic sampling

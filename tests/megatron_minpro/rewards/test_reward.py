@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -444,3 +445,26 @@ def test_a_reward_reads_the_row_and_every_turn(users_module: Callable[[str], str
 def test_math_verify_wants_a_label_that_is_text(boxed: MathVerifyReward) -> None:
     with pytest.raises(ValueError, match=r"^reward math_verify: the answer of p is a list, expected text$"):
         judged(boxed, [Prompt(prompt_id="p", text="?", token_ids=(1,), answer=["4"], source="test")], ["\\boxed{4}"])
+
+
+def test_a_reward_that_raises_stop_iteration_ends_with_its_name(users_module: Callable[[str], str]) -> None:
+    name = users_module("def reward(prompt, conversation):\n    return next(iter(()))\n")
+    with pytest.raises(RuntimeError, match=rf"^reward {name}:reward: raised StopIteration for "):
+        judged(make_reward(f"{name}:reward"), [prompt("4")], ["x"])
+
+
+def test_an_answer_in_the_worker_does_not_hold_up_the_next_one(boxed: MathVerifyReward) -> None:
+    said = [
+        Conversation.of_text(prompt(label), f"\\boxed{{{answer}}}", finish_reason="stop", num_response_tokens=3)
+        for label, answer in (("\\frac12", "2/4"), ("7", "07"))
+    ]
+
+    async def judge() -> tuple[bool, list[RewardResult]]:
+        in_the_worker = asyncio.create_task(boxed.judge(said[0]))
+        await asyncio.sleep(0)  # it has been asked
+        by_digits = await boxed.judge(said[1])
+        return in_the_worker.done(), [await in_the_worker, by_digits]
+
+    done, results = asyncio.run(judge())
+    assert not done and [result.correct for result in results] == [True, True]
+    assert results == boxed.score(said)

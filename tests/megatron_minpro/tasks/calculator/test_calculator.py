@@ -18,6 +18,7 @@ from megatron_minpro.tasks.calculator.environment import reply
 from megatron_minpro.tasks.calculator.reward import last_result
 from megatron_minpro.tasks.calculator.worked_examples import steps_and_calls
 from rollout.records import Generation, GenerationRequest, VersionSpan
+from tests.megatron_minpro.conftest import unjudged
 
 CALCULATOR = "megatron_minpro.tasks.calculator.environment:calculator"
 
@@ -51,7 +52,11 @@ def talk(
     stops: set[tuple[int, ...]] = set()
 
     class Session:
-        client = SimpleNamespace(samples_per_call=None)
+        client = SimpleNamespace(samples_per_call=None, is_rolling=False)
+
+        def begin(self, request_ids: Sequence[str]) -> None: ...
+
+        def end(self, request_id: str) -> None: ...
 
         async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:
             [request] = requests
@@ -80,6 +85,7 @@ def talk(
             max_new_tokens=max_new_tokens,
             num_samples=1,
             request_prefix="step0",
+            judge=unjudged,
         )
     )
     assert stops == {(tokenizer.convert_tokens_to_ids(":"),)}
