@@ -6,11 +6,15 @@ import warnings
 
 from parallel import cpu
 from parallel.engine_import import import_engine
+from parallel.skipped_import import skipped_import
 
 # Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
 import_engine()  # one that does not import is hidden from what follows
-cpu.install()
+# Megatron-Core's inference engine, which nothing here uses, logs to wandb where that is installed: half a second in every rank.
+with skipped_import("wandb"):
+    cpu.install()
+    import megatron.core  # noqa: F401
 
 from megatron.core import __version__ as version
 from megatron.core import dist_checkpointing, parallel_state

@@ -25,7 +25,6 @@ from megatron_minpro.data.rows import check_file, is_file
 from megatron_minpro.data.sources import count_questions, load_prompts
 from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.registry import nearest
-from parallel.actor import check_option_names
 from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
 from rollout.ports import check_port_free
@@ -37,8 +36,11 @@ MIN_FREE_GIB = 1.0
 
 
 def check_passed_options(config: RunConfig, *, device: Any) -> None:
-    """An unknown option of Megatron or SGLang. Asks the server environment if there are any of SGLang's."""
-    check_option_names(config.megatron)
+    """An unknown option of Megatron or SGLang. Each is asked only if there are any of its own: that takes seconds."""
+    if config.megatron:
+        from parallel.actor import check_option_names
+
+        check_option_names(config.megatron)
     if config.sglang:
         check_options(config.sglang, device=device)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from megatron_minpro.data.prompts import encode_prompts
 from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.loop.learning_rate import base_model_rate
 from megatron_minpro.registry import PlugIns
-from parallel.actor import MegatronActor
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.token_sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from parallel.actor import MegatronActor  # the launcher, which makes no actor, starts without importing Megatron-Core
 
 RECIPE_FILE = "warm_up.json"
 OPTIMIZER = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, gradient_clip=1.0)

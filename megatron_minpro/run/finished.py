@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.report import plots, summary
+from megatron_minpro.report import summary
 from megatron_minpro.run import profiling
 from megatron_minpro.run.attempt_clock import SECONDS_FILE
 from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
@@ -80,6 +80,8 @@ def stopped(result: Mapping[str, Any]) -> str:
 
 
 def _plot(config: RunConfig, run_dir: Path, *, after: Mapping[str, float]) -> None:
+    from megatron_minpro.report import plots  # here, because the ranks need the summary alone: matplotlib takes long to import
+
     plots.plot_run(
         run_dir,
         list(read_metrics(run_dir / METRICS_FILE)),

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -27,7 +27,9 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
 from megatron_minpro.loop.counters import HalfStep, RunCounters
-from parallel.actor import MegatronActor
+
+if TYPE_CHECKING:
+    from parallel.actor import MegatronActor  # the launcher, which makes no actor, starts without importing Megatron-Core
 
 ACTOR_FOLDER = "actor"
 KEPT_FOLDER = "sampling_weights"

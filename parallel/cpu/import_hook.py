@@ -7,6 +7,7 @@ The rules are textual, so an upgrade of Megatron-Core may leave one without a ma
 
 from __future__ import annotations
 
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -15,7 +16,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from parallel.cpu import cuda_stand_in
 
@@ -57,15 +58,26 @@ UNTOUCHED = (
     "megatron.core.export",
 )
 
+# Rewritten modules have bytecode files of their own beside Python's, which hold the unchanged ones; other rules, other files.
+_TAG = "minpro_" + hashlib.sha256(repr([(rule.pattern.pattern, rule.replacement) for rule in RULES]).encode()).hexdigest()[:16]
+
+
+def _own_bytecode(path: str) -> str:
+    return f"{path.removesuffix('.pyc')}.{_TAG}.pyc" if path.endswith(".pyc") else path
+
 
 class _RewritingLoader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> types.CodeType:
-        # Python's own bytecode cache would hand back the unchanged module.
-        path = self.get_filename(fullname)
-        source = self.get_data(path).decode("utf-8")
+    def source_to_code(self, data: Any, path: Any, **options: Any) -> types.CodeType:  # type: ignore[override]
+        source = bytes(data).decode("utf-8")
         for rule in RULES:
             source = rule.pattern.sub(rule.replacement, source)
-        return self.source_to_code(source.encode("utf-8"), path)
+        return super().source_to_code(source.encode("utf-8"), path, **options)
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(_own_bytecode(path))
+
+    def set_data(self, path: str, data: Any, **options: Any) -> None:
+        super().set_data(_own_bytecode(path), data, **options)
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[STAND_IN] = cuda_stand_in

@@ -11,6 +11,7 @@ sleeping while paused         a paused scheduler polls without end; the trainer 
 stopping                      SGLang looks at its SIGTERM flag every 5 s
 fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
 keys in the log               SGLang prints its server arguments with both keys in clear
+garbage collection            is off until the children are forked: it takes a quarter of the imports' time and finds nothing
 model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
 """
 
@@ -26,6 +27,8 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+
+from rollout.sglang.cpu import models
 
 
 def _stand_in_for_sgl_kernel() -> None:
@@ -257,6 +260,7 @@ def _fork_children() -> None:
         set_envs_and_config(*arguments, **options)
         multiprocessing.set_start_method("fork", force=True)
         gc.freeze()  # what is imported lives for ever: children need not look at it, nor copy its pages
+        gc.enable()
 
     engine._set_envs_and_config = set_and_fork
 
@@ -276,19 +280,17 @@ def _keep_keys_out_of_the_log() -> None:
 
 
 def _import_only_qwen3() -> None:
-    """A model that is registered is found without importing the modules of all others."""
-    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.environ import envs
 
-    for name in ("qwen3", "qwen3_moe"):
-        entry = importlib.import_module(f"sglang.srt.models.{name}").EntryClass
-        for model in entry if isinstance(entry, list) else [entry]:
-            ModelRegistry.models.setdefault(model.__name__, model)
+    envs.SGLANG_EXTERNAL_MODEL_PACKAGE.set(models.__name__)  # read when the registry is imported
+    import sglang.srt.models.registry  # noqa: F401  here, so that a child finds it imported
 
 
 def apply() -> None:
     """Apply all patches, in the order in which SGLang's modules need them. Idempotent."""
     if "sgl_kernel" in sys.modules:
         return
+    gc.disable()
     _stand_in_for_sgl_kernel()
     _declare_torchvision_operators()
     _use_plain_host_memory()

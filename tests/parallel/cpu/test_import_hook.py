@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import subprocess
@@ -43,6 +44,22 @@ def test_a_loaded_module_asks_the_stand_in_and_never_cuda(name: str) -> None:
     loaded = set(all_names(spec.loader.get_code(spec.name)))  # type: ignore[union-attr]
     assert import_hook.STAND_IN in loaded
     assert "cuda" not in loaded
+
+
+def test_rewritten_bytecode_is_kept_beside_pythons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    source = tmp_path / "module.py"
+    source.write_text("place = torch.device('cuda')\n")
+    python = importlib.machinery.SourceFileLoader("module", str(source)).get_code("module")
+    code = import_hook._RewritingLoader("module", str(source)).get_code("module")
+    assert python is not None and "cuda" in python.co_consts and "cpu" in code.co_consts
+    kept = {path.name.count("minpro") for path in (tmp_path / "__pycache__").iterdir()}
+    assert kept == {0, 1}
+    stat = source.stat()
+    source.write_text("spoilt = torch.device('cuda')\n"[: stat.st_size])
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = import_hook._RewritingLoader("module", str(source)).get_code("module")
+    assert again.co_names == code.co_names  # not compiled again: size and time are what they were
 
 
 def all_names(code: object) -> list[str]:

@@ -60,6 +60,12 @@ def sync(
     return DiskWeightSync(server_pool.endpoints, write_checkpoint=write_checkpoint, directory=tmp_path / "versions", timeout_s=60)
 
 
+def test_a_server_does_not_import_the_models_it_cannot_serve(server_pool: ServerPool) -> None:
+    """SGLang reports each of its models that cannot be imported here: importing all of them takes seconds."""
+    log = server_pool.processes[0].log_path.read_text()
+    assert "server_args" in log and "Ignore import error" not in log
+
+
 def test_every_request_gets_exactly_its_samples_in_order(client: GenerationClient) -> None:
     seen = []
     rows = client.generate(REQUESTS, sampling(), num_samples=3, on_generation=lambda request, generation: seen.append(generation))
