@@ -162,6 +162,8 @@ def transformer_config(
         "moe_aux_loss_coeff": 0.0,
         # Megatron waits for the device after every exchange between stages, because of a fault of torch that was mended long ago.
         "batch_p2p_sync": False,
+        # The embedding's gradient on CUDA is summed in any order, without an error. On a CPU it always has one order.
+        "deterministic_mode": not on_cpu and torch.are_deterministic_algorithms_enabled(),
     }
     return TransformerConfig(**{**defaults, **fixed, **options})
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
+from parallel.running_sum import running_sum
 from parallel.sequence_shard import SequenceShard
 
 _INF = float("inf")
@@ -256,7 +257,7 @@ def _running_sum(shard: SequenceShard, x_RL: Tensor) -> Tensor:
     One running sum over everything, minus its value before the chunk. In float64 this costs at most 2**-52 of the sum of all |x| of
     the rank, which for log ratios lies far below fp32; in fp32 it would lose the digits of every later sequence.
     """
-    running_T = x_RL.view(-1)[: shard.num_local_tokens].cumsum(0, dtype=torch.float64)
+    running_T = running_sum(x_RL.view(-1)[: shard.num_local_tokens])
     before = torch.cat([running_T.new_zeros(1), running_T[shard.chunk_starts[1:-1] - 1]])
     return running_T.sub_(before.index_select(0, shard.chunk_id_T))
 

@@ -42,7 +42,7 @@ def describe(config: RunConfig, *, resume: str) -> RenderableType:
     if layout.world_size > len(shown):
         ranks.add_row("...", *[""] * 7)
     processes = Table(title="processes", title_justify="left", show_header=False)
-    processes.add_row(f"{config.world_size} x", f"torchrun -m megatron_minpro.run.worker {config.run_dir} train")
+    processes.add_row(f"{config.world_size} x", f"torchrun -m megatron_minpro.run.rank {config.run_dir} train")
     if config.rollout.servers:
         processes.add_row(
             f"{config.rollout.servers} x", f"SGLang server of {config.model.path}, tp {config.rollout.tp}, {config.rollout.dtype}"

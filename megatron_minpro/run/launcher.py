@@ -149,7 +149,7 @@ def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> No
 def start_workers(config: RunConfig, task: str) -> ManagedProcess:
     """All ranks of the run, on this machine."""
     return start_ranks(
-        "megatron_minpro.run.worker",
+        "megatron_minpro.run.rank",
         [str(config.run_dir), task],
         count=config.world_size,
         name=f"trainer ({task})",

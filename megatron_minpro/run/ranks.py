@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_minpro.working_folder import child_environment
 from rollout.processes import ManagedProcess, spawn
@@ -32,6 +33,7 @@ def start_ranks(
     loopback: bool,
     rendezvous: Rendezvous | None = None,
     ignore_signals: Sequence[signal.Signals] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> ManagedProcess:
     """`python -m module arguments...` once per rank, under one torchrun.
 
@@ -41,9 +43,10 @@ def start_ranks(
         loopback: listen on 127.0.0.1 alone, because everything the ranks talk to is on this machine.
         rendezvous: the other machines; None when there are none.
         ignore_signals: signals that torchrun survives.
+        variables: set in the ranks' environment where this process's has no value.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    environment = child_environment()
+    environment = {**variables, **child_environment()}
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("OMP_NUM_THREADS", "1")
     if rendezvous is None:

@@ -1,4 +1,4 @@
-"""One trainer rank: `torchrun ... -m megatron_minpro.run.worker RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script.
+"""What one trainer rank does: train, or warm up the base model. rank.py starts it.
 
 RUN_DIR/config.yaml is the resolved configuration. Rank 0 waits for RUN_DIR/endpoints.json, a list of server addresses.
 A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global step with a checkpoint.
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -305,7 +304,7 @@ def _stop_requested(run_dir: Path) -> Callable[[], bool]:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point of every rank."""
+    """Called by rank.py in every rank. arguments: RUN_DIR, and train or warm_up."""
     die_with_parent(parent_pid=os.getppid())
     run_dir, task = Path(arguments[0]), {"train": train, "warm_up": warm_up}[arguments[1]]
     config = load_config(run_dir / CONFIG_FILE, [])
@@ -326,7 +325,3 @@ def main(arguments: list[str]) -> None:
         task(config, run_dir, groups)
         dist.barrier()
         process_groups.shut_down()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

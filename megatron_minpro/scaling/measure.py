@@ -15,6 +15,8 @@ from megatron_minpro.run.ranks import Rendezvous, start_ranks
 from megatron_minpro.scaling.rows import Row, measured
 from megatron_minpro.scaling.study import Case
 from parallel.capabilities import Capabilities
+from parallel.cuda_environment import cuda_environment
+from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
 from parallel.planner.shape import ModelShape
 from rollout.processes import ManagedProcess
@@ -133,4 +135,5 @@ def _start(name: str, request: Mapping[str, Any], folder: Path, model: Path, res
         log_path=folder / "logs" / (f"{name}.log" if needed == 1 else f"{name}_node{nodes.rank}.log"),
         loopback=needed == 1,
         rendezvous=None if needed == 1 else together,
+        variables=cuda_environment(ParallelLayout(**request["layout"]), deterministic=False),
     )

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
 WORDS = {
-    "rank": "-u -m megatron_minpro.run.worker",
+    "rank": "-u -m megatron_minpro.run.rank",
     "sampling process": "-m megatron_minpro.run.sampling.child",
     "launcher": "megatron_minpro.cli",
     "server": "rollout.sglang.cpu",

@@ -107,7 +107,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
         os.kill(command.process.pid, signal.SIGKILL)
         command.process.wait()
     else:
-        words, oldest = {"rank": ("-u -m megatron_minpro.run.worker", 1), "server": ("rollout.sglang.cpu", 0)}[victim.split()[0]]
+        words, oldest = {"rank": ("-u -m megatron_minpro.run.rank", 1), "server": ("rollout.sglang.cpu", 0)}[victim.split()[0]]
         running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
         # The oldest are the two ranks, or the server; later ones are what they started themselves.
         sorted(running, key=lambda process: process.create_time())[oldest].send_signal(signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_a_rank_that_dies_while_the_servers_start_ends_the_run_at_once(
     command = minpro("train", *short_run_settings, "name=early_death")
 
     def ranks() -> list[Any]:
-        return [process for process in command.offspring() if "-u -m megatron_minpro.run.worker" in " ".join(process.cmdline())]
+        return [process for process in command.offspring() if "-u -m megatron_minpro.run.rank" in " ".join(process.cmdline())]
 
     wait_for(ranks, command)[0].send_signal(signal.SIGKILL)
     code, _, err = command.wait(timeout_s=300)

@@ -42,7 +42,7 @@ def test_the_time_limit_makes_it_save_requeue_and_continue_exactly(jobs: Jobs, u
     minutes = int(jobs.cluster.job(job_id).fields["RunTime"].split(":")[1])
     # The limit comes near: less than --signal's half hour is left, so Slurm sends USR1 when it next looks, within half a minute. The
     # ranks stand still meanwhile: on a fast machine the run would be over by then.
-    ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.run.worker")]
+    ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.run.rank")]
     for rank in ranks:
         rank.suspend()
     jobs.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")

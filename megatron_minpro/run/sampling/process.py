@@ -14,6 +14,7 @@ from typing import Any
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.run.sampling.channel import Channel
 from megatron_minpro.working_folder import child_environment
+from parallel.cuda_environment import without_ours
 from rollout.background import in_background
 from rollout.exec_with_parent import with_parent
 
@@ -36,7 +37,7 @@ class SamplingProcess:
         self._popen = subprocess.Popen(
             with_parent(command, ignored=_IGNORED),
             stdin=subprocess.DEVNULL,
-            env=child_environment(),
+            env=without_ours(child_environment()),
             pass_fds=[theirs.fileno()],
         )
         theirs.close()

@@ -1,0 +1,25 @@
+"""One trainer rank: `torchrun ... -m megatron_minpro.run.rank RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script.
+
+It sets what CUDA reads at its first use. The import of Megatron-Core is such a use, so the rank itself (worker.py) is imported afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from megatron_minpro.config import load_config
+from megatron_minpro.run.run_folder import CONFIG_FILE
+from parallel import cuda_environment
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of every rank."""
+    config = load_config(Path(arguments[0]) / CONFIG_FILE, [])
+    cuda_environment.enter(config.layout, deterministic=config.debug.deterministic)
+    importlib.import_module("megatron_minpro.run.worker").main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
