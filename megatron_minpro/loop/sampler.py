@@ -70,6 +70,7 @@ class LocalSampler:
 
     def close(self) -> None:
         """See Sampler."""
+        self.responder.client.close()
         self.responder.reward.close()
 
 

@@ -23,14 +23,15 @@ from stand_in_server import read_trace
 
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer
-from megatron_minpro.config import RunConfig, load_config
+from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.loop import schedule as schedules
 from megatron_minpro.loop.counters import HalfStep, RunCounters
 from megatron_minpro.loop.servers import publish
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.base_model import write_initial_model
-from megatron_minpro.run.run_folder import ENDPOINTS_FILE
+from megatron_minpro.run.run_folder import CONFIG_FILE, ENDPOINTS_FILE
+from megatron_minpro.run.sampling.process import SamplingProcess
 from megatron_minpro.run.worker import build_driver
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 from parallel.actor import UpdateReport
@@ -115,6 +116,7 @@ def replay(base: Path, name: str) -> list[dict[str, Any]]:
     if not model.exists():
         write_initial_model(config.model, config.prompts, model)
     with stand_ins(model) as endpoints:
+        (run_dir / CONFIG_FILE).write_text(dump_config(config))
         (run_dir / ENDPOINTS_FILE).write_text(json.dumps(endpoints))
         train(config, run_dir)
     return [dict(line) for line in read_metrics(run_dir / METRICS_FILE)]
@@ -124,7 +126,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     """The whole run in this process, its only rank."""
     assert dist.group.WORLD is not None
     counters = RunCounters()
-    driver = build_driver(config, run_dir, counters, None)
+    driver = build_driver(config, run_dir, counters, None, SamplingProcess(run_dir))
     run = TrainingRun(
         config=config,
         actor=SleepingActor(Path(config.model.path)),  # type: ignore[arg-type]
@@ -138,8 +140,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     )
     publish(run)
     schedules.train(run)
-    driver.responder.reward.close()
-    driver.weight_sync.close()
+    driver.close()
 
 
 @contextmanager

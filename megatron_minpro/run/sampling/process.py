@@ -33,7 +33,7 @@ class SamplingProcess:
         Call this from the thread that lives longest: the kernel ends the process with the thread that started it.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", _MODULE, str(run_dir), str(theirs.fileno())]
+        command = [sys.executable, "-u", "-m", _MODULE, str(run_dir), str(theirs.fileno())]
         self._popen = subprocess.Popen(
             with_parent(command, ignored=_IGNORED),
             stdin=subprocess.DEVNULL,
