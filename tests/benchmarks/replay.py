@@ -35,7 +35,7 @@ from megatron_minpro.run.sampling.process import SamplingProcess
 from megatron_minpro.run.worker import build_driver
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 from parallel.actor import UpdateReport
-from parallel.token_sequence import TokenSequence
+from parallel.packing import TokenSequence
 
 STEPS = 10
 SERVERS = 4
