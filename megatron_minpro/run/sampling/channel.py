@@ -73,14 +73,19 @@ class Channel:
 
     def begin(self, function: str, /, *arguments: Any, **options: Any) -> Future[Any]:
         """Call a function of the other side; the future gets its result, or what it raised. Raises ChannelClosed."""
-        encoded = _encoded((function, arguments, options))
         number, future = next(self._numbers), Future[Any]()
         with self._state:
             if self._end is not None:
                 raise ChannelClosed(self._end)
             self._waiting[number] = future
-        with suppress(ConnectionError):  # the listener finds the end too, and knows how it came
-            self._transmit(_CALL, number, *encoded)
+        try:
+            self._send(_Message(_CALL, number, (function, arguments, options)))
+        except ConnectionError:
+            pass  # the listener finds the end too, and knows how it came
+        except BaseException:  # what cannot be sent is not waited for
+            with self._state:
+                self._waiting.pop(number, None)
+            raise
         return future
 
     def call(self, function: str, /, *arguments: Any, **options: Any) -> Any:
@@ -97,10 +102,14 @@ class Channel:
         self._listener.join()
 
     def _listen(self) -> None:
-        while (message := self._receive()) is not None:
-            self._take(*message)
-            del message  # the next one may be long in coming, and this one may hold a batch
-        end = self._describe_end()
+        try:
+            while (message := self._receive()) is not None:
+                self._take(*message)
+                del message  # the next one may be long in coming, and this one may hold a batch
+            end = self._describe_end()
+        except BaseException as error:  # or else those who wait would wait for ever
+            self.close()
+            end = f"the connection to {self._other_side} broke: {type(error).__name__}: {error}"
         with self._state:
             self._end, waiting = end, list(self._waiting.values())
             self._waiting.clear()
@@ -127,49 +136,60 @@ class Channel:
             if isinstance(content, _Undecodable):
                 raise content.error
             function, arguments, options = content
-            result = self._functions[function](*arguments, **options)
-            kind, encoded = _RESULT, _encoded(result)
+            message = _Message(_RESULT, number, self._functions[function](*arguments, **options))
         except BaseException as error:  # SystemExit of a user's code too: whoever called must know
-            kind, encoded = _ERROR, _encoded(_Raised(error))
+            message = _Message(_ERROR, number, _Raised(error))
         with suppress(ConnectionError):  # nobody waits for the answer any more
-            self._transmit(kind, number, *encoded)
+            self._send(message)
 
-    def _transmit(self, kind: str, number: int, body: bytes, tensors: list[Tensor]) -> None:
-        descriptors: list[int] = []
-        places: tuple[Place, ...] = ()
-        if tensors:
-            descriptor, places = share(tensors)
-            descriptors.append(descriptor)
+    def _send(self, message: _Message) -> None:
+        header = _HEADER.pack(len(message.payload))
         try:
-            payload = pickle.dumps((kind, number, places, body), protocol=pickle.HIGHEST_PROTOCOL)
-            header = _HEADER.pack(len(payload))
             with self._sending:
-                sent = socket.send_fds(self._connection, [header], descriptors)
-                self._connection.sendall(header[sent:] + payload)
+                sent = socket.send_fds(self._connection, [header], message.descriptors)
+                self._connection.sendall(header[sent:] + message.payload)
         finally:
-            for descriptor in descriptors:
+            for descriptor in message.descriptors:
                 os.close(descriptor)
 
     def _receive(self) -> tuple[Any, list[int]] | None:
         """The next message and its file descriptors; None at the end of the connection, also in the middle of a message."""
-        header, descriptors = b"", list[int]()
+        descriptors: list[int] = []
         try:
+            header = b""
             while len(header) < _HEADER.size:
                 part, new, _, _ = socket.recv_fds(self._connection, _HEADER.size - len(header), 1, socket.MSG_CMSG_CLOEXEC)
-                if not part:
-                    return None
                 header += part
                 descriptors += new
+                if not part:
+                    raise EOFError
             payload = memoryview(bytearray(_HEADER.unpack(header)[0]))
             at = 0
             while at < len(payload):
                 count = self._connection.recv_into(payload[at:])
-                if not count:
-                    return None
                 at += count
-        except ConnectionError:
+                if not count:
+                    raise EOFError
+        except (EOFError, ConnectionError):
+            for descriptor in descriptors:
+                os.close(descriptor)
             return None
         return pickle.loads(payload), descriptors
+
+
+class _Message:
+    """A message that is ready to be sent, its tensors in shared memory."""
+
+    def __init__(self, kind: str, number: int, content: Any) -> None:
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(content)
+        places: tuple[Place, ...] = ()
+        self.descriptors: list[int] = []
+        if pickler.tensors:
+            descriptor, places = share(pickler.tensors)
+            self.descriptors.append(descriptor)
+        self.payload = pickle.dumps((kind, number, places, file.getvalue()), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 class _Raised:
@@ -224,13 +244,6 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, number: int) -> Tensor:
         return self._tensors[number]
-
-
-def _encoded(content: Any) -> tuple[bytes, list[Tensor]]:
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(content)
-    return file.getvalue(), pickler.tensors
 
 
 def _decoded(body: bytes, places: tuple[Place, ...], descriptors: list[int]) -> Any:

@@ -41,9 +41,13 @@ def share(tensors: Sequence[Tensor]) -> tuple[int, tuple[Place, ...]]:
         places.append(Place(offset=end, shape=tuple(tensor.shape), dtype=tensor.dtype))
         end += -(-places[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
     descriptor = os.memfd_create("minpro tensors", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, max(end, 1))
-    for view, tensor in zip(_views(descriptor, places), tensors, strict=True):
-        view.copy_(tensor)
+    try:
+        os.ftruncate(descriptor, max(end, 1))
+        for view, tensor in zip(_views(descriptor, places), tensors, strict=True):
+            view.copy_(tensor)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor, tuple(places)
 
 

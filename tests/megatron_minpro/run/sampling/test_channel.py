@@ -45,6 +45,10 @@ class Peer:
         """Blocks of shared memory that this process still holds."""
         return sum("minpro" in region.path for region in psutil.Process().memory_maps(grouped=False))
 
+    def descriptors(self) -> int:
+        """Open files of this process."""
+        return psutil.Process().num_fds()
+
 
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
@@ -110,6 +114,8 @@ def test_an_error_keeps_type_message_and_traceback(kind: str, expected: type[Bas
 def test_what_cannot_travel_is_an_error_of_its_call_alone(peer: Peer) -> None:
     with pytest.raises(Exception, match="lambda"):
         peer.channel.call("unpicklable")
+    with pytest.raises(Exception, match="lambda"):
+        peer.channel.call("ask_back", lambda: 2)
     with pytest.raises(KeyError, match="no_such_function"):
         peer.channel.call("no_such_function")
     assert peer.channel.call("ask_back", 2) == [0, 1]
@@ -127,11 +133,12 @@ def test_a_killed_peer_ends_all_calls_with_the_way_it_ended(doomed: Peer) -> Non
 
 
 def test_a_peer_killed_in_the_middle_of_tensors_leaves_no_memory(doomed: Peer) -> None:
+    before = doomed.descriptors()
     big = {"tokens": torch.zeros(20_000_000, dtype=torch.uint8)}
     call = doomed.channel.begin("count_tokens", big)
     time.sleep(0.02)
     doomed.popen.send_signal(signal.SIGKILL)
     with pytest.raises(ChannelClosed):
         call.result(timeout=30)
-    assert doomed.mappings() == 0
+    assert doomed.mappings() == 0 and doomed.descriptors() <= before
     assert not [name for name in os.listdir("/dev/shm") if "minpro" in name]
