@@ -1,7 +1,8 @@
-"""Works around two bugs of Megatron-Core that appear where TransformerEngine and Apex are absent, on CPU and CUDA alike.
+"""Works around what Megatron-Core lacks where TransformerEngine and Apex are absent, on CPU and CUDA alike.
 
 1. The router names `te_general_gemm`, which exists only with TransformerEngine (0.16.1): NameError at its first call.
 2. torch's AdamW keeps a `step` in its state that Megatron's fully reshardable checkpoint does not carry: KeyError when it is loaded.
+3. Its linear layers add weight gradients to its buffer with Apex's kernels only. `weight_gradient.py` replaces them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
+
+from parallel import weight_gradient
 
 _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -25,6 +29,9 @@ def _set_states_keeping_step(self: DistributedOptimizer, model_param: torch.nn.P
 
 
 def close() -> None:
-    """Correct both. Idempotent. With TransformerEngine's names and Apex's optimizer, which keeps no `step`, nothing changes."""
+    """Correct all. Idempotent. With TransformerEngine's names, Apex's kernels and its optimizer, which keeps no `step`, nothing changes."""
     vars(moe_utils).setdefault("te_general_gemm", None)
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_keeping_step
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = weight_gradient
+        layers._grad_accum_fusion_available = True

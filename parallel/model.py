@@ -116,6 +116,8 @@ def transformer_config(
         "overlap_p2p_comm": layout.vpp is not None,
         # The loss already carries its global denominator: Megatron must neither average over ranks nor over micro-batches.
         "calculate_per_token_loss": True,
+        # TransformerEngine's linear layers do it by themselves, Megatron-Core's with Apex's kernels or weight_gradient.py.
+        "gradient_accumulation_fusion": True,
         # Parameters come from a checkpoint; random numbers need no GPU.
         "use_cpu_initialization": True,
         "perform_initialization": False,
@@ -149,9 +151,8 @@ def transformer_config(
             ),
             False,
         )
-        fixed["gradient_accumulation_fusion"] = True  # see weight_gradient.py
     else:
-        fixed |= {"persist_layer_norm": False, "gradient_accumulation_fusion": capabilities.apex_version is not None}
+        fixed["persist_layer_norm"] = False
     check_options(options, TRANSFORMER_FIELDS, fixed, section="megatron")
     check_router_options(options)
     check_machine_options(options, capabilities)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,6 +124,8 @@ class WeightExporter:
         self._groups = groups
         names_of_rank: list[list[str]] = [[] for _ in range(layout.world_size)]
         dist.all_gather_object(names_of_rank, list(local), group=groups.control)
+        # The communicator of all ranks, which `_exchange` uses between two of them, is made by a collective of all.
+        dist.all_reduce(torch.zeros(1, device=next(iter(local.values())).device))
         owner = _owners(names_of_rank, layout)
         self._buckets = _buckets(architecture, owner, next(iter(local.values())).element_size(), bucket_bytes)
 
@@ -131,7 +134,7 @@ class WeightExporter:
         for owner, bucket in self._buckets:
             full = [self._gather(parameter, owner) for parameter in bucket]
             if rank == owner and rank != 0:
-                dist.send(torch.cat([tensor.reshape(-1) for tensor in full]), dst=0)
+                _exchange(dist.isend, torch.cat([tensor.reshape(-1) for tensor in full]), peer=0)
             if rank != 0:
                 continue
             if owner != 0:
@@ -155,8 +158,14 @@ class WeightExporter:
         like = next(iter(self._local.values()))
         sizes = [torch.Size(parameter.megatron_shape).numel() for parameter in bucket]
         flat = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
-        dist.recv(flat, src=owner)
+        _exchange(dist.irecv, flat, peer=owner)
         return [part.view(parameter.megatron_shape) for part, parameter in zip(flat.split(sizes), bucket, strict=True)]
+
+
+def _exchange(operation: Callable[..., Any], tensor: Tensor, *, peer: int) -> None:
+    """Send or receive over the communicator of all ranks. NCCL would make one of two ranks for a single `send` and its `recv`."""
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
+        work.wait()
 
 
 def take_part(tensors: Iterator[tuple[str, Tensor]]) -> None:

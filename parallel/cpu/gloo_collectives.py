@@ -3,7 +3,7 @@
 1. gloo has no all-gather or reduce-scatter of unequal parts, which the all-to-all dispatcher needs when both expert
    and expert-tensor parallelism are in use: every rank pads to the largest part.
 2. gloo copies all gradients and all weights through buffers of its own even where the distributed optimizer has one replica.
-3. Apex's kernels that add weight gradients to Megatron's buffer are CUDA. `weight_gradient.py` replaces them.
+3. Apex's kernels that add weight gradients to Megatron's buffer are CUDA, where they are installed. `weight_gradient.py` replaces them.
 """
 
 from __future__ import annotations

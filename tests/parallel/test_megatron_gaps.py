@@ -27,6 +27,11 @@ config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False)
 optimizer = SimpleNamespace(model_param_group_index_map={"weight": (0, 0)}, optimizer=adamw, config=config)
 loaded = {"param": torch.full((2,), 7.0), "exp_avg": torch.full((2,), 8.0), "exp_avg_sq": torch.full((2,), 9.0)}
 DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, "weight", loaded)
+
+from megatron.core.tensor_parallel import layers
+main_grad = torch.ones(1, 2)
+layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [6.0]]), main_grad)
+print(layers._grad_accum_fusion_available, main_grad.tolist())
 print(main.tolist(), {name: value.tolist() for name, value in adamw.state[main].items()})
 """
 
@@ -38,8 +43,12 @@ def printed() -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_weight_gradients_are_added_in_place_without_apex(printed: list[str]) -> None:
+    assert printed[-2] == "True [[24.0, 35.0]]"
+
+
 def test_the_router_multiplies_without_transformer_engine(printed: list[str]) -> None:
-    assert printed[-2] == "[[11.0, 17.0]]"
+    assert printed[-3] == "[[11.0, 17.0]]"
 
 
 def test_a_loaded_optimizer_state_keeps_its_step(printed: list[str]) -> None:
