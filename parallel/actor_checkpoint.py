@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 
 from checkpoints_convert.checkpoint_pickle import check_metadata
+from parallel.host_copy import copy_to_host
 from parallel.mcore import (
     MCoreSavePlanner,
     ShardedTensor,
@@ -75,6 +76,7 @@ class _Capture(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         self.to_fill: set[int] = set()  # those of `empty` that this rank will write
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        to_copy: list[ShardedTensor] = []
         for pieces in by_key.values():
             for piece in pieces:
                 if not isinstance(piece, ShardedTensor):
@@ -85,7 +87,9 @@ class _Capture(TorchDistSaveShardedStrategy):
                     continue
                 # A copy of what is still empty would be written as it is.
                 assert not piece.key.startswith("optimizer.state."), piece.key
-                piece.data = piece.data.detach().to("cpu", copy=True)
+                to_copy.append(piece)
+        for piece, copied in zip(to_copy, copy_to_host([piece.data for piece in to_copy]), strict=True):
+            piece.data = copied
         # Objects become bytes here, so they are copies as well.
         self.captured = mcore_to_pyt_state_dict(by_key, False)
 
@@ -100,11 +104,10 @@ class _OptimizerCapture:
     _KEYS = ("param", "exp_avg", "exp_avg_sq")
 
     def __init__(self, optimizer: Any) -> None:
-        self._local = {
-            parameter: {key: states[key].detach().to("cpu", copy=True) for key in self._KEYS}
-            for parameter in optimizer.model_param_group_index_map
-            for states in [optimizer._get_main_param_and_optimizer_states(parameter)]
-        }
+        parameters = list(optimizer.model_param_group_index_map)
+        found = [optimizer._get_main_param_and_optimizer_states(parameter) for parameter in parameters]
+        copies = iter(copy_to_host([states[key] for states in found for key in self._KEYS]))
+        self._local = {parameter: {key: next(copies) for key in self._KEYS} for parameter in parameters}
         gathered: dict[Any, Any] = {
             index: {
                 dtype: {key: torch.empty(optimizer.buffers[index].numel_unpadded, dtype=torch.float32) for key in self._KEYS}
