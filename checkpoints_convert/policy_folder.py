@@ -17,6 +17,7 @@ from checkpoints_convert.mapping import hf_shapes
 from checkpoints_convert.safetensors_io import write_checkpoint
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_PLAIN_CLASS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the names that transformers 4 and 5 give it
 
 MAX_SHARD_BYTES = 4_000_000_000
 
@@ -25,10 +26,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The transformers tokenizer of a model folder. Raises ValueError when there is none, or none with an end-of-sequence token."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(f"{folder}: holds no tokenizer ({_TOKENIZER_FILES[0]}); expected it beside the model's config.json")
-    from transformers import AutoTokenizer  # here: seconds to import
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise many types, and Exception itself
         raise ValueError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -36,6 +35,19 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token")
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer; or what it would choose, where the folder names the plain class: AutoTokenizer imports the models for 1.3 s."""
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if settings.get("tokenizer_class") in _PLAIN_CLASS and "auto_map" not in settings:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def write_policy(

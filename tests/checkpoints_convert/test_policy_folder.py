@@ -132,6 +132,21 @@ def test_a_tokenizer_made_here_is_written_for_both_transformers(tmp_path: Path, 
     assert read.chat_template == chain_tokenizer.chat_template and read.eos_token == "<|end|>"
 
 
+def test_a_plain_tokenizer_is_loaded_as_autotokenizer_loads_it(tmp_path: Path, chain_tokenizer: Any) -> None:
+    from transformers import AutoTokenizer
+
+    chain_tokenizer.save_pretrained(tmp_path / "made")
+    (tmp_path / "exported").mkdir()
+    for name, content in companion_files(tmp_path / "made").items():
+        (tmp_path / "exported" / name).write_bytes(content)
+    for folder, plain in (("made", "TokenizersBackend"), ("exported", "PreTrainedTokenizerFast")):
+        assert json.loads((tmp_path / folder / "tokenizer_config.json").read_text())["tokenizer_class"] == plain
+        found, expected = load_tokenizer(tmp_path / folder), AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert type(found) is type(expected) and found.init_kwargs == expected.init_kwargs
+        assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+        assert found.chat_template == expected.chat_template and found.special_tokens_map == expected.special_tokens_map
+
+
 def test_a_published_tokenizers_settings_stay_as_they_are(assets: Path) -> None:
     folder = assets / "models/qwen3_30b_a3b"
     assert companion_files(folder)["tokenizer_config.json"] == (folder / "tokenizer_config.json").read_bytes()
