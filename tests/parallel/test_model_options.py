@@ -15,7 +15,7 @@ from parallel.engine_import import EngineImport
 from parallel.layout import ParallelLayout
 from parallel.mcore import TransformerConfig
 from parallel.megatron_options import HARMLESS, REASONS, check_effect, check_machine_options
-from parallel.model import TRANSFORMER_FIELDS, transformer_config
+from parallel.model import TRANSFORMER_FIELDS, engine_kernels, transformer_config
 from parallel.optimizer import OPTIMIZER_FIELDS, build_optimizer
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.overlap import OVERLAP_FIELDS, data_parallel_config
@@ -60,6 +60,23 @@ def build(
     return transformer_config(
         architecture, ParallelLayout(**(layout or {"world_size": 1})), ON_CPU, dtype=dtype, recompute=recompute, options=options
     )
+
+
+def test_transformer_engines_layers_run_their_faster_kernels() -> None:
+    engine = EngineImport(version="2.20.2", error=None)
+    with_engine = dataclasses.replace(ON_CPU, cuda_devices=8, transformer_engine=engine)
+    dense = dataclasses.replace(MOE, num_experts=None, num_experts_per_tok=None, moe_intermediate_size=None)
+    assert engine_kernels(MOE, with_engine) == {"apply_rope_fusion": True, "moe_permute_fusion": True}
+    assert engine_kernels(dense, with_engine) == {"apply_rope_fusion": True}
+    assert engine_kernels(MOE, with_engine.choose_layers("local")) == engine_kernels(MOE, ON_CPU) == {}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_weight_gradients_are_always_added_in_place(on_gpu: bool) -> None:
+    machine = dataclasses.replace(ON_CPU, cuda_devices=8) if on_gpu else ON_CPU  # without Apex and TransformerEngine
+    config = transformer_config(MOE, ParallelLayout(world_size=1), machine, dtype=torch.float32, recompute="none", options={})
+    assert config.gradient_accumulation_fusion
+    assert not config.batch_p2p_sync
 
 
 def test_the_models_shape_arrives_in_megatrons_configuration() -> None:
