@@ -39,14 +39,17 @@ class SessionGate(Protocol):
     def policy_version(self) -> int | None:
         """Every token is sampled under these weights; None: under any."""
 
-    def expect(self, turn: int) -> None:
-        """A conversation, or a call, begins whose turn it is on the server with this number."""
+    def expect(self, turn: int | None) -> None:
+        """A conversation, or a call, begins whose turn it is on the server with this number; None: on a server that is not chosen yet."""
 
-    def release(self, turn: int) -> None:
+    def release(self, turn: int | None) -> None:
         """It asks nothing more."""
 
     def server(self, turn: int) -> AbstractAsyncContextManager[str]:
         """The endpoint that one call is made to, while it is made: the server whose turn it is, or another one."""
+
+    def askable(self) -> list[int]:
+        """Numbers of the servers that may be asked; all where none may."""
 
     def close(self, endpoint: str) -> None:
         """A call failed: ask nothing of this server until it has been looked at again."""
@@ -71,10 +74,10 @@ class Gate:
         self._reasons: dict[str, str] = {}  # endpoint -> why it did not answer
         self._looking = asyncio.Lock()
 
-    def expect(self, turn: int) -> None:
+    def expect(self, turn: int | None) -> None:
         """Nothing changes before the whole session has ended."""
 
-    def release(self, turn: int) -> None:
+    def release(self, turn: int | None) -> None:
         """See `expect`."""
 
     @asynccontextmanager
@@ -107,6 +110,11 @@ class Gate:
                 reasons = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in self._reasons.items())
                 raise RolloutFailed(f"no server answered within {self._wait_s:g} s: {reasons}")
             await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def askable(self) -> list[int]:
+        """See SessionGate."""
+        numbers = range(len(self._endpoints))
+        return [number for number in numbers if self._endpoints[number] in self._open] or list(numbers)
 
     def close(self, endpoint: str) -> None:
         """Ask nothing of this server until it has been looked at again."""

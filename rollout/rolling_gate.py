@@ -143,21 +143,27 @@ class RollingGate:
         self.policy_version = policy_version
         self._all = servers
         self._http = http
-        self._wanted: Counter[int] = Counter()  # number of the server whose turn it is -> conversations and calls
+        self._wanted: Counter[int | None] = Counter()  # number of the server whose turn it is, None: any -> conversations and calls
         self._failure: Exception | None = None
 
-    def expect(self, turn: int) -> None:
-        """A conversation or a call begins whose turn it is on the server with this number: that gets no newer weights before `release`."""
-        self._wanted[turn % len(self._all.servers)] += 1
+    def expect(self, turn: int | None) -> None:
+        """See SessionGate. The server gets no newer weights before `release`; none does while one is not chosen."""
+        self._wanted[turn] += 1
 
-    def release(self, turn: int) -> None:
+    def release(self, turn: int | None) -> None:
         """It asks nothing more."""
-        self._wanted[turn % len(self._all.servers)] -= 1
-        self._all.notify()
+        self._wanted[turn] -= 1
+        if not self._wanted[turn]:
+            del self._wanted[turn]
+            self._all.notify()
 
     def wants(self, server: _Server) -> bool:
         """Whether the session may still ask this server, as things stand."""
-        return any(count and self._all.target(turn) is server for turn, count in self._wanted.items())
+        return any(server.usable if turn is None else self._all.target(turn) is server for turn in self._wanted)
+
+    def askable(self) -> list[int]:
+        """See SessionGate."""
+        return [number for number, server in enumerate(self._all.servers) if server.usable] or list(range(len(self._all.servers)))
 
     @asynccontextmanager
     async def server(self, turn: int) -> AsyncIterator[str]:

@@ -89,6 +89,11 @@ class RunConfig(Section):
     def _check_schedule(self) -> None:
         if self.schedule == "overlapped" and self.staleness == 0:
             raise ValueError("schedule = 'overlapped': expected staleness of at least 1, or null; on policy a batch is trained as it comes")
+        if self.rollout.publish == "rolling" and self.effective_schedule == "serial":
+            raise ValueError(
+                f"rollout.publish = 'rolling': expected 'together' with staleness = {self.staleness} and schedule = {self.schedule!r}: the "
+                "serial schedule samples one batch at a time"
+            )
 
     def _check_layout(self) -> None:
         layout, dp = self.layout, self.parallel.dp

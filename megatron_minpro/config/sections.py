@@ -232,6 +232,22 @@ class RolloutConfig(Section):
     top_p: float = Field(description="must be 1: a truncated distribution is not the policy whose log-probabilities are trained")
     dtype: Dtype = Field(description="of the servers' weights")
     weight_sync: MayChange[str] = Field(description="how new weights travel to the servers: collective, disk, or package.module:function")
+    publish: MayChange[Literal["together", "rolling"]] = Field(
+        default="together",
+        description="together: all servers take new weights at the same time; rolling: each one when it has finished its share of a batch, "
+        "while others still sample. The numbers are the same. rolling needs two servers, schedule: overlapped, no dynamic_sampling",
+    )
+    assignment: MayChange[Literal["fixed", "least_outstanding"] | None] = Field(
+        default=None,
+        description="which server gets a prompt; fixed: in turn, so that a run repeats; least_outstanding: the one with the fewest tokens "
+        "under way. null: fixed on a CPU, else least_outstanding",
+    )
+    requests_per_server: MayChange[int | None] = Field(
+        default=None,
+        ge=1,
+        description="requests under way at once, per server; further ones wait and go where the least is to do. More than a server can run "
+        "at once, or it idles. null: 4096 over all servers",
+    )
     end_tokens: tuple[str | int, ...] = Field(
         default=(),
         strict=False,
@@ -273,6 +289,7 @@ class RolloutConfig(Section):
             raise ValueError(f"top_p = {self.top_p}: expected 1.0, a truncated distribution is not the policy that is trained")
         if bool(self.servers) == bool(self.endpoints):
             raise ValueError(f"servers = {self.servers} with {len(self.endpoints)} endpoints: expected servers >= 1 or endpoints, not both")
+        self._check_rolling()
         for endpoint in self.endpoints:
             if not endpoint.startswith(("http://", "https://")):
                 raise ValueError(f"endpoints holds {endpoint!r}: expected http://host:port")
@@ -281,6 +298,17 @@ class RolloutConfig(Section):
         if self.base_port is not None and self.base_port + self.servers - 1 > 65535:
             raise ValueError(f"base_port = {self.base_port} leaves no room for {self.servers} ports below 65536")
         return self
+
+    def _check_rolling(self) -> None:
+        if self.publish != "rolling":
+            return
+        if (num_servers := self.servers + len(self.endpoints)) < 2:
+            raise ValueError(f"publish = 'rolling': expected 'together' with {num_servers} server; no other one samples meanwhile")
+        if self.dynamic_sampling is not None:
+            raise ValueError(
+                "publish = 'rolling': expected 'together' with dynamic_sampling: the next batch's prompts are known only when this one is "
+                "judged"
+            )
 
 
 class OptimizerConfig(OptimizerSettings):

@@ -1,6 +1,6 @@
 """Many conversations at once: their questions travel to the servers together.
 
-Two ways, decided by the client's `samples_per_call`:
+Two ways, decided by the session's `samples_per_call`:
 
 - together (None, on a CPU): as soon as every conversation waits for an answer or has ended, all their questions form one batch, in the
   order of the conversations. So the batches that a server computes depend on what was said and not on timing, and a run repeats bit for
@@ -104,9 +104,9 @@ class _Exchange:
 
     def __init__(self, session: GenerationSession, *, num_conversations: int) -> None:
         self._session = session
-        self._together = session.client.samples_per_call is None
+        self._together = session.settings.samples_per_call is None
         # Otherwise all at once: what environments do with answers then has one order, whatever the timing.
-        self._as_they_arrive = not self._together or session.client.is_rolling
+        self._as_they_arrive = not self._together or session.settings.is_rolling
         self._under_way = set(range(num_conversations))
         self._asked: list[tuple[int, GenerationRequest, asyncio.Future[Generation]]] = []
         self._changed = asyncio.Event()

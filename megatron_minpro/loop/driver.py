@@ -14,16 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints_convert.atomic_files import write_atomically
-from checkpoints_convert.dtypes import DTYPES
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.sampler import Sampler
+from megatron_minpro.loop.server_weights import ServerWeights
 from megatron_minpro.tracking.progress import Progress, write_progress
 from megatron_minpro.tracking.sampled_count import write_sampled
 from megatron_minpro.tracking.tracker import RunTracker
-from rollout.sglang.control import ServerRefused
-from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
+from rollout.weights.weight_sync import WeightSyncFailed
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +34,25 @@ class RunDriver:
     config: RunConfig
     run_dir: Path
     sampler: Sampler
-    weight_sync: WeightSync
-    api_key: str | None
-    admin_key: str | None
+    weights: ServerWeights
     tracker: RunTracker
     cursor: Mapping[str, Any]  # of the prompts, behind the last batch that was taken in: what a checkpoint keeps
     trained_batches: int = 0
-    published_to: tuple[str, ...] = ()
     restarts_reported: int = 0
     phase: str = "sample"  # what the trainer does
     activity: str = ""  # what the servers do beside it
     telling: threading.Lock = field(default_factory=threading.Lock)
 
+    def draw(self, step: int) -> None:
+        """The prompts of a batch, while others are under way: batches are drawn in the order of their steps."""
+        self.sampler.draw(step)
+
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         """The batch of one global step. Raises what the sampler raises."""
         sampled = self.sampler.collect(step, policy_version=policy_version)
-        restarts = self.weight_sync.num_restarts - self.restarts_reported
-        self.restarts_reported += restarts
+        with self.telling:  # two batches may end at the same time
+            restarts = self.weights.num_restarts - self.restarts_reported
+            self.restarts_reported += restarts
         return replace(sampled, metrics={**sampled.metrics, "servers/restarts": float(restarts)})
 
     def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None:
@@ -65,28 +66,17 @@ class RunDriver:
         write_sampled(self.run_dir, rollouts_sampled)
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
-        """Weights into every server that answers. None, or why no server took them; the tensors are used up in any case."""
+        """Weights for the servers. None, or why no server took them; the tensors are used up in any case."""
         try:
-            self.published_to = self.weight_sync.publish(policy_version, tensors)
+            self.weights.publish(policy_version, tensors)
         except WeightSyncFailed as failure:
             deque(tensors, maxlen=0)  # the other ranks take part in the export to its end
             return str(failure)
         return None
 
     def check_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Raises ChecksumMismatch unless every server that took the weights and still answers holds exactly these."""
-        expected = expected_checksums(tensors, dtype=DTYPES[self.config.rollout.dtype])
-        num_checked = 0
-        for endpoint in self.published_to:
-            try:
-                check_equal(expected, endpoint, api_key=self.api_key, admin_key=self.admin_key)
-            except ServerRefused as refused:
-                if refused.status is not None:
-                    raise
-                log.warning("weights are not checked: %s", refused)
-            else:
-                num_checked += 1
-        log.info("weights of %d server(s) equal the actor's: %d parameters", num_checked, len(expected))
+        """Raises ChecksumMismatch where a server holds others than these, those of the latest publish."""
+        self.weights.check(tensors)
 
     def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
         """One line of metrics."""
@@ -118,7 +108,7 @@ class RunDriver:
     def close(self) -> None:
         """End the sampler and the way of the weights."""
         self.sampler.close()
-        self.weight_sync.close()
+        self.weights.close()
 
     def _tell(self) -> None:
         write_progress(self.run_dir, Progress(phase=self.phase, global_step=self.trained_batches, beside=self.activity))

@@ -18,6 +18,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer
     counters, overlapped = run.counters, run.config.effective_schedule == "overlapped"
     within = timer.seconds | {"score": timer.scored_before_s} if overlapped else timer.seconds
     seconds = timer.wall_s()
+    servers_wait_s = metrics.get("time/servers_wait", 0.0) if run.is_rolling else None
     for phase, duration in timer.seconds.items():
         counters.add_seconds(phase, duration)
         metrics[f"time/{phase}"] = duration
@@ -30,7 +31,7 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer
         "total/rollouts_dropped": counters.rollouts_dropped,
         "time/step": seconds,
         "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
-        **idle_metrics(within, wall_s=seconds, overlapped=overlapped),
+        **idle_metrics(within, wall_s=seconds, overlapped=overlapped, servers_wait_s=servers_wait_s),
     }
     for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
         if warning is not None and kind not in run.reported:

@@ -5,6 +5,13 @@ Both sides need only the weights of step k, so the numbers are those of the seri
     servers   | sample k under version v_k ........................ | take v_k+1 | sample k+1 ...
     trainer   | score k-1 | checkpoint | keep v_k | update k-n | wait | publish    | score k ...
 
+With rollout.publish: rolling a server that has finished its share of batch k takes v_k+1 and begins with batch k+1, while another one still
+samples batch k. So the trainer waits for batch k one step later, before it is scored, and at most two batches are sampled at once:
+
+    server 0  | its share of k ........ | k+1 ................... | k+2 ...
+    server 1  | its share of k ....................... | k+1 .............. | k+2 ...
+    trainer   | wait for k-1, score it | keep v_k | update k-n | offer v_k+1 | wait for k, score it ...
+
 Batch k-1 is scored under the weights that sampled it: they were kept before the update of step k-1 and are swapped in. Metrics of step k-1
 are written then. A checkpoint at step k holds what the serial schedule's holds: the weights of step k, n scored batches, and the prompt
 cursor as it was before batch k was drawn. Only the main thread of a rank enters a collective.
@@ -13,6 +20,7 @@ cursor as it was before batch k was drawn. Only the main thread of a rank enters
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -33,21 +41,29 @@ log = logging.getLogger(__name__)
 class SamplingTask:
     """The batch of one global step under way: rank 0 asks the servers in a thread, the other ranks hold nothing."""
 
-    def __init__(self, run: TrainingRun, step: int, *, policy_version: int) -> None:
+    def __init__(self, run: TrainingRun, step: int, *, policy_version: int, before: SamplingTask | None = None) -> None:
         """Begin.
 
         Args:
             run: the run.
             step: global step of the batch.
             policy_version: of the weights that sample it. The held-out measurement that is due before the step uses them too.
+            before: the task of the batch before, which may be under way.
         """
         self.step = step
         self.policy_version = policy_version
         self.seconds = 0.0  # of sampling, once the batch is there
         self.evaluation_s: float | None = None  # of the held-out measurement, where one was due
         self._evaluation = run.evaluation_label(step)
+        self._measured = threading.Event()  # nothing is measured any more, the batch itself is sampled
+        self._followed = False  # the task of the next batch has begun
         self._future: Future[SampledBatch] | None = None
         if run.driver is not None:
+            if before is not None:
+                before._measured.wait()  # its batch has precedence, and the servers know of it only then
+                before._followed = True
+            if run.is_rolling:
+                run.driver.draw(step)
             self._begin(run.driver)
 
     def join(self, run: TrainingRun) -> SampledBatch | None:
@@ -70,12 +86,15 @@ class SamplingTask:
                 self._evaluation = None  # measured: a second attempt at the batch does not repeat it
                 self.evaluation_s = time.perf_counter() - start
                 start = time.perf_counter()
+            self._measured.set()
             driver.beside("sample")
             sampled = driver.collect(self.step, policy_version=self.policy_version)
             self.seconds = time.perf_counter() - start
             return sampled
         finally:
-            driver.beside("")
+            self._measured.set()
+            if not self._followed:
+                driver.beside("")
 
     def _ask(self, driver: Driver) -> SampledBatch:
         future = self._begin(driver) if self._future is None else self._future
@@ -88,7 +107,8 @@ class Unfinished:
     """A global step whose batch is not scored yet and whose metrics are not written."""
 
     step: int
-    batch: RolloutBatch | None  # None in the last n steps, which sample nothing
+    task: SamplingTask | None  # None in the last n steps, which sample nothing
+    batch: RolloutBatch | None = None  # of the task, once it has been received
     trained: RolloutBatch | None
     timer: PhaseTimer
     metrics: dict[str, float]
@@ -98,15 +118,18 @@ def train_overlapped(run: TrainingRun) -> bool:
     """Run to the end, or until a stop is asked for. True when all batches are trained, False after a stop. Raises ServersFailed."""
     unfinished: Unfinished | None = None
     while True:
-        step = run.counters.next_step
+        step = run.counters.next_step if unfinished is None else unfinished.step + 1
         done, stopping = step == run.last_step, stop_requested(run)
         timer = run.timer()
         if not (done or stopping):
             run.at_step(step)
         task = None
         if step < run.config.num_global_steps and not stopping:
-            task = SamplingTask(run, step, policy_version=run.actor.policy_version)
+            before = None if unfinished is None else unfinished.task
+            task = SamplingTask(run, step, policy_version=run.actor.policy_version, before=before)
         if unfinished is not None:
+            if run.is_rolling:
+                receive(run, unfinished, timer)
             finish(run, unfinished)
             timer.scored_before_s = unfinished.timer.seconds.get("score", 0.0)
         if stopping or (unfinished is not None and run.checkpoint_is_due(step)):
@@ -119,13 +142,12 @@ def train_overlapped(run: TrainingRun) -> bool:
         if task is None and (label := run.evaluation_label(step)) is not None:
             evaluate(run, label)
         unfinished = train_and_sample(run, step, task, timer)
-        run.counters.next_step = step + 1
 
 
 def train_and_sample(run: TrainingRun, step: int, task: SamplingTask | None, timer: PhaseTimer) -> Unfinished:
     """Keep the weights that sample batch `step`, train the batch that is due, take in batch `step`, publish.
 
-    Raises ServersFailed, with `half_step` set where the update is done and batch `step` is missing.
+    With rolling publish batch `step` is taken in later. Raises ServersFailed, as `receive`.
     """
     metrics: dict[str, float] = {}
     if task is not None:
@@ -133,28 +155,42 @@ def train_and_sample(run: TrainingRun, step: int, task: SamplingTask | None, tim
     due = run.buffer.pop(step)
     if due is not None:
         update(run, due, timer, metrics)
-    batch = None
-    if task is not None:
-        try:
-            batch = receive(run, task, timer, metrics)
-        except ServersFailed as failed:
-            failed.half_step = None if due is None else HalfStep(metrics=metrics, seconds=timer.seconds)
-            raise
+    unfinished = Unfinished(step=step, task=task, trained=due, timer=timer, metrics=metrics)
+    if not run.is_rolling:
+        receive(run, unfinished, timer)
     if due is not None and run.needs_publish(step):
         with timer("sync"):
             publish(run)
     timer.stop()
-    return Unfinished(step=step, batch=batch, trained=due, timer=timer, metrics=metrics)
+    return unfinished
 
 
-def receive(run: TrainingRun, task: SamplingTask, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
-    """Wait for the batch of a task. time/wait: how long the trainer had nothing else to do. Raises ServersFailed."""
-    with timer("wait"):
-        sampled = task.join(run)
-    timer.seconds["sample"] = task.seconds
-    if task.evaluation_s is not None:
-        timer.seconds["evaluate"] = task.evaluation_s
-    return take_in(run, sampled, timer, metrics)
+def receive(run: TrainingRun, unfinished: Unfinished, timer: PhaseTimer) -> None:
+    """Wait for the step's batch, where it has one; then the next step is the one that comes next.
+
+    Args:
+        run: the run.
+        unfinished: the step; gets the batch, and how long it was sampled.
+        timer: of the step that is under way. time/wait: how long the trainer had nothing else to do.
+
+    Raises:
+        ServersFailed: with `half_step` set where the update is done and the batch is missing.
+    """
+    task = unfinished.task
+    if task is not None:
+        try:
+            with timer("wait"):
+                sampled = task.join(run)
+        except ServersFailed as failed:
+            if unfinished.trained is not None:
+                failed.half_step = HalfStep(metrics=unfinished.metrics, seconds=unfinished.timer.seconds)
+            raise
+        queued_s = 0.0 if sampled is None else sampled.metrics.get("time/queued", 0.0)
+        unfinished.timer.seconds["sample"] = task.seconds - queued_s
+        if task.evaluation_s is not None:
+            unfinished.timer.seconds["evaluate"] = task.evaluation_s
+        unfinished.batch = take_in(run, sampled, unfinished.timer, unfinished.metrics)
+    run.counters.next_step = unfinished.step + 1
 
 
 def finish(run: TrainingRun, unfinished: Unfinished) -> None:
@@ -172,17 +208,18 @@ def complete_half_step(run: TrainingRun, half_step: HalfStep) -> None:
     Raises ServersFailed, with `half_step` set again.
     """
     assert run.actor.kept_version is not None
-    timer, metrics, step = run.timer(), dict(half_step.metrics), run.counters.next_step
+    timer, step = run.timer(), run.counters.next_step
     timer.seconds |= half_step.seconds
+    task = SamplingTask(run, step, policy_version=run.actor.kept_version)
+    unfinished = Unfinished(step=step, task=task, trained=None, timer=timer, metrics=dict(half_step.metrics))
     try:
-        batch = receive(run, SamplingTask(run, step, policy_version=run.actor.kept_version), timer, metrics)
+        receive(run, unfinished, timer)
     except ServersFailed as failed:
         failed.half_step = half_step
         raise
     if run.needs_publish(step):
         publish(run)
     timer.stop()
-    run.counters.next_step = step + 1
-    finish(run, Unfinished(step=step, batch=batch, trained=None, timer=timer, metrics=metrics))
+    finish(run, unfinished)
     if run.checkpoint_is_due(step + 1):
         save(run)

@@ -18,6 +18,10 @@ from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
 class Sampler(Protocol):
     """What rank 0 asks for batches. In a run it lives in another process, see run/sampling/."""
 
+    def draw(self, step: int) -> None:
+        """Draw the prompts of a batch that `collect` is to make. Where batches are made at the same time, this keeps their order."""
+        ...
+
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         """The batch of one global step. Raises RolloutFailed, WeightsMissing, and what environments and rewards raise."""
         ...
@@ -45,6 +49,10 @@ class LocalSampler:
     held_out_prompts: Sequence[Prompt]
     rollouts: RolloutLog | None  # for people to read
 
+    def draw(self, step: int) -> None:
+        """See Sampler."""
+        self.collector.draw(step)
+
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         """See Sampler."""
         collected = self.collector.collect(step, policy_version=policy_version)
@@ -70,8 +78,8 @@ class LocalSampler:
 
     def close(self) -> None:
         """See Sampler."""
-        self.responder.client.close()
         self.responder.reward.close()
+        self.responder.client.close()
 
 
 def _records(collected: Collected) -> list[RolloutRecord]:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 class Driver(Protocol):
     """What happens on rank 0 alone."""
 
+    def draw(self, step: int) -> None: ...  # the prompts of a batch that is sampled while others are under way
     def collect(self, step: int, *, policy_version: int) -> SampledBatch: ...
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
@@ -58,6 +59,11 @@ class TrainingRun:
     checkpoints: Checkpoints
     at_step: Callable[[int], None] = lambda step: None  # called when a global step begins
     reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
+
+    @property
+    def is_rolling(self) -> bool:
+        """Whether each server takes new weights when it is free, so that two batches may be sampled at once."""
+        return self.config.rollout.publish == "rolling"
 
     @property
     def last_step(self) -> int:

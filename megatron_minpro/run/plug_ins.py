@@ -10,7 +10,7 @@ from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.registry import PlugInError
 from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model
-from megatron_minpro.run.weight_sync import WEIGHT_SYNCS
+from megatron_minpro.run.weight_sync import weight_plug_ins
 from megatron_minpro.tracking.tracker import make_tracker
 
 
@@ -29,7 +29,7 @@ def check_plug_ins(config: RunConfig) -> None:
             check_prompts(section=section, **prompts.model_dump())
         for tracker in config.tracking.trackers:
             make_tracker(tracker, config.run_dir)
-        WEIGHT_SYNCS.find(config.rollout.weight_sync, {}, passed=1)
+        weight_plug_ins(config).find(config.rollout.weight_sync, {}, passed=1)
         if config.model.warm_up is not None:
             base_model.check_plug_ins(config.model.warm_up)
     except PlugInError as error:

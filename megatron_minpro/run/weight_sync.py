@@ -1,22 +1,33 @@
-"""rollout.weight_sync: how new weights travel to the servers. A plug-in is called with a WeightSyncContext and gives a WeightSync."""
+"""rollout.weight_sync: how new weights travel to the servers. A plug-in is called with a WeightSyncContext and gives a WeightSync,
+or with publish: rolling a WeightKeeper.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.policy_folder import export_policy
 from megatron_minpro.config import RunConfig
-from megatron_minpro.registry import PlugIns
+from megatron_minpro.loop.server_weights import RollingWeights, TogetherWeights
+from megatron_minpro.registry import PlugInError, PlugIns
 from parallel.capabilities import detect
+from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
 from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
 
 WEIGHT_SYNCS = PlugIns(
     setting="rollout.weight_sync",
     options="rollout",
     known={"collective": "megatron_minpro.run.weight_sync:collective", "disk": "megatron_minpro.run.weight_sync:disk"},
+)
+
+WEIGHT_KEEPERS = PlugIns(
+    setting="rollout.weight_sync",
+    options="rollout",
+    known={name: f"{function}_keeper" for name, function in WEIGHT_SYNCS.known.items()},
 )
 
 
@@ -31,35 +42,65 @@ class WeightSyncContext:
     admin_key: str | None = field(repr=False)
 
 
-def make_weight_sync(context: WeightSyncContext) -> WeightSync:
-    """The one that rollout.weight_sync names. Raises PlugInError when there is none."""
-    return WEIGHT_SYNCS.find(context.config.rollout.weight_sync, {}, passed=1)(context)
+def weight_plug_ins(config: RunConfig) -> PlugIns:
+    """What rollout.weight_sync may name in this run."""
+    return WEIGHT_KEEPERS if config.rollout.publish == "rolling" else WEIGHT_SYNCS
+
+
+def make_server_weights(context: WeightSyncContext) -> TogetherWeights | RollingWeights:
+    """The way that rollout.weight_sync and rollout.publish name. Raises PlugInError when there is none."""
+    config = context.config
+    made = weight_plug_ins(config).find(config.rollout.weight_sync, {}, passed=1)(context)
+    keys = {"api_key": context.api_key, "admin_key": context.admin_key}
+    dtype = DTYPES[config.rollout.dtype]
+    if config.rollout.publish == "together":
+        return TogetherWeights(made, dtype=dtype, **keys)
+    if not isinstance(made, WeightKeeper):
+        name = config.rollout.weight_sync
+        raise PlugInError("rollout.weight_sync", name, "expected offer, give and forget (rollout/weights/keeper.py) with publish: rolling")
+    return RollingWeights(made, dtype=dtype, **keys)
 
 
 def collective(context: WeightSyncContext) -> WeightSync:
     """Trainer and servers share a process group."""
-    return CollectiveWeightSync(
-        context.endpoints,
-        tp=context.config.rollout.tp,
-        backend=detect().backend,
-        master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        api_key=context.api_key,
-        admin_key=context.admin_key,
-        timeout_s=context.config.rollout.request_timeout_s,
-    )
+    return CollectiveWeightSync(context.endpoints, **_collective_options(context))
+
+
+def collective_keeper(context: WeightSyncContext) -> WeightKeeper:
+    """The trainer shares a process group with each server."""
+    return CollectiveKeeper(context.endpoints, **_collective_options(context))
 
 
 def disk(context: WeightSyncContext) -> WeightSync:
     """The servers read a folder that the trainer writes."""
+    return DiskWeightSync(context.endpoints, **_disk_options(context))
+
+
+def disk_keeper(context: WeightSyncContext) -> WeightKeeper:
+    """Each server reads one of the folders that the trainer writes."""
+    return DiskKeeper(context.endpoints, **_disk_options(context))
+
+
+def _collective_options(context: WeightSyncContext) -> dict[str, Any]:
+    return {
+        "tp": context.config.rollout.tp,
+        "backend": detect().backend,
+        "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        **_common_options(context),
+    }
+
+
+def _disk_options(context: WeightSyncContext) -> dict[str, Any]:
     directory = context.run_dir / "published_weights"
     directory.mkdir(exist_ok=True)
     model = context.config.model
     folder, dtype = Path(model.path), DTYPES[model.dtype]
-    return DiskWeightSync(
-        context.endpoints,
-        write_checkpoint=lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
-        directory=directory,
-        api_key=context.api_key,
-        admin_key=context.admin_key,
-        timeout_s=context.config.rollout.request_timeout_s,
-    )
+    return {
+        "write_checkpoint": lambda path, tensors: export_policy(path, tensors, dtype=dtype, like=folder, replace=True),
+        "directory": directory,
+        **_common_options(context),
+    }
+
+
+def _common_options(context: WeightSyncContext) -> dict[str, Any]:
+    return {"api_key": context.api_key, "admin_key": context.admin_key, "timeout_s": context.config.rollout.request_timeout_s}

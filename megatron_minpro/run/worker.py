@@ -28,6 +28,7 @@ from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import schedule
 from megatron_minpro.loop.counters import RunCounters
 from megatron_minpro.loop.driver import RunDriver
+from megatron_minpro.loop.server_weights import RollingWeights
 from megatron_minpro.loop.servers import evaluate, publish, weights_of
 from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives import make_objective
@@ -48,7 +49,7 @@ from megatron_minpro.run.run_folder import (
     forget_unfinished_attempt,
 )
 from megatron_minpro.run.sampling.process import SamplingProcess
-from megatron_minpro.run.weight_sync import WeightSyncContext, make_weight_sync
+from megatron_minpro.run.weight_sync import WeightSyncContext, make_server_weights
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.sampled_count import read_sampled
@@ -222,17 +223,17 @@ def build_driver(
     endpoints = wait_for_endpoints(run_dir, timeout_s=rollout.start_timeout_s)
     api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
     admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")
-    weight_sync = make_weight_sync(
+    weights = make_server_weights(
         WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
     )
+    if isinstance(weights, RollingWeights):
+        sampling.offer_weights(weights.give)
     cursor = sampling.start(endpoints=endpoints, cursor=cursor_state, next_step=counters.next_step, device_type=detect().device_type)
     return RunDriver(
         config=config,
         run_dir=run_dir,
         sampler=sampling,
-        weight_sync=weight_sync,
-        api_key=api_key,
-        admin_key=admin_key,
+        weights=weights,
         tracker=tracker,
         cursor=cursor,
         trained_batches=counters.trained_batches,
@@ -285,10 +286,11 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
 
 def collective_timeout_s(config: RunConfig) -> float:
     """The ranks that do not sample wait in a collective for the one that does: longer than the start of a server, and than all retries in
-    every round of dynamic sampling and in the held-out measurement, which comes before the batch in the same wait."""
+    every round of dynamic sampling and in the held-out measurement, which comes before the batch in the same wait. With rolling publish a
+    share that goes to another server waits there for a share of the next batch."""
     rollout = config.rollout
     rounds = 1 if rollout.dynamic_sampling is None else rollout.dynamic_sampling.max_rounds
-    times_asked = rounds + (config.evaluation is not None)
+    times_asked = rounds + (config.evaluation is not None) + (rollout.publish == "rolling")
     return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1) * times_asked
 
 

@@ -66,7 +66,7 @@ _UPDATE = "loop/update.py"
 _FINISH = "loop/finish_step.py"
 _OBJECTIVES = "objectives/metrics.py"
 _CORRECTIONS = "objectives/corrections.py"
-_SERVERS = "rollout/client.py"
+_SERVERS = "rollout/reports.py"
 _IDLE = "loop/idle.py"
 
 METRICS: tuple[Metric, ...] = (
@@ -176,7 +176,13 @@ METRICS: tuple[Metric, ...] = (
         "time/evaluate", "s", Combined.WALL, "loop/overlapped.py", "held-out measurement beside training; under schedule: overlapped alone"
     ),
     _metric("time/wait", "s", Combined.WALL, _IDLE, "the trainer has nothing to do and waits for the batch under way"),
-    _metric("time/idle_servers", "s", Combined.WALL, _IDLE, "the servers sample nothing"),
+    _metric(
+        "time/idle_servers",
+        "s",
+        Combined.WALL,
+        _IDLE,
+        "the servers sample nothing; under publish: rolling, where each has its own pace, time/servers_wait",
+    ),
     _metric(
         "time/tail",
         "s",
@@ -190,6 +196,13 @@ METRICS: tuple[Metric, ...] = (
         Combined.WALL,
         _SERVERS,
         "mean over servers: from a server's last response to its first request under newer weights",
+    ),
+    _metric(
+        "time/queued",
+        "s",
+        Combined.WALL,
+        _SERVERS,
+        "until the batch's first request is sent; under publish: rolling until a server has finished its share of the batch before",
     ),
     _metric("time/step", "s", Combined.WALL, _FINISH, "wall time of the whole step; phases overlap under schedule: overlapped"),
     _metric(
@@ -205,7 +218,7 @@ METRICS: tuple[Metric, ...] = (
         Combined.DERIVED,
         _IDLE,
         "(max(time/sample + time/reward, time/score of the step before + time/update) + time/sync) / time/step, under schedule: "
-        "overlapped: 1 when nothing but the longer side takes time",
+        "overlapped: 1 when nothing but the longer side takes time; under publish: rolling the servers take time/step - time/idle_servers",
     ),
 )
 

@@ -59,7 +59,7 @@ class DiskKeeper:
         self._directory = directory
         self._names: dict[int, frozenset[str]] = {}  # of the tensors, by version
         self._syncs = {
-            endpoint: DiskWeightSync([endpoint], write_checkpoint=write_checkpoint, directory=directory, **options)
+            endpoint.rstrip("/"): DiskWeightSync([endpoint], write_checkpoint=write_checkpoint, directory=directory, **options)
             for endpoint in endpoints
         }
 
@@ -100,7 +100,7 @@ class CollectiveKeeper:
             options: of CollectiveWeightSync.
         """
         self._kept: dict[int, list[tuple[str, Tensor]]] = {}
-        self._syncs = {endpoint: CollectiveWeightSync([endpoint], **options) for endpoint in endpoints}
+        self._syncs = {endpoint.rstrip("/"): CollectiveWeightSync([endpoint], **options) for endpoint in endpoints}
         # A new thread begins on the first device, whichever this one works on.
         self._device = torch.cuda.current_device() if options.get("backend") == "nccl" else None
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ def rows(folder: Path) -> list[Row]:
     found = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for name in ("overlapped",):
-            lines = [line for line in replay(base, name) if 1 < line["global_step"] < STEPS - 1]
+        for name, publish_how in (("overlapped", "together"), ("rolling", "rolling")):
+            lines = [line for line in replay(base, name, publish_how) if 1 < line["global_step"] < STEPS - 1]
             steps = [int(line["global_step"]) for line in lines]
             seconds = sum(line["time/step"] for line in lines) / len(lines)
             sync_s = sum(line["time/sync"] for line in lines) / len(lines)
-            ideal = sum(ideal_step_s(name, max(shares[step])) for step in steps) / len(steps) + sync_s
+            ideal = sum(ideal_steps_s(name, shares)[step] for step in steps) / len(steps) + sync_s
             sampled = sum(sum(shares[step]) / SERVERS for step in steps) / len(steps)
             found.append(
                 Row(
@@ -82,13 +83,28 @@ def server_shares() -> list[list[float]]:
     return [[max(trace[step * batch + server : (step + 1) * batch : SERVERS]) for server in range(SERVERS)] for step in range(STEPS)]
 
 
-def ideal_step_s(schedule: str, batch_s: float) -> float:
-    """A step whose batch takes `batch_s`, without its weight sync."""
+def ideal_steps_s(schedule: str, shares: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of each step without its weight sync, at staleness 1.
+
+    Args:
+        schedule: serial, overlapped, or rolling: a server that is done with its share begins the next one.
+        shares: [step][server] seconds.
+    """
     training_s = SCORE_S + UPDATE_S
-    return batch_s + training_s if schedule == "serial" else max(batch_s, training_s)
+    if schedule == "serial":
+        return [max(row) + training_s for row in shares]
+    if schedule == "overlapped":
+        return [max(max(row), training_s) for row in shares]
+    done = [0.0] * len(shares[0])  # when each server is done
+    begins, before = [0.0], 0.0  # when each step begins; when the batch before is complete
+    for step, row in enumerate(shares):
+        done = [max(free, begins[-1]) + seconds for free, seconds in zip(done, row, strict=True)]
+        begins.append(max(begins[-1], before) + (training_s if step else 0.0))
+        before = max(done)
+    return [end - begin for begin, end in pairwise(begins)]
 
 
-def replay(base: Path, name: str) -> list[dict[str, Any]]:
+def replay(base: Path, name: str, publish_how: str) -> list[dict[str, Any]]:
     """The metrics of one run."""
     run_dir = base / name
     run_dir.mkdir(parents=True)
@@ -97,7 +113,7 @@ def replay(base: Path, name: str) -> list[dict[str, Any]]:
         [
             f"output_dir={base}",
             f"name={name}",
-            f"schedule={name}",
+            f"rollout.publish={publish_how}",
             f"model.path={base / 'model'}",
             f"num_global_steps={STEPS}",
             "staleness=1",
@@ -105,7 +121,7 @@ def replay(base: Path, name: str) -> list[dict[str, Any]]:
             "checkpoint.every=1000",
             "tracking.trackers=[]",
             "rollout.servers=0",
-            "rollout.endpoints=[http://127.0.0.1:1]",  # the run folder says which
+            f"rollout.endpoints=[{', '.join(['http://127.0.0.1:1'] * SERVERS)}]",  # the run folder says which
             "rollout.weight_sync=disk",
             f"rollout.prompts_per_step={PROMPTS}",
             f"rollout.group_size={GROUP}",

@@ -47,6 +47,33 @@ def test_requests_are_dealt_to_all_servers_and_groups_stay_together(stub: Callab
     assert servers[0].asked == [f"r{i}#{j}" for i in (0, 2, 4) for j in range(3)]
 
 
+def test_by_outstanding_tokens_a_long_answer_counts_for_many_short_ones(stub: Callable[[Answer], Stub]) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.2)
+        return all_good(body)
+
+    servers = [stub(slow), stub(slow)]
+    client = make_client(*servers, samples_per_call=2, assignment="least_outstanding")
+    requests = [replace(request, max_new_tokens=10 if index else 100) for index, request in enumerate(REQUESTS)]
+    rows = client.generate(requests, SAMPLING, num_samples=2)
+    assert [[generation.request_id for generation in row] for row in rows] == [[f"r{i}"] * 2 for i in range(6)]
+    assert servers[0].asked == ["r0#0", "r0#1"]
+    assert sorted(servers[1].asked) == [f"r{i}#{j}" for i in range(1, 6) for j in range(2)]
+
+
+def test_by_outstanding_tokens_a_fast_server_gets_more(stub: Callable[[Answer], Stub]) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.3)
+        return all_good(body)
+
+    servers = [stub(slow), stub(all_good)]
+    client = make_client(*servers, samples_per_call=1, max_in_flight=2, assignment="least_outstanding")
+    assert [len(row) for row in client.generate(REQUESTS, SAMPLING, num_samples=1)] == [1] * 6
+    assert len(servers[0].bodies) < len(servers[1].bodies)
+    with pytest.raises(ValueError, match="expected 'fixed' with samples_per_call None"):
+        make_client(*servers, assignment="least_outstanding")
+
+
 def test_turns_stay_on_one_server_and_have_own_seeds_and_limits(stub: Callable[[Answer], Stub]) -> None:
     servers = [stub(all_good), stub(all_good)]
     later = [replace(request, turn=2, max_new_tokens=1) for request in REQUESTS[::-1]]
@@ -255,7 +282,7 @@ def test_only_servers_that_hold_the_wanted_weights_are_asked(stub: Callable[[Ans
     assert sorted(good.asked + other_good.asked) == sorted(f"r{i}#{j}" for i in range(6) for j in range(2))
     # Dealt to four servers, as if all held the weights: a call's samples, and so the batches, do not depend on who is there.
     assert sorted(len(body["rid"]) for server in (good, other_good) for body in server.bodies) == [2, 2, 4, 4]
-    assert client.take_report(4) == {"servers/used": 2.0, "servers/retries": 0.0, "time/tail": pytest.approx(0, abs=5)}
+    assert client.take_report(4).items() >= {"servers/used": 2.0, "servers/retries": 0.0}.items()
     assert client.take_report(4) == {"servers/used": 0.0, "servers/retries": 0.0, "time/tail": 0.0}
 
 

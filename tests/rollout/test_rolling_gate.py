@@ -24,7 +24,7 @@ SLOW_S = 0.4
 class Fleet:
     """Stub servers, the weights that each is given, and everything that happens to them, in order."""
 
-    def __init__(self, make: Callable[[Answer], Stub], *, slow: tuple[str, ...] = ()) -> None:
+    def __init__(self, make: Callable[[Answer], Stub], *, slow: tuple[str, ...] = (), **changes: Any) -> None:
         self.happened: list[tuple[str, str, int]] = []  # (server, what, policy version)
         self.refusals: list[str] = []  # servers that do not take weights; one entry for each time
         self.dying: set[str] = set()  # servers that end at their next call
@@ -32,9 +32,8 @@ class Fleet:
         self.names = {server.endpoint: name for name, server in self.servers.items()}
         for server in self.servers.values():
             server.version = "0"
-        self.client = GenerationClient(
-            list(self.names), request_timeout_s=10, max_retries=3, max_in_flight=100, backoff_s=0.01, wait_s=1.5, give=self.give
-        )
+        options = {"request_timeout_s": 10, "max_retries": 3, "max_in_flight": 100, "backoff_s": 0.01, "wait_s": 1.5, **changes}
+        self.client = GenerationClient(list(self.names), give=self.give, **options)
 
     def answer_of(self, name: str, seconds: float) -> Answer:
         def answer(body: dict[str, Any]) -> tuple[int, Any]:
@@ -194,6 +193,19 @@ def test_a_server_that_takes_no_weights_is_left_out_after_three_times(fleet: Cal
     servers.refusals = ["a", "b"] * 3
     with pytest.raises(RolloutFailed, match=r"^no server answered within 1.5 s: http://\S*: policy version 12: .*out of memory; http"):
         servers.sample(12).result(20)
+
+
+def test_no_server_takes_newer_weights_while_calls_are_not_assigned(fleet: Callable[..., Fleet]) -> None:
+    servers = fleet(slow=("b",), samples_per_call=1, max_in_flight=2, assignment="least_outstanding")
+    batches = [servers.sample(4)]
+    servers.wait_until(("a", "asked", 4))
+    batches.append(servers.sample(8))
+    for batch, version in zip(batches, (4, 8), strict=True):
+        assert_whole(batch, version)
+    assert servers.of("a").count(("asked", 4)) > servers.of("b").count(("asked", 4)) > 0
+    for name in "ab":
+        given = [version for what, version in servers.of(name) if what == "given"]
+        assert given in ([4, 8], [4]), "each changes its weights at most once a batch"
 
 
 def test_two_batches_of_one_version_are_never_on_a_server_together(fleet: Callable[..., Fleet]) -> None:

@@ -23,6 +23,7 @@ from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.tracking.rollout_log import RolloutLog
 from rollout.client import GenerationClient
+from rollout.rolling_gate import Give
 from rollout.sglang.server import read_key
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def build_sampler(
     cursor: Mapping[str, Any] | None,
     next_step: int,
     device_type: str,
+    give: Give,
 ) -> LocalSampler:
     """A sampler that continues where a run stands.
 
@@ -71,6 +73,7 @@ def build_sampler(
         cursor: state of the prompt cursor in the checkpoint that is continued; None for a fresh run.
         next_step: the global step that comes next.
         device_type: of the ranks and servers: cuda | cpu.
+        give: puts weights that rank 0 keeps into one server; used with publish: rolling.
 
     Raises:
         ValueError: the cursor's state is of other prompts.
@@ -81,15 +84,18 @@ def build_sampler(
     if rollouts is not None:
         rollouts.truncate_after(next_step - 1)
     rollout = config.rollout
+    assignment = rollout.assignment or ("fixed" if device_type == "cpu" else "least_outstanding")
     client = GenerationClient(
         endpoints,
         api_key=None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path"),
         request_timeout_s=rollout.request_timeout_s,
         max_retries=rollout.max_retries,
-        max_in_flight=_MAX_IN_FLIGHT,
+        max_in_flight=_MAX_IN_FLIGHT if rollout.requests_per_server is None else rollout.requests_per_server * len(endpoints),
         # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
-        samples_per_call=None if device_type == "cpu" else rollout.group_size,
+        samples_per_call=None if device_type == "cpu" and assignment == "fixed" else rollout.group_size,
         wait_s=rollout.start_timeout_s,
+        give=give if rollout.publish == "rolling" else None,
+        assignment=assignment,
     )
     responder = Responder(
         client=client,

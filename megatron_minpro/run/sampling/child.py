@@ -29,10 +29,14 @@ def main(arguments: list[str]) -> None:
     prompts = in_background(lambda: load(config), name="prompts")
     functions: dict[str, Callable[..., Any]] = {}
 
+    def give(endpoint: str, policy_version: int) -> None:
+        """See RollingWeights.give: rank 0 has the weights."""
+        channel.call("give", endpoint, policy_version)
+
     def start(**where: Any) -> dict[str, Any]:
         """See build_sampler. Gives the prompt cursor's state; from now on the sampler can be asked."""
-        sampler = build_sampler(prompts.result(), config, run_dir, **where)
-        for function in (sampler.collect, sampler.measure, sampler.example_tokens, sampler.close):
+        sampler = build_sampler(prompts.result(), config, run_dir, give=give, **where)
+        for function in (sampler.draw, sampler.collect, sampler.measure, sampler.example_tokens, sampler.close):
             functions[function.__name__] = function
         return sampler.collector.cursor.state()
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_minpro.working_folder import child_environment
 from parallel.cuda_environment import without_ours
 from rollout.background import in_background
 from rollout.exec_with_parent import with_parent
+from rollout.rolling_gate import Give
 
 _MODULE = "megatron_minpro.run.sampling.child"
 _END_TIMEOUT_S = 10.0
@@ -41,7 +42,8 @@ class SamplingProcess:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
-        self._channel = Channel(ours, {}, other_side="the sampling process", describe_end=partial(_describe_end, self._popen))
+        self._functions: dict[str, Callable[..., Any]] = {}  # what the process may call
+        self._channel = Channel(ours, self._functions, other_side="the sampling process", describe_end=partial(_describe_end, self._popen))
         self._channel.listen()
         in_background(self._watch, name="end of the sampling process")
 
@@ -49,9 +51,17 @@ class SamplingProcess:
     def pid(self) -> int:
         return self._popen.pid
 
+    def offer_weights(self, give: Give) -> None:
+        """Before `start`, with publish: rolling. give: called in a thread of its own when a server is free for other weights."""
+        self._functions["give"] = give
+
     def start(self, *, endpoints: Sequence[str], cursor: Mapping[str, Any] | None, next_step: int, device_type: str) -> dict[str, Any]:
         """Continue where the run stands; before all else. The state of the prompt cursor. Arguments and errors: build.build_sampler."""
         return self._channel.call("start", endpoints=endpoints, cursor=cursor, next_step=next_step, device_type=device_type)
+
+    def draw(self, step: int) -> None:
+        """See Sampler."""
+        self._channel.call("draw", step)
 
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         """See Sampler. The batch's streams lie in shared memory, and nowhere else once the process has sent them."""

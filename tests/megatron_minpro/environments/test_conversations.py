@@ -39,7 +39,7 @@ class Session:
     """Answers with the last token of the context plus one, and the end token. Keeps what was asked, call by call."""
 
     def __init__(self, *, samples_per_call: int | None = None, slow: Callable[[GenerationRequest], float] = lambda request: 0.0) -> None:
-        self.client = SimpleNamespace(samples_per_call=samples_per_call, is_rolling=False)
+        self.settings = SimpleNamespace(samples_per_call=samples_per_call, is_rolling=False)
         self.open: Counter[str] = Counter()  # conversations under way, by the name of their requests
         self.calls: list[list[GenerationRequest]] = []
         self.slow = slow
@@ -166,7 +166,7 @@ def test_with_small_calls_nobody_waits_for_a_slow_conversation() -> None:
 def test_a_conversation_ends_when_it_is_answered_if_servers_are_rolling(is_rolling: bool) -> None:
     open_at_last: list[int] = []
     session = Session(slow=lambda request: open_at_last.append(session.open.total()) or 0.01)
-    session.client.is_rolling = is_rolling
+    session.settings.is_rolling = is_rolling
     hold(make_environment("single_turn"), session)
     assert open_at_last == ([4, 4, 3, 2] if is_rolling else [4] * 4)
     assert session.open == {"step5-0": 0, "step5-1": 0}

@@ -114,6 +114,9 @@ class FakeDriver:
         if self.asked in self.trouble:
             raise self.trouble[self.asked]
 
+    def draw(self, step: int) -> None:
+        self.diary.append(("draw", step))
+
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         self.diary.append(("sample", step, policy_version))
         self.ask()

@@ -56,7 +56,7 @@ class Client:
     @asynccontextmanager
     async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
         assert policy_version == 4
-        self.sampling, self.client = sampling, self
+        self.sampling, self.settings = sampling, self
         yield self
 
     async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:

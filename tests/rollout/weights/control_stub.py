@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -12,13 +12,14 @@ from typing import Any
 class Stub:
     """A server's control endpoints: it reports its weight version and remembers what it was told.
 
-    answers: path -> what happens there ("refuse": HTTP 400, "hang": no answer for 30 s). refused_version: a version it does not take.
-    Everything else is done at once. parameters: what it says it has.
+    answers: path -> what happens there: "refuse" (HTTP 400), "hang" (no answer for 30 s), "break off" (the connection ends).
+    refused_version: a version it does not take. parameters: the checksums of what it says it has.
+    Everything else is done at once.
     """
 
-    def __init__(self, *, parameters: Sequence[str] = (), **answers: str) -> None:
+    def __init__(self, *, parameters: Mapping[str, str] | None = None, **answers: str) -> None:
         self.version = "0"
-        self.parameters = parameters
+        self.parameters = dict(parameters or {})
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.answers = answers
         self.refused_version = ""
@@ -35,12 +36,15 @@ class Stub:
                 stub.told.append((name, body))
                 if stub.answers.get(name) == "hang":
                     stub.released.wait(30)
+                if stub.answers.get(name) == "break off":
+                    self.close_connection = True
+                    return
                 if stub.answers.get(name) == "refuse" or (stub.refused_version and body.get("new_version") == stub.refused_version):
                     self.answer(400, {"success": False, "message": "group is taken"})
                     return
                 if name == "update_weight_version":
                     stub.version = body["new_version"]
-                self.answer(200, {"ranks": [{"checksums": dict.fromkeys(stub.parameters, "")}]})
+                self.answer(200, {"ranks": [{"checksums": stub.parameters}]})
 
             def answer(self, status: int, body: dict[str, Any]) -> None:
                 content = json.dumps(body).encode()
@@ -60,3 +64,18 @@ class Stub:
     @property
     def steps(self) -> list[str]:
         return [name for name, _ in self.told]
+
+
+def serve_stubs() -> Iterator[Callable[..., Stub]]:
+    """The body of a fixture: makes stubs, and ends them."""
+    made: list[Stub] = []
+
+    def make(**options: Any) -> Stub:
+        made.append(Stub(**options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.released.set()
+        one.server.shutdown()
+        one.server.server_close()

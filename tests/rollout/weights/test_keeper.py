@@ -27,7 +27,7 @@ def weights(value: float) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_each_server_is_given_the_version_that_it_is_to_have(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
-    first, second = control_stub(parameters=["model.norm.weight"]), control_stub(parameters=["model.norm.weight"])
+    first, second = control_stub(parameters={"model.norm.weight": ""}), control_stub(parameters={"model.norm.weight": ""})
     keeper = disk_keeper(tmp_path, first, second)
     for version in (4, 8):
         keeper.offer(version, weights(version))
@@ -43,7 +43,7 @@ def test_each_server_is_given_the_version_that_it_is_to_have(control_stub: Calla
 
 
 def test_a_forgotten_version_cannot_be_given_and_takes_no_room(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = control_stub(parameters=["model.norm.weight"])
+    server = control_stub(parameters={"model.norm.weight": ""})
     for keeper in (disk_keeper(tmp_path, server), CollectiveKeeper([server.endpoint], timeout_s=20)):
         for version in (4, 8):
             keeper.offer(version, weights(version))
@@ -63,7 +63,7 @@ def test_kept_weights_are_a_copy_that_training_does_not_change(control_stub: Cal
 
 
 def test_a_server_that_refuses_weights_can_be_given_them_again(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = control_stub(parameters=["model.norm.weight"], update_weights_from_disk="refuse")
+    server = control_stub(parameters={"model.norm.weight": ""}, update_weights_from_disk="refuse")
     keeper = disk_keeper(tmp_path, server)
     keeper.offer(4, weights(4))
     with pytest.raises(WeightSyncFailed, match=r"policy version 4: no server took it: .*update_weights_from_disk: HTTP 400"):
@@ -77,7 +77,7 @@ def test_a_server_that_refuses_weights_can_be_given_them_again(control_stub: Cal
 
 
 def test_missing_tensors_are_found_before_the_server_is_told(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
-    server = control_stub(parameters=["model.norm.weight", "lost.weight"])
+    server = control_stub(parameters={"model.norm.weight": "", "lost.weight": ""})
     keeper = disk_keeper(tmp_path, server)
     keeper.offer(4, weights(4))
     with pytest.raises(ValueError, match=r"never sent to the server: \['lost.weight'\]"):
