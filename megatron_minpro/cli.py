@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from megatron_minpro.commands import convert, doctor, evaluate, plan, report, scale, serve, train
+from megatron_minpro.commands import convert, doctor, evaluate, plan, rehearse, report, scale, serve, train
 from megatron_minpro.working_folder import without_working_folder
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(convert.app, name="convert")
 app.command("plan")(plan.plan)
+app.command("rehearse")(rehearse.rehearse)
 app.command("scale")(scale.scale)
 app.command("report")(report.report)
 

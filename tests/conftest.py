@@ -27,6 +27,7 @@ GROUPS = (
     ("tests/end_to_end/", "end_to_end"),
     ("tests/rollout/test_servers_under_fire.py", "two_servers"),
     ("tests/parallel/test_actor.py", "actors"),
+    ("tests/parallel/rehearsal/test_layouts.py", "rehearsal"),
     ("tests/parallel/test_megatron_overlay.py", "overlay"),
     ("tests/rollout/sglang/", "one_server"),
     ("tests/parallel/test_converted_checkpoints.py", "converted"),

@@ -116,6 +116,7 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
         f"nodes 1 to {split.trainers} train: {ranks} ranks, {split.gpus_per_node} a node",
         f"nodes {split.trainers + 1} to {split.nodes} serve: {servers} SGLang servers of {config.rollout.tp} GPUs, "
         f"{split.servers_per_node} a node",
+        f"before the first submission: {shlex.join(['minpro', 'rehearse', str(path), '--hardware', hardware, *overrides])}",
     ]
     command = sbatch_command(path, overrides, config.run_dir, split)
     return command, Group(*map(Text, lines), view.describe(plan, [], []))

@@ -117,6 +117,8 @@ def plan(options: PlanOptions) -> None:
         typer.echo(json.dumps({**plan_as_json(result), "splits": splits_as_json(others)}, indent=2))
     else:
         console.print(view.describe(result, [] if result.fits else remedies(result), others))
+        if not plain:
+            console.print(f"minpro rehearse {options.config} runs the code of this layout on fake CUDA tensors, without a GPU", style="dim")
 
 
 def _check_used(options: PlanOptions) -> None:

@@ -27,9 +27,8 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         for samples in batch.mini_batches(num_mini_batches=updates, seed=config.seed):
             lags.append(actor.policy_version - batch.policy_version)
             sequences = [sample.training_sequence() for sample in samples]
-            statistics = minibatch_statistics(actor, sequences, run.objective)
-            loss_fn = make_loss_function(run.objective, statistics)
-            reports.append(actor.update(sequences, loss_fn, learning_rate=training_rate(config.actor, actor.policy_version)))
+            rate = training_rate(config.actor, actor.policy_version)
+            reports.append(train_mini_batch(actor, sequences, run.objective, learning_rate=rate))
     if (min(lags), max(lags)) != (promised.smallest, promised.largest):
         raise RuntimeError(
             f"batch of step {batch.sampled_at_step}: policy lag {min(lags)} to {max(lags)} updates, "
@@ -50,6 +49,14 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         "reward/trained": sum(sample.reward for sample in batch.samples) / len(batch.samples),
         "batch/tokens": tokens,
     }
+
+
+def train_mini_batch(
+    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, learning_rate: float
+) -> UpdateReport:
+    """One optimizer step; before it, a forward pass for the few objectives that must know the whole mini-batch."""
+    statistics = minibatch_statistics(actor, sequences, objective)
+    return actor.update(sequences, make_loss_function(objective, statistics), learning_rate=learning_rate)
 
 
 def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
+from megatron_minpro.loop.update import train_mini_batch
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.worker import build_actor
 from megatron_minpro.scaling.batch import synthetic_sequences
@@ -58,8 +58,7 @@ def measure(config: RunConfig, settings: Settings, layout: ParallelLayout, seque
     objective = make_objective(config.objective.name, **config.objective.options)
 
     def step() -> None:
-        loss_fn = make_loss_function(objective, minibatch_statistics(actor, batch, objective))
-        actor.update(batch, loss_fn, learning_rate=config.actor.optimizer.learning_rate)
+        train_mini_batch(actor, batch, objective, learning_rate=config.actor.optimizer.learning_rate)
 
     for _ in range(settings.warm_up):
         step()
