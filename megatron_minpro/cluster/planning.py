@@ -68,7 +68,7 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
             "cuda_graphs": "none",
             "fp8_attention": False,
         }
-    defaults |= {"spec": "local" if machine.measured else "fused"}
+    defaults |= {"spec": "local" if machine.measured or (run.actor.layers == "local" and not plain) else "fused"}
     chosen = {**defaults, **{key: value for key, value in chosen.items() if value is not None}}
     known: dict[str, tuple[str, ...]] = {
         "precision": PRECISIONS,
@@ -83,6 +83,7 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
             raise ValueError(f"--{option}: {chosen[key]!r} is not known; {nearest(str(chosen[key]), values)}")
     return Training(
         **chosen,
+        on_cpu=machine.measured,
         gradient_bytes=2 if plain and chosen["precision"] != "fp32" else 4,
         chunk_tokens=None if plain else run.actor.logprob_chunk_tokens,
     )

@@ -74,6 +74,7 @@ def _row(values: dict[str, Any]) -> Row:
     training = Training(
         precision=values["precision"],
         spec="fused",
+        on_cpu=False,
         recompute=values.get("recompute", "none"),
         dispatcher=values["dispatcher"],
         overlap=values["overlap"],

@@ -219,6 +219,19 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, pp_rank: int) ->
     )
 
 
+def largest_gradient(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> int:
+    """Elements of the largest gradient that a rank's shard of the optimizer may hold."""
+    dense, expert = _buffers(shape, layout, pp_rank)
+    return max(
+        min(end - start, (bucket_end - bucket_start) // ranks)
+        for buffers, ranks in ((dense, layout.dp * layout.cp), (expert, layout.edp))
+        for buffer in buffers
+        for bucket_start, bucket_end in buffer.buckets
+        for start, end in buffer.parameters
+        if bucket_start <= start < bucket_end
+    )
+
+
 def optimizer_shard(shape: ModelShape, layout: ParallelLayout, rank: int) -> tuple[int, int]:
     """Elements, and pieces of parameters, whose optimizer state this rank keeps: its slice of every bucket, padding left out."""
     place = layout.coordinates(rank)

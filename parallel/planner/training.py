@@ -23,6 +23,7 @@ class Training:
     """One way to train.
 
     spec: whose layers run. "fused": TransformerEngine's; "local": this project's own, which save more for the backward pass.
+    on_cpu: the local layers attend in grids and multiply expert by expert there, not with CUDA's kernels.
     chunk_tokens: tokens whose logits exist at once; None holds the logits of the whole micro-batch (Megatron's own head).
     imbalance: tokens of the busiest expert-parallel rank over the mean; 1 is forced balance.
     overlap: dispatch and combine of one micro-batch run beside the computation of another.
@@ -33,6 +34,7 @@ class Training:
 
     precision: Precision
     spec: Spec
+    on_cpu: bool
     recompute: Recompute
     dispatcher: Dispatcher
     overlap: bool

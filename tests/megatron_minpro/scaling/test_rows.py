@@ -21,7 +21,8 @@ from parallel.planner.training import Training
 SHAPE = read_shape(FOLDER / "qwen3_30b_a3b.json")
 SETTINGS = Settings(routing="forced", mean_tokens=4096, warm_up=1, steps=3, hardware="h100", imbalance=1.0)
 TRAINING = Training(
-    precision="bf16", spec="fused", recompute="none", dispatcher="alltoall", overlap=False, cuda_graphs="none", fp8_attention=False,
+    precision="bf16", spec="fused", on_cpu=False, recompute="none", dispatcher="alltoall", overlap=False, cuda_graphs="none",
+    fp8_attention=False,
     fsdp=False, imbalance=1.0, gradient_bytes=4, chunk_tokens=1024, release=26.06,
 )  # fmt: skip
 
