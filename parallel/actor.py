@@ -6,7 +6,6 @@ Every method is collective: all ranks call it with the same arguments, and get t
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +23,7 @@ from parallel.finite import FiniteWatch
 from parallel.layers.router import check_router_options
 from parallel.layout import ParallelLayout
 from parallel.logprobs import token_logprobs
-from parallel.mcore import (
-    DistributedDataParallel,
-    Float16Module,
-    finalize_model_grads,
-    get_forward_backward_func,
-)
+from parallel.mcore import DistributedDataParallel, Float16Module, finalize_model_grads
 from parallel.megatron_options import check_effect, check_machine_options, check_options
 from parallel.model import ABSENT_FROM_QWEN3, TRANSFORMER_FIELDS, HiddenStateModel, build_model_chunks, transformer_config
 from parallel.optimizer import (
@@ -38,7 +32,6 @@ from parallel.optimizer import (
     apply_settings,
     build_optimizer,
     clip_and_step,
-    gradient_norm,
     set_learning_rate,
 )
 from parallel.optimizer_settings import OptimizerSettings
@@ -46,6 +39,7 @@ from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, sett
 from parallel.packing import MicroBatch, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
+from parallel.schedule import run_micro_batches
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
 from parallel.weight_snapshot import SnapshotPlace, WeightSnapshot
@@ -172,7 +166,6 @@ class MegatronActor:
         self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
         self._optimizer = build_optimizer(self._chunks, settings.optimizer, dtype=settings.dtype, options=optimizer_options)
         self._exporter = WeightExporter(self._local, architecture, layout, groups)
-        self._forward_backward = get_forward_backward_func()
         source_rank = layout.first_rank_of_last_stage
         self._sum_metrics = MetricSum(source_rank=source_rank, control_group=groups.control, device=self._device)
         self._sum_statistics = MetricSum(source_rank=source_rank, control_group=groups.control, device=self._device)
@@ -338,7 +331,7 @@ class MegatronActor:
 
         set_learning_rate(self._optimizer, learning_rate, weight_decay=self.settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
-        grad_norm = gradient_norm(self._optimizer, device=self._device)
+        grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}; {unchanged}")
         clip_and_step(self._optimizer, grad_norm=grad_norm)
@@ -410,39 +403,16 @@ class MegatronActor:
         ]
 
     def _run(self, micro_batches: list[MicroBatch], finish: Callable[..., tuple[Tensor, Tensor, None]], *, forward_only: bool) -> None:
-        """Megatron's schedule over the micro-batches. finish(micro_batch, hidden, module) runs on the last stage.
-
-        Empties the list: a micro-batch that is done is let go, with the attention masks that it keeps under context parallelism.
-        """
-        num_micro_batches = len(micro_batches)
-        longest = max(micro_batch.shard.num_local_tokens for micro_batch in micro_batches)
-        iterators = [_drain(deque(micro_batches)) for _ in self._chunks]
-        micro_batches.clear()
-
-        def forward_step(batches: Iterator[MicroBatch], chunk: DistributedDataParallel, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
-            micro_batch = next(batches)
-            hidden = chunk(
-                input_ids=micro_batch.token_ids_T[None],
-                position_ids=micro_batch.shard.position_T[None],
-                attention_mask=None,
-                packed_seq_params=micro_batch.packed_seq_params,
-            )
-            return hidden, lambda output: finish(micro_batch, output, self._modules[-1])
-
-        self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if self.layout.vpp is not None else iterators[0],
-            model=self._chunks if self.layout.vpp is not None else self._chunks[0],
-            num_microbatches=num_micro_batches,
-            seq_length=longest,
-            micro_batch_size=1,
+        """See `run_micro_batches`. finish(micro_batch, hidden, module) runs on the last stage."""
+        run_micro_batches(
+            self._chunks,
+            micro_batches,
+            lambda micro_batch, hidden: finish(micro_batch, hidden, self._modules[-1]),
+            layout=self.layout,
+            stage=self._groups.coordinates.pp,
+            hidden_size=self.architecture.hidden_size,
             forward_only=forward_only,
         )
-
-
-def _drain(queue: deque[MicroBatch]) -> Iterator[MicroBatch]:
-    while queue:
-        yield queue.popleft()
 
 
 class _Counts(NamedTuple):

@@ -34,6 +34,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -67,6 +68,7 @@ __all__ = [
     "MoEAuxLossAutoScaler",
     "ModuleSpec",
     "OptimizerConfig",
+    "P2PCommunicator",
     "PackedSeqParams",
     "RowParallelLinear",
     "SequentialMLP",

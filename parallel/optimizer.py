@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from parallel.mcore import (
     DistributedDataParallel,
@@ -84,17 +83,6 @@ def set_learning_rate(optimizer: Any, learning_rate: float, *, weight_decay: flo
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
-
-
-@torch.no_grad()
-def gradient_norm(optimizer: Any, *, device: torch.device) -> float:
-    """Collective. Norm of all gradients that `prepare_grads` laid out. Waits for the device once; Megatron's waits once per parameter."""
-    grads = [grad for each in inner_optimizers(optimizer) for grad in each.get_main_grads_for_grad_norm()]
-    squared = torch.zeros(1, device=device)
-    if grads:
-        squared += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32))) ** 2.0
-    dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
-    return squared.item() ** 0.5
 
 
 def clip_and_step(optimizer: Any, *, grad_norm: float) -> None:

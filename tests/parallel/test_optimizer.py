@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.optimizer import apply_settings, build_optimizer, gradient_norm
+from parallel.optimizer import apply_settings, build_optimizer
 from parallel.optimizer_settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, gradient_clip=1.0)
@@ -44,15 +45,14 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sizes", [((7,), (1000,), (33, 5), (1,)), ()])
-def test_the_gradient_norm_is_megatrons_and_read_once(one_rank_group: dist.ProcessGroup, sizes: tuple[tuple[int, ...], ...]) -> None:
-    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+def test_the_gradient_norm_is_megatrons_and_read_once(one_rank_group: dist.ProcessGroup) -> None:
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
 
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(size, generator=generator) * 10.0**power for power, size in enumerate(sizes)]
-    parts = [SimpleNamespace(get_main_grads_for_grad_norm=lambda part=part: part) for part in (grads[:2], grads[2:])]
-    optimizer = SimpleNamespace(chained_optimizers=parts, get_grad_stats_parallel_group=lambda: one_rank_group)
+    grads = [torch.randn(size, generator=generator) * 10.0**power for power, size in enumerate(((7,), (1000,), (33, 5), (1,)))]
     with Reads() as reads:
-        norm = gradient_norm(optimizer, device=torch.device("cpu"))
-    assert norm == get_grad_norm_fp32(grads, grad_stats_parallel_group=one_rank_group)
-    assert reads.count == 1
+        norm = clip_grads.get_grad_norm_fp32(grads, grad_stats_parallel_group=one_rank_group)
+    with mock.patch.object(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm), Reads() as own_reads:
+        assert norm == clip_grads.get_grad_norm_fp32(grads, grad_stats_parallel_group=one_rank_group)
+    assert (reads.count, own_reads.count) == (1, 2)  # on CUDA its own reads every norm besides
