@@ -7,7 +7,7 @@ SHELL := /usr/bin/env bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 CONFIG ?= configs/tiny_moe_cpu.yaml
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 
 TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=4 make test: in four processes, not two"
+	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=2 make test: in two processes, not three"
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
 	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run; ARGS overrides settings of the file"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 collect_ignore = [] if "MINPRO_VLLM_PYTHON" in os.environ else ["vllm"]
 
 # Several workers (make test) share the cores. The tests of one group run in one worker, in order, and share its servers, models and
-# clusters; the longest groups begin first. Every other file is a group of its own.
+# clusters; the longest groups begin first. The longest beginning of a path decides. Every other file is a group of its own.
 GROUPS = (
     ("tests/slurm/", "slurm"),
     ("tests/end_to_end/", "end_to_end"),
     ("tests/rollout/test_servers_under_fire.py", "two_servers"),
+    ("tests/end_to_end/test_calculator.py", "calculator"),  # its own model, so it need not wait for the others
+    ("tests/end_to_end/test_dapo.py", "dapo"),
     ("tests/parallel/test_actor.py", "actors"),
     ("tests/parallel/rehearsal/test_layouts.py", "rehearsal"),
     ("tests/parallel/test_megatron_overlay.py", "overlay"),
@@ -35,6 +38,7 @@ GROUPS = (
     ("tests/megatron_minpro/commands/test_scale.py", "scale"),
 )
 
+SHOWN_GROUPS, SHOWN_S = 20, 5.0  # of the table of times: at most so many rows, of at least so many seconds
 PARITY = "parity"  # the user property of a test that leaves a row for the table below
 PARITY_COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
 
@@ -42,7 +46,8 @@ PARITY_COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "we
 def group_of(nodeid: str) -> str:
     """The group of a test, or of its file."""
     path = nodeid.partition("::")[0]
-    return next((name for prefix, name in GROUPS if path.startswith(prefix)), path)
+    groups = [(len(prefix), name) for prefix, name in GROUPS if path.startswith(prefix)]
+    return max(groups)[1] if groups else path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,8 +69,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where the time went, and how exact the layouts are."""
+    reports = [report for kind in ("passed", "failed", "error", "") for report in terminalreporter.stats.get(kind, ())]
+    _write_times(terminalreporter, reports)
+    _write_parity(terminalreporter, reports)
+
+
+def _write_times(terminalreporter: Any, reports: list[Any]) -> None:
+    """Seconds of each group's tests and fixtures, while others ran beside them."""
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds[group_of(report.nodeid)] += report.duration
+    longest = [(group, spent) for group, spent in seconds.most_common(SHOWN_GROUPS) if spent >= SHOWN_S]
+    if longest:
+        terminalreporter.section("seconds by group of tests (tests/conftest.py)")
+        for group, spent in longest:
+            terminalreporter.write_line(f"{spent:7.0f}  {group}")
+
+
+def _write_parity(terminalreporter: Any, reports: list[Any]) -> None:
     """Largest relative errors against one process of transformers and torch, fp32; weights: absolute, after three steps."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
     rows = [tuple(row) for report in reports for name, row in report.user_properties if name == PARITY and report.when == "call"]
     if not rows:
         return

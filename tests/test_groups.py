@@ -22,6 +22,11 @@ def test_a_folder_is_one_group_and_any_other_file_is_its_own() -> None:
     assert group_of("tests/test_groups.py::test_a") == "tests/test_groups.py"
 
 
+def test_the_longest_beginning_of_a_path_decides() -> None:
+    assert group_of("tests/end_to_end/test_dapo.py::test_a") == "dapo"
+    assert group_of("tests/end_to_end/test_main_job.py::test_a") == "end_to_end"
+
+
 @pytest.mark.parametrize("number", range(8))
 def test_all_tests_of_a_group_meet_in_one_process(number: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     # The folder above the workers' own is the same for all of them: the first test that comes leaves its process there.
