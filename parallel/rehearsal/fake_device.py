@@ -72,13 +72,21 @@ class FakeDevice(TorchDispatchMode):
                     return func(*args, **kwargs)
             return func(*args, **kwargs)
         try:
-            return self._run(func, leaves, structure, tensors, device)
+            return self._run(func, args, kwargs, leaves, structure, tensors, device)
         except UnsupportedOperatorException as error:
             raise NotRehearsable(f"{func} at {call_site()}: torch has no fake kernel for this operator") from error
 
-    def _run(self, func: Any, leaves: list[Any], structure: TreeSpec, tensors: list[Tensor], device: torch.device | None) -> Any:
+    def _run(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        structure: TreeSpec,
+        tensors: list[Tensor],
+        device: torch.device | None,
+    ) -> Any:
         name = func.overloadpacket.__name__
-        args, kwargs = tree_unflatten(leaves, structure)
         twins = self._twins_of(name, tensors)
         self._watch_copies(name, tensors, args, kwargs, device)
         kernel_rules.check(func, tensors, deterministic=self.deterministic)
@@ -90,7 +98,9 @@ class FakeDevice(TorchDispatchMode):
             self.tally.wait("equal")
             return bool(func(*twins)) if _all_known(twins) else True
         try:
-            out = self._shape(func, leaves, structure, tensors)
+            if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+                args, kwargs = tree_unflatten([self._fake_of(leaf) for leaf in leaves], structure)
+            out = self._shape(func, args, kwargs, tensors)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._by_value(func, name, leaves, structure, tensors, twins)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -99,7 +109,11 @@ class FakeDevice(TorchDispatchMode):
                 self.ledger.track(tensor)
         if kernel_rules.is_kernel(func) and any(tensor.device.type == "cuda" for tensor in outputs or tensors):
             self.tally.kernels += 1
-        self._follow(func, name, leaves, structure, tensors, twins, outputs)
+        if outputs and self._follow(func, name, leaves, structure, twins, outputs):
+            return out
+        self._forget_written(func, args, kwargs)
+        if name == "topk":
+            self._balance(tensors[0], outputs[1])
         return out
 
     def _twins_of(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -131,8 +145,7 @@ class FakeDevice(TorchDispatchMode):
         self.tally.guess(f"{tensor.dtype} scalar")
         return 1.0 if tensor.is_floating_point() else False if tensor.dtype == torch.bool else 0
 
-    def _shape(self, func: Any, leaves: Sequence[Any], structure: TreeSpec, tensors: Sequence[Tensor]) -> Any:
-        args, kwargs = tree_unflatten([self._fake_of(leaf) for leaf in leaves], structure)
+    def _shape(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         try:
             with contextlib.nullcontext() if tensors else self.fake:
                 return func(*args, **kwargs)
@@ -195,27 +208,27 @@ class FakeDevice(TorchDispatchMode):
         name: str,
         leaves: Sequence[Any],
         structure: TreeSpec,
-        tensors: Sequence[Tensor],
         twins: Sequence[Tensor | None],
         outputs: Sequence[Tensor],
-    ) -> None:
-        """Twins of the outputs, where all inputs have one; else what is written to loses its own."""
-        followed = func.namespace == "aten" and not name.startswith("_fused")
+    ) -> bool:
+        """Twins of the outputs, where all inputs have one and the outputs are small. Says whether that is so."""
+        if func.namespace != "aten" or name.startswith("_fused") or not _all_known(twins):
+            return False
         filled = name in _FILLS or name in _IN_PLACE_FILLS
-        if outputs and followed and _all_known(twins) and all(is_small(tensor, filled=filled) for tensor in outputs):
-            values = [leaf for leaf in tree_leaves(compute(func, leaves, structure, twins)) if isinstance(leaf, Tensor)]
-            for tensor, value in zip(outputs, values, strict=True):
-                self.twins.give(tensor, value)
-            return
-        args, kwargs = tree_unflatten(list(leaves), structure)
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = args[index] if index < len(args) else kwargs.get(argument.name)
-                for leaf in tree_leaves(written):
-                    if isinstance(leaf, Tensor):
-                        self.twins.forget(leaf)
-        if name == "topk":
-            self._balance(tensors[0], outputs[1])
+        if not all(is_small(tensor, filled=filled) for tensor in outputs):
+            return False
+        values = [leaf for leaf in tree_leaves(compute(func, leaves, structure, twins)) if isinstance(leaf, Tensor)]
+        for tensor, value in zip(outputs, values, strict=True):
+            self.twins.give(tensor, value)
+        return True
+
+    def _forget_written(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What an operator writes to loses its twin."""
+        for index, name in kernel_rules.written_arguments(func):
+            written = args[index] if index < len(args) else kwargs.get(name)
+            for leaf in tree_leaves(written):
+                if isinstance(leaf, Tensor):
+                    self.twins.forget(leaf)
 
     def _balance(self, scores: Tensor, chosen: Tensor) -> None:
         """The router chooses experts by weights that nobody computed: every expert gets equally many tokens."""

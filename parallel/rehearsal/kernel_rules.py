@@ -42,6 +42,13 @@ def is_kernel(operator: Any) -> bool:
     return not (returns and all(alias is not None and not alias.is_write for alias in aliases))
 
 
+@lru_cache(maxsize=4096)
+def written_arguments(operator: Any) -> tuple[tuple[int, str], ...]:
+    """Index and name of every argument that the operator writes to."""
+    arguments = enumerate(operator._schema.arguments)
+    return tuple((index, each.name) for index, each in arguments if each.alias_info is not None and each.alias_info.is_write)
+
+
 def check(operator: Any, tensors: Sequence[Tensor], *, deterministic: bool) -> None:
     """Raises DeviceFault for what the CUDA kernel refuses and the fake kernel lets pass."""
     if not any(tensor.device.type == "cuda" for tensor in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,4 +30,7 @@ def prepare(progress: Callable[[str], None]) -> Rehearsal:
     attention_choice.install()
     from parallel.rehearsal.phases import Rehearsal  # imports Megatron-Core, which must find the stand-ins
 
-    return Rehearsal(device, progress)
+    rehearsal = Rehearsal(device, progress)
+    gc.collect()
+    gc.freeze()  # what was imported stays: every later collection looks at the model alone
+    return rehearsal

@@ -56,6 +56,12 @@ def test_construction_needs_no_more_than_what_stays(result: RehearsalResult) -> 
     assert build.peak < 1.001 * build.after
 
 
+def test_an_update_leaves_no_activations_behind(result: RehearsalResult) -> None:
+    # Megatron keeps a buffer of gathered tokens, 11,264 x 2048 bf16 numbers, and routing maps; the graph of the router must go.
+    buffer = 11264 * 2048 * 2
+    assert result.phase("update").after - result.phase("keep").after < 1.5 * buffer
+
+
 def test_expert_traffic_of_an_update_is_what_a_hand_counts(result: RehearsalResult) -> None:
     traffic = {(each.kind, each.group): each for each in result.phase("update").collectives}["all_to_all", "ep"]
     # 45,056 tokens over cp 4 and sp 2, to 8 experts each; 2048 bf16 numbers out and back and an fp32 probability.
