@@ -125,7 +125,7 @@ def reinforcement_work(run: RunConfig, *, mean_tokens: int | None, colocated: bo
         staleness=run.staleness,
         rollouts=rollouts,
         colocated=colocated,
-        schedule=run.effective_schedule,
+        schedule="rolling" if run.rollout.publish == "rolling" else run.effective_schedule,
         keeps_weights=run.effective_schedule == "overlapped" and run.actor.kept_weights == "device",
     )
 

@@ -28,7 +28,10 @@ def test_json_holds_the_published_step_of_qwen3_30b(capsys: pytest.CaptureFixtur
     assert found["tflops_per_gpu"] == pytest.approx(299.35, rel=0.10)
     stage = found["memory_gb"][0]
     assert stage["total"] == pytest.approx(62.5, rel=0.05)
-    parts = ("parameters", "gradients", "optimizer", "activations", "recomputed", "logits", "dispatch", "context", "rollout", "kept")
+    parts = (
+        *("parameters", "gradients", "optimizer", "activations", "recomputed", "logits"),
+        *("dispatch", "context", "temporary", "rollout", "kept"),
+    )
     assert sum(stage[part] for part in parts) == pytest.approx(stage["total"])
     assert found["fits"]
 
@@ -55,6 +58,9 @@ def test_lengths_of_a_run_give_serial_and_overlapped_time_and_the_split(tmp_path
     assert [(split["world_size"], split["servers"]) for split in document["splits"]] == [(16, 16), (32, 8)]
     assert document["splits"][0]["step_s"] == found["global_step_s"] < document["splits"][1]["step_s"]
     assert found["global_step_s"] == found["overlapped"]["step_s"] < found["serial"]["step_s"]
+    assert plan(*arguments, "rollout.publish=rolling", "--json") == 0
+    rolling = json.loads(capsys.readouterr().out)["rl"]
+    assert rolling["schedule"] == "rolling" and rolling["global_step_s"] == found["rolling"]["step_s"] < found["overlapped"]["step_s"]
     assert plan(*arguments, "actor.kept_weights=pinned_host", "--json") == 0
     assert json.loads(capsys.readouterr().out)["memory_gb"][0]["kept"] == 0
 
