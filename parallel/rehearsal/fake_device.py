@@ -31,10 +31,10 @@ from parallel.rehearsal.faults import DeviceFault, NotRehearsable
 from parallel.rehearsal.groups import FakeGroups
 from parallel.rehearsal.ledger import MemoryLedger
 from parallel.rehearsal.tally import Tally
-from parallel.rehearsal.twins import Twins, compute, is_small
+from parallel.rehearsal.twins import Twins, compute, is_small, is_zeros, zeros
 
 _FILLS = frozenset(("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"))
-_FILLS_OF_FLOATS = frozenset(("zeros_like", "new_zeros"))
+_ZEROS = frozenset(("zeros_like", "new_zeros"))
 _IN_PLACE_FILLS = frozenset(("zero_", "fill_"))
 # Of these only the shape of the result is asked for, so unknown floats do.
 _SHAPES_BY_VALUE = frozenset(("masked_select", "index", "repeat_interleave"))
@@ -112,19 +112,19 @@ class FakeDevice(TorchDispatchMode):
         if outputs and self._follow(func, name, leaves, structure, twins, outputs):
             return out
         self._forget_written(func, args, kwargs)
-        if name == "topk":
+        if name in _ZEROS:
+            self.twins.give(outputs[0], zeros(outputs[0]))
+        elif name == "topk":
             self._balance(tensors[0], outputs[1])
         return out
 
     def _twins_of(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """Values of the inputs. What is filled needs none, so a fill gives a tensor its first twin."""
         twins = [self.twins.of(tensor) for tensor in tensors]
-        if _all_known(twins) or not tensors or not is_small(tensors[0], filled=True):
+        if _all_known(twins) or not tensors or not is_small(tensors[0]):
             return twins
         first = tensors[0]
-        fills = name in _FILLS and (not first.is_floating_point() or name in _FILLS_OF_FLOATS)
-        fills_in_place = name in _IN_PLACE_FILLS and len(tensors) == 1 and first._base is None
-        if fills or fills_in_place:
+        if name in _FILLS or (name in _IN_PLACE_FILLS and len(tensors) == 1 and first._base is None):
             twins[0] = torch.empty(first.shape, dtype=first.dtype)
         return twins
 
@@ -214,8 +214,9 @@ class FakeDevice(TorchDispatchMode):
         """Twins of the outputs, where all inputs have one and the outputs are small. Says whether that is so."""
         if func.namespace != "aten" or name.startswith("_fused") or not _all_known(twins):
             return False
-        filled = name in _FILLS or name in _IN_PLACE_FILLS
-        if not all(is_small(tensor, filled=filled) for tensor in outputs):
+        if not all(map(is_small, outputs)):
+            return False
+        if kernel_rules.written_arguments(func) and any(map(is_zeros, twins)):
             return False
         values = [leaf for leaf in tree_leaves(compute(func, leaves, structure, twins)) if isinstance(leaf, Tensor)]
         for tensor, value in zip(outputs, values, strict=True):

@@ -18,14 +18,22 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 _CPU = torch.device("cpu")
 _INTEGER_BYTES = 64 << 20
 _FLOAT_BYTES = 1 << 16
-_FILLED_BYTES = 16 << 20
 _DEVICE_ONLY = ("pin_memory", "non_blocking")
 
 
-def is_small(tensor: Tensor, *, filled: bool = False) -> bool:
-    """Small enough for a twin. filled: with one value, as maps begin."""
-    limit = _FILLED_BYTES if filled else _FLOAT_BYTES
-    return tensor.numel() * tensor.element_size() <= (limit if tensor.is_floating_point() else _INTEGER_BYTES)
+def is_small(tensor: Tensor) -> bool:
+    """Small enough for a twin."""
+    return tensor.numel() * tensor.element_size() <= (_FLOAT_BYTES if tensor.is_floating_point() else _INTEGER_BYTES)
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    """A twin of zeros that takes one number's memory, however large the tensor is: maps begin as zeros. It cannot be written to."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def is_zeros(twin: Tensor | None) -> bool:
+    """Whether it was made by `zeros`."""
+    return twin is not None and twin.numel() > 1 and not any(twin.stride())
 
 
 class Twins:
