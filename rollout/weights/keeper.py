@@ -52,9 +52,11 @@ class DiskKeeper:
         """
         Args:
             endpoints: base URLs.
-            write_checkpoint, directory: as for DiskWeightSync.
+            write_checkpoint, directory: as for DiskWeightSync. What is left there of an earlier attempt is deleted.
             options: of DiskWeightSync: api_key, admin_key, timeout_s.
         """
+        for folder in directory.glob("version_*"):  # of an earlier attempt
+            shutil.rmtree(folder)
         self._write_checkpoint = write_checkpoint
         self._directory = directory
         self._names: dict[int, frozenset[str]] = {}  # of the tensors, by version
@@ -84,7 +86,7 @@ class DiskKeeper:
             shutil.rmtree(self._folder(policy_version))
 
     def close(self) -> None:
-        """Nothing is kept open. The folders stay until the next run of the same name writes them anew."""
+        """Nothing is kept open."""
 
     def _folder(self, policy_version: int) -> Path:
         return self._directory / f"version_{policy_version}"

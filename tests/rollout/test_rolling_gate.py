@@ -18,7 +18,7 @@ from rollout.records import Generation
 from rollout.weights.weight_sync import WeightSyncFailed
 from tests.rollout.generate_stub import REQUESTS, SAMPLING, Answer, Stub, answers_of
 
-SLOW_S = 0.4
+SLOW_S = 0.3
 
 
 class Fleet:
@@ -32,7 +32,7 @@ class Fleet:
         self.names = {server.endpoint: name for name, server in self.servers.items()}
         for server in self.servers.values():
             server.version = "0"
-        options = {"request_timeout_s": 10, "max_retries": 3, "max_in_flight": 100, "backoff_s": 0.01, "wait_s": 1.5, **changes}
+        options = {"request_timeout_s": 10, "max_retries": 3, "max_in_flight": 100, "backoff_s": 0.01, "wait_s": 0.6, **changes}
         self.client = GenerationClient(list(self.names), give=self.give, **options)
 
     def answer_of(self, name: str, seconds: float) -> Answer:
@@ -78,7 +78,8 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(stub: Callable[[Answer], Stub]) -> Iterator[Callable[..., Fleet]]:
+def fleet(stub: Callable[[Answer], Stub], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fleet]]:
+    monkeypatch.setattr("rollout.rolling_gate._LOOK_AGAIN_S", 0.05)
     made: list[Fleet] = []
 
     def make(**options: Any) -> Fleet:
@@ -191,7 +192,7 @@ def test_a_server_that_takes_no_weights_is_left_out_after_three_times(fleet: Cal
     assert_whole(servers.sample(8), 8)
     assert servers.of("a") == [("given", 8), ("asked", 8)]
     servers.refusals = ["a", "b"] * 3
-    with pytest.raises(RolloutFailed, match=r"^no server answered within 1.5 s: http://\S*: policy version 12: .*out of memory; http"):
+    with pytest.raises(RolloutFailed, match=r"^no server answered within 0.6 s: http://\S*: policy version 12: .*out of memory; http"):
         servers.sample(12).result(20)
 
 
@@ -239,8 +240,8 @@ def test_dead_servers_are_waited_for_until_the_deadline(fleet: Callable[..., Fle
     servers = fleet()
     for server in servers.servers.values():
         server.version = None
-    with pytest.raises(RolloutFailed, match=r"^no server answered within 1.5 s: http://\S*: HTTP 503; http://\S*: HTTP 503$"):
+    with pytest.raises(RolloutFailed, match=r"^no server answered within 0.6 s: http://\S*: HTTP 503; http://\S*: HTTP 503$"):
         servers.sample(4).result(20)
-    threading.Timer(0.5, lambda: setattr(servers.servers["b"], "version", "-1")).start()
+    threading.Timer(0.2, lambda: setattr(servers.servers["b"], "version", "-1")).start()
     assert_whole(servers.sample(4), 4)
     assert servers.of("a") == []
