@@ -47,8 +47,10 @@ def trained(batch: TokenBatch, x_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
 
 
 def ratio(log_ratio_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """exp of a log ratio held within MAX_LOG_RATIO. Outside it has no gradient."""
-    return log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    """exp of a log ratio held within MAX_LOG_RATIO. Outside it has no gradient, on the bound itself it has."""
+    # Not a clamp of the value with gradient: on its bound torch 2.13 gives a gradient of 1, torch 2.14.1 of 0.
+    within_T = log_ratio_T.abs() <= MAX_LOG_RATIO
+    return torch.where(within_T, log_ratio_T, log_ratio_T.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp()
 
 
 def scan_batch(
