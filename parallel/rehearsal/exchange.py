@@ -103,7 +103,6 @@ class Exchange:
                     twin.mul_(size)
         elif name.startswith("recv"):
             for tensor in arguments[0]:
-                # Shapes that a pipeline stage is told are put in place by pipeline_shapes.py; they only must be readable.
                 twins.write(tensor, None if tensor.is_floating_point() else torch.zeros(tensor.shape, dtype=tensor.dtype))
         elif name not in ("broadcast_", "send"):
             for output in tree_leaves(arguments[0]):

@@ -23,13 +23,12 @@ from parallel.actor import ActorSettings, LossFunction, MegatronActor, TokenFunc
 from parallel.capabilities import detect
 from parallel.optimizer import inner_optimizers
 from parallel.packing import MicroBatch, TokenSequence
-from parallel.rehearsal import ledger_kinds, other_ranks
+from parallel.rehearsal import ledger_kinds, other_ranks, saved_parameters
 from parallel.rehearsal.call_site import raised_at
 from parallel.rehearsal.fake_device import FakeDevice
 from parallel.rehearsal.faults import DeviceFault, NotRehearsable
 from parallel.rehearsal.groups import FakeGroups
 from parallel.rehearsal.ledger import MemoryLedger, PhaseMemory
-from parallel.rehearsal.pipeline_shapes import PipelineShapes
 from parallel.rehearsal.request import RehearsalRequest
 from parallel.rehearsal.result import Collective, Fault, Occurrence, PhaseResult, RehearsalResult
 from parallel.rehearsal.tally import Tally
@@ -82,14 +81,13 @@ class Rehearsal:
     def __init__(self, device: FakeDevice, progress: Callable[[str], None]) -> None:
         self._device = device
         self._progress = progress
-        self._shapes = PipelineShapes()
         self._request: RehearsalRequest | None = None
         self._heard: Any = None  # what the source of the next broadcast would say
         groups = FakeGroups(self._answer, lambda: self._heard, lambda key: self._device.tally.collective(key, 0))
         groups.install()
         device.connect(groups)
-        self._shapes.install()
         other_ranks.install()
+        saved_parameters.install()
 
     def run(self, request: RehearsalRequest) -> RehearsalResult:
         """Raises NotRehearsable for what the rehearsal cannot do, ValueError for a request that the actor refuses."""
@@ -99,8 +97,9 @@ class Rehearsal:
             RANK=str(request.rank), WORLD_SIZE=str(layout.world_size), LOCAL_RANK=str(request.rank % torch.cuda.device_count())
         )
         self._device.deterministic = request.deterministic
+        torch.use_deterministic_algorithms(request.deterministic)
         self._device.ledger = MemoryLedger()  # Megatron's modules outlive their model in parts
-        run = _Run(request, self._device, self._shapes, self._hear, self._progress)
+        run = _Run(request, self._device, self._hear, self._progress)
         fault = None
         with self._device, torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor):
             try:
@@ -143,13 +142,11 @@ class _Run:
         self,
         request: RehearsalRequest,
         device: FakeDevice,
-        shapes: PipelineShapes,
         hear: Callable[[Any], None],
         progress: Callable[[str], None],
     ) -> None:
         self._request = request
         self._device = device
-        self._shapes = shapes
         self._hear = hear
         self._progress = progress
         self.phase = "groups"
@@ -218,9 +215,6 @@ class _Run:
 
     def _announce(self, tokens: list[int]) -> None:
         self.tokens = tokens
-        layout = self._request.layout
-        stage = layout.coordinates(self._request.rank).pp
-        self._shapes.expect(tokens, layout, stage=stage, hidden_size=self._request.architecture.hidden_size)
 
     def _mark_state(self, actor: MegatronActor) -> None:
         """What outlives a step: Megatron's flat buffers, and what its optimizers keep."""

@@ -39,6 +39,7 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "balance loss": request(
         MOE, world_size=2, ep=2, megatron_options={"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}
     ),
+    "deterministic": request(MOE, world_size=8, tp=2, cp=2, ep=4, deterministic=True),
     "kept weights": request(MOE, world_size=2, ep=2, kept_weights="device"),
     "offloaded optimizer": request(
         DENSE, world_size=2, megatron_options={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
@@ -87,6 +88,22 @@ def test_state_of_a_dense_model_weighs_what_a_hand_counts(results: dict[str, Reh
     assert held["gradients"] == pytest.approx(4 * numel, abs=4096)
 
 
+@pytest.mark.parametrize("name", [name for name in REQUESTS if name != "offloaded optimizer"])  # it waits for copies to the host
+def test_the_host_seldom_waits_for_the_device(name: str, results: dict[str, RehearsalResult]) -> None:
+    asked, result = REQUESTS[name], results[name]
+    moe_layers = asked.model["num_hidden_layers"] // asked.layout.pp if "num_experts" in asked.model else 0
+    for phase, passes, once in (("score", 1, 2), ("update", 2 if asked.recompute == "full" else 1, 3)):
+        waits = results[name].phase(phase).waits
+        of_layers = [wait for wait in waits if "moe/" in wait.site or "token_permutation" in wait.site]
+        elsewhere = sum(wait.count for wait in waits if wait not in of_layers)
+        # A MoE layer reads how many tokens its experts got.
+        assert sum(wait.count for wait in of_layers) == moe_layers * passes * result.micro_batches, waits
+        # Once per pass: whether a log-prob is NaN; the results, or sums of metrics and the gradient norm.
+        assert elsewhere <= 3 * result.micro_batches + once, waits
+    [norm] = [wait for wait in result.phase("update").waits if "clip_grads" in wait.site]
+    assert norm.count == 1
+
+
 def test_moments_of_an_offloaded_optimizer_leave_the_device(results: dict[str, RehearsalResult]) -> None:
     held = results["offloaded optimizer"].phase("update").by_kind
     # Megatron leaves the fp32 master weights of this rank's half there: 4 bytes of every second parameter, parameters being bf16.
@@ -121,7 +138,7 @@ def test_stages_of_a_pipeline_send_and_receive_whole_micro_batches(results: dict
     result = results["pp first"]
     sent = next(each for each in result.phase("update").collectives if each.kind == "send")
     received = next(each for each in result.phase("update").collectives if each.kind == "recv")
-    assert sent.calls == received.calls == 2 * result.micro_batches  # a shape and a tensor each
+    assert sent.calls == received.calls == result.micro_batches  # a tensor each; shapes are known (stage_shapes.py)
     assert sent.bytes_in == received.bytes_in
 
 
