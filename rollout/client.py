@@ -24,7 +24,7 @@ import httpx
 from rollout.event_loop import BackgroundLoop, Result
 from rollout.gate import Gate, RolloutFailed, SessionGate, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
-from rollout.reports import Reports
+from rollout.reports import ServerClock, SessionReport
 from rollout.rolling_gate import Give, RollingServers
 from rollout.session import RETRIED_STATUS, Arrived, Assignment, GenerationSession, OnGeneration, SessionSettings, run_all
 from rollout.sglang.control import KEEPALIVE
@@ -103,7 +103,8 @@ class GenerationClient:
         self._request_timeout_s = request_timeout_s
         self._wait_s = wait_s
         self._arrived: dict[tuple[int, SamplingParams], Arrived] = {}  # of sessions that are open or broke off
-        self._reports = Reports()
+        self._clock = ServerClock()
+        self.last_report: dict[str, float] = {}  # metrics of the session that ended last
         self._tokens_under_way = [0] * len(self.endpoints)
         self._loop = None if give is None else BackgroundLoop(name="sessions")
         self._rolling = None if give is None else RollingServers(self.endpoints, give=give, wait_s=wait_s)
@@ -163,14 +164,11 @@ class GenerationClient:
         arrived = Arrived(policy_version, sampling)
         if policy_version is not None:
             arrived = self._arrived.setdefault((policy_version, sampling), arrived)
-        self._reports.opened(policy_version)
         async with self._connections() as http, self._gate(http, policy_version) as gate:
-            yield self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None)
+            session = self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None)
+            yield session
         self._arrived.clear()
-
-    def take_report(self, policy_version: int | None = None) -> dict[str, float]:
-        """Metrics of the sessions of one version since the last report of it, see Reports.take."""
-        return self._reports.take(policy_version)
+        self.last_report = session.metrics()
 
     def stream(self, requests: Iterable[GenerationRequest], sampling: SamplingParams, *, on_generation: OnGeneration) -> None:
         """One response for each request, handed over in order of arrival, in this thread, and then forgotten.
@@ -204,7 +202,7 @@ class GenerationClient:
     def _open(self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool) -> GenerationSession:
         return GenerationSession(
             settings=self._settings,
-            reports=self._reports,
+            report=SessionReport(policy_version=arrived.policy_version, clock=self._clock),
             tokens_under_way=self._tokens_under_way,
             http=http,
             arrived=arrived,

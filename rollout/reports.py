@@ -1,74 +1,70 @@
-"""How the servers fared, by policy version: metrics of the batch that was sampled under it."""
+"""How the servers fared in one session, as metrics of a batch."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 
-
-@dataclass(slots=True)
-class _Report:
-    """Of the sessions of one policy version since the last report."""
-
-    num_retries: int = 0
-    servers_used: set[str] = field(default_factory=set)
-    waits: dict[str, float] = field(default_factory=dict)  # by server: seconds without work before the first request
-    opened_at: float = 0.0  # the latest session, as the next two fields
-    first_call_at: float | None = None
-    last_response_at: dict[str, float] = field(default_factory=dict)  # by server
+_VERSIONS = 4  # of which waits are remembered: more than are ever sampled at once
 
 
-class Reports:
-    """Of one client."""
+class ServerClock:
+    """When each server of a client had something to do; shared by all sessions."""
 
     def __init__(self) -> None:
-        self._reports: dict[int | None, _Report] = {}
         self._last_answers: dict[str, tuple[int | None, float]] = {}  # by server: policy version and time of its last response
-
-    def opened(self, policy_version: int | None) -> None:
-        """A session begins."""
-        report = self._of(policy_version)
-        report.opened_at, report.first_call_at = time.monotonic(), None
-        report.last_response_at.clear()
+        self._waits: dict[int | None, dict[str, float]] = {}  # by policy version and server: see `waits`
 
     def called(self, policy_version: int | None, endpoint: str) -> None:
         """A call is made to a server."""
         now = time.monotonic()
-        report = self._of(policy_version)
-        if report.first_call_at is None:
-            report.first_call_at = now
         last_version, at = self._last_answers.get(endpoint, (policy_version, now))
         if last_version != policy_version:
-            report.waits.setdefault(endpoint, now - at)
+            self._waits.setdefault(policy_version, {}).setdefault(endpoint, now - at)
+            while len(self._waits) > _VERSIONS:
+                del self._waits[next(iter(self._waits))]
 
     def answered(self, policy_version: int | None, endpoint: str) -> None:
         """A response came, whole."""
-        now = time.monotonic()
-        report = self._of(policy_version)
-        report.servers_used.add(endpoint)
-        report.last_response_at[endpoint] = now
-        self._last_answers[endpoint] = (policy_version, now)
+        self._last_answers[endpoint] = (policy_version, time.monotonic())
 
-    def sent_again(self, policy_version: int | None, num_requests: int) -> None:
-        """Requests failed and are sent again."""
-        self._of(policy_version).num_retries += num_requests
+    def waits(self, policy_version: int | None) -> list[float]:
+        """For each server: seconds from its last response under other weights to its first request under these."""
+        return list(self._waits.get(policy_version, {}).values())
 
-    def take(self, policy_version: int | None) -> dict[str, float]:
-        """Metrics of the sessions of one version since its last report.
 
-        servers/used: servers that gave at least one response; servers/retries: requests that were sent again; time/tail: in the last
-        session, from the first server's last response to the last response of all; time/queued: from its beginning to its first request;
-        time/servers_wait: from a server's last response under other weights to its first request under these, mean over servers.
+@dataclass(slots=True, kw_only=True)
+class SessionReport:
+    """What a session notes down while it goes."""
+
+    policy_version: int | None
+    clock: ServerClock
+    opened_at: float = field(default_factory=time.monotonic)
+    first_call_at: float | None = None
+    last_response_at: dict[str, float] = field(default_factory=dict)  # by server
+
+    def called(self, endpoint: str) -> None:
+        """A call is made to a server."""
+        self.clock.called(self.policy_version, endpoint)
+        if self.first_call_at is None:
+            self.first_call_at = time.monotonic()
+
+    def answered(self, endpoint: str) -> None:
+        """A response came, whole."""
+        self.clock.answered(self.policy_version, endpoint)
+        self.last_response_at[endpoint] = time.monotonic()
+
+    def metrics(self, *, num_retries: int) -> dict[str, float]:
+        """servers/used: that gave at least one response. servers/retries: `num_retries`.
+
+        time/tail: from the first server's last response to the last response of all. time/queued: from the session's beginning to its
+        first request. time/servers_wait: mean over servers of ServerClock.waits, where there are any.
         """
-        report = self._reports.pop(policy_version, _Report())
-        ends, waits = report.last_response_at.values(), report.waits.values()
+        ends, waits = self.last_response_at.values(), self.clock.waits(self.policy_version)
         return {
-            "servers/used": float(len(report.servers_used)),
-            "servers/retries": float(report.num_retries),
+            "servers/used": float(len(ends)),
+            "servers/retries": float(num_retries),
             "time/tail": max(ends, default=0.0) - min(ends, default=0.0),
-            **({} if report.first_call_at is None else {"time/queued": report.first_call_at - report.opened_at}),
+            "time/queued": 0.0 if self.first_call_at is None else self.first_call_at - self.opened_at,
             **({"time/servers_wait": sum(waits) / len(waits)} if waits else {}),
         }
-
-    def _of(self, policy_version: int | None) -> _Report:
-        return self._reports.setdefault(policy_version, _Report())

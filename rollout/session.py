@@ -16,7 +16,7 @@ import httpx
 from rollout.gate import RolloutFailed, SessionGate
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.refusals import refusal
-from rollout.reports import Reports
+from rollout.reports import SessionReport
 from rollout.sglang.generate import read_generation, request_body
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class GenerationSession:
     """What `GenerationClient.session` opens. Several `generate` calls may run at once."""
 
     settings: SessionSettings
-    reports: Reports
+    report: SessionReport
     tokens_under_way: list[int]  # by number of the server, shared by all sessions
     http: httpx.AsyncClient
     arrived: Arrived
@@ -117,6 +117,10 @@ class GenerationSession:
 
     def _deal_home(self, request_id: str) -> None:
         self.homes.setdefault(request_id, len(self.homes) % len(self.settings.endpoints))
+
+    def metrics(self) -> dict[str, float]:
+        """How the servers fared so far, see SessionReport.metrics."""
+        return self.report.metrics(num_retries=self.arrived.retries.total())
 
     async def fill(self, requests: Sequence[GenerationRequest], turn: int | None, keep: OnGeneration) -> None:
         """Get all of `requests`. Whatever fails in an attempt goes into the next one, to the next server.
@@ -210,7 +214,6 @@ class GenerationSession:
     async def _prepare_retry(self, requests: Sequence[GenerationRequest], attempts: int) -> None:
         """Give up or pause, and look whether the server that failed may be asked again."""
         settings, retries = self.settings, self.arrived.retries
-        self.reports.sent_again(self.gate.policy_version, len(requests))
         for request in requests:
             endpoint, reason = self.failures[request]
             if retries[request] > settings.max_retries:
@@ -222,7 +225,7 @@ class GenerationSession:
 
     async def _attempt(self, requests: Sequence[GenerationRequest], endpoint: str, keep: OnGeneration) -> list[GenerationRequest]:
         """One HTTP call. Keeps what came back whole; returns the requests to send again."""
-        self.reports.called(self.gate.policy_version, endpoint)
+        self.report.called(endpoint)
         for request in requests:
             self.first_sent.setdefault(request, time.monotonic())
         try:
@@ -250,7 +253,7 @@ class GenerationSession:
                 self._note_failure(request, endpoint, f"{reason}, wanted is {self.gate.policy_version}")
                 again.append(request)
             else:
-                self.reports.answered(self.gate.policy_version, endpoint)
+                self.report.answered(endpoint)
                 del self.first_sent[request]
                 self.failures.pop(request, None)
                 keep(request, generation)

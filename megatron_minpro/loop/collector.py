@@ -92,10 +92,11 @@ class Collector:
 
     def _collect(self, step: int, policy_version: int) -> Collected:
         groups: list[list[tuple[str, Judged]]] = []  # with their sample ids, in the order they were asked for
-        numbers, reward_s, rounds = count(), 0.0, 0
-        while missing := self._missing_groups(groups, rounds):
+        numbers, reward_s = count(), 0.0
+        fared: list[Mapping[str, float]] = []  # the servers, round by round
+        while missing := self._missing_groups(groups, rounds := len(fared)):
             prompts, cursor = self._drawn.pop(step) if step in self._drawn else self._draw(missing)
-            responses, seconds = self._responder.respond(
+            responses = self._responder.respond(
                 prompts,
                 num_samples=self._group_size,
                 max_new_tokens=self._max_new_tokens,
@@ -106,17 +107,17 @@ class Collector:
                 request_prefix=f"step{step}-round{rounds}" if rounds else f"step{step}",
                 policy_version=policy_version,
             )
-            named = [(f"step{step}-{next(numbers)}", response) for response in responses]
+            named = [(f"step{step}-{next(numbers)}", response) for response in responses.judged]
             groups += [named[start : start + self._group_size] for start in range(0, len(named), self._group_size)]
-            reward_s += seconds
-            rounds += 1
+            reward_s += responses.reward_s
+            fared.append(responses.servers)
         useful = [self._is_useful(group) for group in groups]
         chosen = choose_groups(useful, self._prompts_per_step)
         trained = [item for group in chosen for item in groups[group]]
         dropped = [item for group in range(len(groups)) if group not in chosen for item in groups[group]]
         equal_groups = sum(not useful[group] for group in chosen)
         if equal_groups:
-            log.warning("step %d: %d equal groups stay in the batch after %d rounds of sampling", step, equal_groups, rounds)
+            log.warning("step %d: %d equal groups stay in the batch after %d rounds of sampling", step, equal_groups, len(fared))
         rewards = torch.tensor([result.reward for _, (_, result) in trained], dtype=torch.float32)
         advantages = self._advantages(rewards.view(-1, self._group_size)).reshape(-1).tolist()
         batch = RolloutBatch(
@@ -131,9 +132,9 @@ class Collector:
             reward_s=reward_s,
             cursor=cursor,
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
-            rounds=rounds,
+            rounds=len(fared),
             equal_groups=equal_groups,
-            servers=self._responder.client.take_report(policy_version),
+            servers=_over_rounds(fared),
         )
 
     def _draw(self, num_prompts: int) -> Drawn:
@@ -150,6 +151,16 @@ class Collector:
             return True
         by_reward = self._dynamic_sampling.equal == "reward"
         return len({result.reward if by_reward else result.correct for _, (_, result) in group}) > 1
+
+
+def _over_rounds(fared: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The batch begins with its first round and ends with the tail of its last one."""
+    return {
+        **fared[0],
+        "time/tail": fared[-1]["time/tail"],
+        "servers/used": max(servers["servers/used"] for servers in fared),
+        "servers/retries": sum(servers["servers/retries"] for servers in fared),
+    }
 
 
 def _sample(sample_id: str, judged: Judged, advantage: float) -> Sample:

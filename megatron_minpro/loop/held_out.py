@@ -43,7 +43,7 @@ def measure(
         RolloutFailed, WeightsMissing, RuntimeError: as the responder.
     """
     num_samples = config.samples_per_prompt
-    responses, _ = responder.respond(
+    responses = responder.respond(
         prompts,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
@@ -52,7 +52,7 @@ def measure(
         seed=seed,
         request_prefix="evaluation",
         policy_version=policy_version,
-    )
+    ).judged
     correct = [
         sum(result.correct for _, result in responses[start : start + num_samples]) for start in range(0, len(responses), num_samples)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,15 @@ from rollout.client import GenerationClient
 from rollout.records import SamplingParams
 
 Judged = tuple[Conversation, RewardResult]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """What `Responder.respond` gives."""
+
+    judged: list[Judged]  # prompt by prompt
+    reward_s: float  # of judging after the last conversation's end
+    servers: Mapping[str, float]  # metrics: how the servers fared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +48,8 @@ class Responder:
         seed: int,
         request_prefix: str,
         policy_version: int,
-    ) -> tuple[list[Judged], float]:
-        """`num_samples` judged conversations on every prompt, prompt by prompt; and the seconds of judging after the last one's end.
+    ) -> Responses:
+        """`num_samples` judged conversations on every prompt.
 
         Args:
             prompts: what to ask.
@@ -66,9 +75,9 @@ class Responder:
             ended_at = time.perf_counter()
             return conversation, await self.reward.judge(conversation) if isinstance(self.reward, RewardOnArrival) else None
 
-        async def ask() -> list[tuple[Conversation, RewardResult | None]]:
+        async def ask() -> tuple[list[tuple[Conversation, RewardResult | None]], dict[str, float]]:
             async with self.client.session(sampling, policy_version=policy_version) as session:
-                return await hold_conversations(
+                held = await hold_conversations(
                     self.environment,
                     prompts,
                     session=session,
@@ -79,11 +88,12 @@ class Responder:
                     request_prefix=request_prefix,
                     judge=judge,
                 )
+                return held, session.metrics()
 
-        held = self.client.run(ask())
+        held, servers = self.client.run(ask())
         if isinstance(self.reward, RewardOnArrival):
             judged = [(conversation, result) for conversation, result in held if result is not None]
         else:
             conversations = [conversation for conversation, _ in held]
             judged = list(zip(conversations, self.reward.score(conversations), strict=True))
-        return judged, time.perf_counter() - ended_at
+        return Responses(judged=judged, reward_s=time.perf_counter() - ended_at, servers=servers)

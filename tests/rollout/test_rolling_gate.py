@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from rollout.records import Generation
 from rollout.weights.weight_sync import WeightSyncFailed
 from tests.rollout.generate_stub import REQUESTS, SAMPLING, Answer, Stub, answers_of
 
-SLOW_S = 0.3
+SLOW_S = 0.4
 
 
 class Fleet:
@@ -107,7 +108,7 @@ def test_a_server_takes_new_weights_while_another_ends_the_older_batch(fleet: Ca
     assert_whole(first, 4)
     assert_whole(second, 8)
     assert servers.of("a") == servers.of("b") == [("given", 4), ("asked", 4), ("given", 8), ("asked", 8)]
-    report = servers.client.take_report(8)
+    report = servers.client.last_report
     assert report["servers/retries"] == 0 and 0 < report["time/servers_wait"] < SLOW_S
 
 
@@ -161,7 +162,7 @@ def test_the_older_share_of_a_dead_server_is_finished_by_another(fleet: Callable
     # Its own share of both, a's share of the older batch under the older weights, and a's share of the newer one.
     assert [step for step in servers.of("b") if step[0] == "given"] == [("given", 4), ("given", 8), ("given", 4), ("given", 8)]
     assert servers.of("b")[-2:] == [("given", 8), ("asked", 8)]
-    assert servers.client.take_report(4)["servers/retries"] == 3
+    assert sum(generation.num_retries for row in first.result() for generation in row) == 3
 
 
 def test_a_restarted_server_is_given_what_is_wanted_of_it_at_once(fleet: Callable[..., Fleet]) -> None:
@@ -170,7 +171,7 @@ def test_a_restarted_server_is_given_what_is_wanted_of_it_at_once(fleet: Callabl
     servers.servers["a"].version = "-1"  # restarted between two batches
     assert_whole(servers.sample(4), 4)
     assert servers.of("a") == [("given", 4), ("asked", 4), ("given", 4), ("asked", 4)]
-    assert servers.client.take_report(4)["servers/retries"] == 0
+    assert servers.client.last_report["servers/retries"] == 0
     servers.dying.add("a")
     first = servers.sample(8)  # a dies, b takes both shares, one after the other
     servers.wait_until(("a", "asked", 8), ("b", "asked", 8))
@@ -212,17 +213,20 @@ def test_no_server_takes_newer_weights_while_calls_are_not_assigned(fleet: Calla
 def test_two_batches_of_one_version_are_never_on_a_server_together(fleet: Callable[..., Fleet]) -> None:
     servers = fleet(slow=("a", "b"))
 
-    def sample(seed: int) -> Future[list[list[Generation]]]:
-        sampling = replace(SAMPLING, seed=seed)
-        return in_background(lambda: servers.client.generate(REQUESTS, sampling, num_samples=1, policy_version=4), name="batch")
+    async def sample(seed: int) -> tuple[list[Generation], dict[str, float]]:
+        async with servers.client.session(replace(SAMPLING, seed=seed), policy_version=4) as session:
+            return await session.generate(REQUESTS), session.metrics()
 
-    batches = [sample(1), sample(2)]
-    for batch in batches:
-        assert_whole(batch, 4)
+    batches = [in_background(partial(servers.client.run, sample(1)), name="batch")]
+    servers.wait_until(("a", "asked", 4), ("b", "asked", 4))
+    batches.append(in_background(partial(servers.client.run, sample(2)), name="batch"))
+    (_, first), (_, second) = (batch.result(20) for batch in batches)
     assert servers.of("a") == servers.of("b") == [("given", 4), ("asked", 4), ("asked", 4)]
     assert [server.most_active for server in servers.servers.values()] == [3, 3]
     orders = [[body["sampling_params"][0]["sampling_seed"] for body in server.bodies] for server in servers.servers.values()]
     assert len(set(orders[0] + orders[1])) == 4
+    assert first["time/queued"] < SLOW_S / 2 < second["time/queued"], "each tells of its own first request"
+    assert first["servers/used"] == second["servers/used"] == 2
 
 
 def test_what_giving_weights_raises_ends_the_call(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> None:

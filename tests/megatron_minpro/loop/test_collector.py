@@ -46,9 +46,9 @@ class Client:
         self.asked: list[tuple[list[GenerationRequest], SamplingParams]] = []
         self.fails_at: dict[int, Exception] = {}  # by the number of the call
 
-    def take_report(self, policy_version: int) -> dict[str, float]:
-        assert policy_version == 4
-        return {"servers/used": float(len(self.asked)), "time/tail": 0.25}
+    def metrics(self) -> dict[str, float]:
+        asked = len(self.asked)
+        return {"servers/used": 8.0 - asked, "servers/retries": float(asked), "time/tail": asked / 4, "time/queued": asked / 8}
 
     def begin(self, request_ids: Iterable[str]) -> None: ...
     def end(self, request_id: str) -> None: ...
@@ -230,7 +230,7 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     assert sampled.judged == undisturbed.judged and cursor.position == end.position
     assert client.asked[:2] == client.asked[2:4]
-    assert sampled.servers == {"servers/used": 5.0, "time/tail": 0.25}
+    assert sampled.servers == {"servers/used": 5.0, "servers/retries": 3.0 + 4 + 5, "time/tail": 5 / 4, "time/queued": 3 / 8}
 
 
 class LastFirst(SecondWord):

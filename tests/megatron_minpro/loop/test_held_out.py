@@ -39,6 +39,8 @@ class Client:
 
     def begin(self, request_ids: Iterable[str]) -> None: ...
     def end(self, request_id: str) -> None: ...
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     @asynccontextmanager
     async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
