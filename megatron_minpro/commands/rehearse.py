@@ -53,6 +53,11 @@ def rehearse(options: RehearseOptions) -> None:
       minpro rehearse configs/qwen3_30b_a3b.yaml --hardware h200 parallel.ep=16 --out rehearsal
       minpro rehearse configs/qwen3_235b_a22b.yaml --stage 0 --lengths 22528x4,1000x8
     """
+    rehearse_run(options)
+
+
+def rehearse_run(options: RehearseOptions) -> None:
+    """Raises ValueError for what cannot be rehearsed, RuntimeError for a run that would fail: a fault, or too little memory."""
     from rich.console import Console
 
     from megatron_minpro.cluster import rehearsing

@@ -21,8 +21,10 @@ from checkpoints_convert.mapping import hf_shapes
 from parallel import process_groups
 from parallel.actor import ActorSettings, LossFunction, MegatronActor, TokenFunction, UpdateReport
 from parallel.capabilities import detect
+from parallel.model_check import ModelCheck, check_model
 from parallel.optimizer import inner_optimizers
 from parallel.packing import MicroBatch, TokenSequence
+from parallel.process_groups import ProcessGroups
 from parallel.rehearsal import ledger_kinds, other_ranks, saved_parameters
 from parallel.rehearsal.call_site import raised_at
 from parallel.rehearsal.fake_device import FakeDevice
@@ -36,6 +38,7 @@ from parallel.sequence_shard import SequenceShard
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SEED, _TIMEOUT_S, _LEARNING_RATE = 0, 600.0, 1e-6
+_PROBE_TOKENS = 4  # of the check of the built model; a run gives it hundreds, which would need no more memory but many minutes here
 _HOLDERS = 40  # of a phase, in the record
 
 
@@ -170,6 +173,7 @@ class _Run:
             self._mark_state(actor)
         steps: dict[str, Callable[[], None]] = {
             "load": lambda: actor.load_hugging_face(self._read),
+            "check": lambda: self._check(actor, groups),
             "keep": lambda: self._keep(actor),
             "score": lambda: self._score(actor),
             "update": lambda: self._update(actor),
@@ -235,6 +239,10 @@ class _Run:
     def _read(self, name: str) -> Tensor:
         with self._device.fake:
             return torch.empty(hf_shapes(self._request.architecture)[name], dtype=_DTYPES[self._request.dtype])
+
+    def _check(self, actor: MegatronActor, groups: ProcessGroups) -> None:
+        self._hear(ModelCheck(num_tokens=1, median=0.0, mean=0.0, largest=0.0, allowed_median=0.0, allowed_mean=0.0))
+        check_model(actor, [range(_PROBE_TOKENS)], control_group=groups.control)
 
     def _keep(self, actor: MegatronActor) -> None:
         place = self._request.kept_weights

@@ -10,8 +10,8 @@ from checkpoints_convert.hf_config import Architecture
 from parallel.layout import ParallelLayout
 from parallel.optimizer_settings import OptimizerSettings
 
-Phase = Literal["build", "load", "keep", "score", "update", "capture", "export"]
-PHASES: tuple[Phase, ...] = ("build", "load", "keep", "score", "update", "capture", "export")
+Phase = Literal["build", "load", "check", "keep", "score", "update", "capture", "export"]
+PHASES: tuple[Phase, ...] = ("build", "load", "check", "keep", "score", "update", "capture", "export")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_minpro import cli
 from megatron_minpro.cluster import rehearsing
+from megatron_minpro.commands import rehearsal_table
 from megatron_minpro.config import load_config
 from parallel.planner.hardware import read_hardware
 from parallel.planner.models import find_config
@@ -139,3 +140,16 @@ def test_wrong_input_is_one_line(arguments: tuple[str, ...], said: str, capsys: 
     error = capsys.readouterr().err
     assert error.startswith("minpro: error: ") and error.count("\n") == 1
     assert said in error
+
+
+def test_a_report_becomes_a_row_of_the_page(production: tuple[dict[str, Any], Path], result: RehearsalResult) -> None:
+    [row] = rehearsal_table.rows([production[0]], "qwen3_30b_a3b")
+    assert row[:4] == ("`qwen3_30b_a3b`", "4", "16 GPUs: tp 2, cp 4, ep 8, dp 2", "0")
+    assert row[4:8] == tuple(f"{result.phase(name).peak / 1e9:.1f}" for name in ("build", "score", "update", "export"))
+
+
+def test_the_page_keeps_what_stands_around_its_table() -> None:
+    page = f"above\n{rehearsal_table.BEGIN}\nold\n{rehearsal_table.END}\nbelow\n"
+    changed = rehearsal_table.replace_table(page, "| new |")
+    assert changed == f"above\n{rehearsal_table.BEGIN}\n| new |\n{rehearsal_table.END}\nbelow\n"
+    assert rehearsal_table.BEGIN in rehearsal_table.PAGE.read_text(encoding="utf-8")
