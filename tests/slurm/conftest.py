@@ -24,9 +24,10 @@ from tests.slurm.cluster import Job, SlurmCluster, missing_requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "slurm/qwen3_30b_a3b.sbatch"
-# The main job, shortened: 16 global steps that sample and 2 that train what waits.
-SETTINGS = ("num_global_steps=16", "evaluation.num_prompts=8", "checkpoint.every=2")
-RESPONSES = 16 * 32 * 8
+# The main job, shortened: 12 global steps that sample and 2 that train what waits.
+GLOBAL_STEPS = 12
+SETTINGS = (f"num_global_steps={GLOBAL_STEPS}", "evaluation.num_prompts=8", "checkpoint.every=2")
+RESPONSES = GLOBAL_STEPS * 32 * 8
 
 
 def need_slurm() -> None:
@@ -66,7 +67,8 @@ def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm_base")
     config = load_config(
         ROOT / "configs/tiny_moe_cpu.yaml",
-        [f"output_dir={folder}", "name=warm_up", f"model.path={folder / 'model'}"],
+        # One rank: two would spend half of their time in talking to each other.
+        [f"output_dir={folder}", "name=warm_up", f"model.path={folder / 'model'}", "world_size=1", "parallel.ep=1"],
     )
     config.run_dir.mkdir()
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config))

@@ -6,13 +6,18 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
 
+from megatron_minpro.run.run_folder import LOST_FILE
 from tests.end_to_end.conftest import without_times
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import RESPONSES, Jobs
+from tests.slurm.conftest import GLOBAL_STEPS, RESPONSES, Jobs
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
@@ -20,10 +25,10 @@ pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     run_dir = jobs.run_dir("undisturbed")
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["global_steps"] == 16 and len(undisturbed) == 18
+    assert summary["global_steps"] == GLOBAL_STEPS and len(undisturbed) == GLOBAL_STEPS + 2
     assert summary["reward_last"] > summary["reward_first"] + 0.05
     assert summary["rollouts_sampled"] == summary["rollouts_trained"] == RESPONSES
-    assert (run_dir / "checkpoints/latest").read_text() == "step_000018"
+    assert (run_dir / "checkpoints/latest").read_text() == f"step_{GLOBAL_STEPS + 2:06d}"
     assert list((run_dir / "tensorboard").iterdir()) and list((run_dir / "plots").glob("*.png"))
     steps = {"preflight": "0123", "serve": "23", "train": "01"}  # which nodes did what, with a log each
     expected = {f"{step}-0-n{node}.log" for step, nodes in steps.items() for node in nodes}
@@ -36,64 +41,128 @@ def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
     assert all(len(jobs.cluster.pids_on(index)) == 1 for index in range(4))  # Slurm's own daemon alone: no process of the job is left
 
 
-def test_the_time_limit_makes_it_save_requeue_and_continue_exactly(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
-    job_id = jobs.submit("limited")
-    jobs.wait_for_steps("limited", job_id, 3)
-    minutes = int(jobs.cluster.job(job_id).fields["RunTime"].split(":")[1])
-    # The limit comes near: less than --signal's half hour is left, so Slurm sends USR1 when it next looks, within half a minute. The
-    # ranks stand still meanwhile: on a fast machine the run would be over by then.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbed:
+    """What was seen of one job that lost a server, came near its time limit, made way for an urgent job and lost a node, in this order."""
+
+    restarts_before_the_limit: int
+    said_at_the_limit: str
+    steps_at_the_limit: int
+    saved_at_the_limit: int
+    urgent_state: str
+    said_while_urgent: str
+    restarts_before_the_death: int
+    lost_before_the_death: int
+    saved_before_the_death: int
+    restarts: int
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    logs: set[str]
+
+
+@contextmanager
+def standing_still(jobs: Jobs) -> Iterator[None]:
+    """The ranks do not go on inside the block: on a fast machine the run would be over before Slurm does what is waited for."""
     ranks = [process for index in (0, 1) for process in jobs.processes_on(index, "megatron_minpro.run.rank")]
     for rank in ranks:
         rank.suspend()
-    jobs.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
-    jobs.cluster.until(lambda: "USR1: time is nearly up" in jobs.output("limited"), "USR1", timeout_s=360)
+    yield
     for rank in ranks:
-        rank.resume()
-    jobs.cluster.until(lambda: jobs.cluster.job(job_id).restarts == 1, "the requeue", timeout_s=360)
-    jobs.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-0")  # the next attempt has a day again
-    output = jobs.output("limited")
-    assert "stopped with a checkpoint; requeued" in output
-    saved = int((jobs.run_dir("limited") / "checkpoints/latest").read_text().removeprefix("step_"))
-    assert saved == len(jobs.metrics("limited"))  # nothing was done after the checkpoint
-    jobs.finish("limited", job_id)
-    assert without_times(jobs.metrics("limited")) == without_times(undisturbed)
-    assert json.loads((jobs.run_dir("limited") / "summary.json").read_text())["rollouts_lost"] == 0
-    assert (jobs.run_dir("limited") / "logs/train-0-n0.log").exists() and (jobs.run_dir("limited") / "logs/train-1-n0.log").exists()
+        with suppress(psutil.NoSuchProcess):  # its node has died meanwhile
+            rank.resume()
 
 
-def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
-    job_id = jobs.submit("node_down")
-    jobs.wait_for_steps("node_down", job_id, 3)
-    jobs.cluster.set_node_down(1)
-    jobs.cluster.until(lambda: jobs.cluster.job(job_id).restarts == 1, "the requeue", timeout_s=360)
-    jobs.cluster.bring_node_back(1)
-    jobs.finish("node_down", job_id)
-    sampled = ("total/rollouts_sampled",)  # counts what the lost steps had sampled as well
-    assert without_times(jobs.metrics("node_down"), but=sampled) == without_times(undisturbed, but=sampled)
-    summary = json.loads((jobs.run_dir("node_down") / "summary.json").read_text())
-    assert summary["rollouts_trained"] == RESPONSES
-    assert summary["rollouts_sampled"] == summary["rollouts_trained"] + summary["rollouts_lost"]
+@pytest.fixture(scope="module")
+def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
+    """One job for four tests: a job spends most of its time in starting."""
+    name = "disturbed"
+    cluster, run_dir, job_id = jobs.cluster, jobs.run_dir(name), jobs.submit(name)
 
+    def saved() -> int:
+        return int((run_dir / "checkpoints/latest").read_text().removeprefix("step_"))
 
-def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
-    job_id = jobs.submit("server_killed")
-    jobs.wait_for_steps("server_killed", job_id, 3)
+    jobs.wait_for_steps(name, job_id, 3)
     min(jobs.processes_on(3, "rollout.sglang.cpu"), key=lambda process: process.create_time()).kill()
-    assert jobs.finish("server_killed", job_id).restarts == 0
-    assert without_times(jobs.metrics("server_killed")) == without_times(undisturbed)
+    with standing_still(jobs):
+        cluster.until(lambda: "runs again" in (run_dir / "logs/serve-0-n3.log").read_text(), "a new server", timeout_s=360)
+    jobs.wait_for_steps(name, job_id, 6)
+    restarts_before_the_limit = cluster.job(job_id).restarts
 
+    minutes = int(cluster.job(job_id).fields["RunTime"].split(":")[1])
+    with standing_still(jobs):  # less than --signal's half hour is left then: Slurm sends USR1 when it next looks, within half a minute
+        cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
+        cluster.until(lambda: "USR1: time is nearly up" in jobs.output(name), "USR1", timeout_s=360)
+    cluster.until(lambda: cluster.job(job_id).restarts == 1, "the requeue", timeout_s=360)
+    cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-0")  # the next attempt has a day again
+    said_at_the_limit, steps_at_the_limit, saved_at_the_limit = jobs.output(name), len(jobs.metrics(name)), saved()
 
-def test_an_urgent_job_preempts_it_and_it_continues_to_the_same_numbers(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
-    job_id = jobs.submit("preempted")
-    jobs.wait_for_steps("preempted", job_id, 3)
-    urgent = jobs.cluster.submit(
-        "--partition=urgent", "--nodes=4", "--exclusive", f"--output={jobs.folder}/urgent.out", "--wrap=hostname", cwd=jobs.folder
+    jobs.wait_for_steps(name, job_id, saved_at_the_limit + 2)
+    with standing_still(jobs):
+        options = ("--partition=urgent", "--nodes=4", "--exclusive", f"--output={jobs.folder}/urgent.out", "--wrap=hostname")
+        urgent = cluster.submit(*options, cwd=jobs.folder)
+        cluster.until(lambda: "USR1: time is nearly up" in jobs.output(name)[len(said_at_the_limit) :], "USR1", timeout_s=360)
+    urgent_state = cluster.wait(urgent, timeout_s=360).state
+    said_while_urgent = jobs.output(name)[len(said_at_the_limit) :]
+
+    jobs.wait_for_steps(name, job_id, saved() + 1)
+    with standing_still(jobs):
+        restarts_before_the_death, saved_before_the_death = cluster.job(job_id).restarts, saved()
+        lost_before_the_death = int((run_dir / LOST_FILE).read_text())
+        cluster.set_node_down(1)
+    cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_death + 1, "the requeue", timeout_s=360)
+    cluster.bring_node_back(1)
+    return Disturbed(
+        restarts_before_the_limit=restarts_before_the_limit,
+        said_at_the_limit=said_at_the_limit,
+        steps_at_the_limit=steps_at_the_limit,
+        saved_at_the_limit=saved_at_the_limit,
+        urgent_state=urgent_state,
+        said_while_urgent=said_while_urgent,
+        restarts_before_the_death=restarts_before_the_death,
+        lost_before_the_death=lost_before_the_death,
+        saved_before_the_death=saved_before_the_death,
+        restarts=jobs.finish(name, job_id).restarts,
+        metrics=jobs.metrics(name),
+        summary=json.loads((run_dir / "summary.json").read_text()),
+        logs={path.name for path in (run_dir / "logs").iterdir()},
     )
-    assert jobs.cluster.wait(urgent, timeout_s=360).state == "COMPLETED"
-    jobs.finish("preempted", job_id)
-    assert jobs.cluster.job(job_id).restarts == 1
-    assert "USR1: time is nearly up" in jobs.output("preempted")
-    assert without_times(jobs.metrics("preempted")) == without_times(undisturbed)
+
+
+def assert_equal_but_for_the_lost(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    """To the last digit; what was sampled and lost with the node is counted in the lines since."""
+    before = disturbed.saved_before_the_death
+    assert without_times(disturbed.metrics[:before]) == without_times(undisturbed[:before])
+    sampled = ("total/rollouts_sampled",)
+    assert without_times(disturbed.metrics, but=sampled) == without_times(undisturbed, but=sampled)
+
+
+def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert disturbed.restarts_before_the_limit == 0
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+
+
+def test_the_time_limit_makes_it_save_requeue_and_continue_exactly(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert "USR1: time is nearly up" in disturbed.said_at_the_limit
+    assert "stopped with a checkpoint; requeued" in disturbed.said_at_the_limit
+    assert disturbed.saved_at_the_limit == disturbed.steps_at_the_limit >= 6  # nothing was done after the checkpoint
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+    assert disturbed.lost_before_the_death == 0
+    assert {"train-0-n0.log", "train-1-n0.log"} <= disturbed.logs
+
+
+def test_an_urgent_job_preempts_it_and_it_continues_to_the_same_numbers(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert disturbed.urgent_state == "COMPLETED"
+    assert disturbed.restarts_before_the_death == 2  # the first for the time limit
+    assert "USR1: time is nearly up" in disturbed.said_while_urgent
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+    assert disturbed.lost_before_the_death == 0
+
+
+def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert disturbed.restarts == 3
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+    assert disturbed.summary["rollouts_trained"] == RESPONSES
+    assert disturbed.summary["rollouts_sampled"] == RESPONSES + disturbed.summary["rollouts_lost"]
 
 
 def test_it_is_requeued_only_so_often(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
