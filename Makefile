@@ -20,7 +20,7 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report rehearse clean
+.PHONY: help setup setup-gpu train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report plan-rehearsed rehearse clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,9 @@ plan-report: $(TRAINER) ## the planner's predictions beside published steps: err
 
 rehearse: $(TRAINER) ## rehearse every layer of the production configurations without a GPU; the table of parallel/README.md
 	.venv/bin/python -m megatron_minpro.commands.rehearsal_table runs/rehearsal $(ARGS)
+
+plan-rehearsed: $(TRAINER) ## the planner's memory beside rehearsed peaks of all axes: table and parity plot in runs/rehearsal_parity
+	.venv/bin/python -m megatron_minpro.cluster.rehearsal_parity runs/rehearsal_parity
 
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -20,7 +20,7 @@ from parallel.planner.shape import from_config
 from parallel.rehearsal.request import RehearsalRequest
 from parallel.rehearsal.result import RehearsalResult
 
-_UPDATE = "megatron_minpro.loop.rehearsed_update:update"
+UPDATE = "megatron_minpro.loop.rehearsed_update:update"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ def make_requests(
             kept_weights=run.actor.kept_weights if run.effective_schedule == "overlapped" else None,
             lengths=tuple(length - 1 for length in lengths),  # the last token is only scored
             prompt_tokens=run.prompts.max_prompt_tokens,
-            update=_UPDATE,
+            update=UPDATE,
             update_options={"name": run.objective.name, "options": dict(run.objective.options)},
         )
         run.layout.check_model(request.architecture)

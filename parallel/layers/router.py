@@ -101,4 +101,4 @@ def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 def _take_back(layer: Any, *_: Any) -> None:
     layer.mlp.router.packed = None
     # Megatron's dispatcher keeps the router's output until the next micro-batch, and with its graph the layer's input and its gradient.
-    layer.mlp.token_dispatcher.probs = None
+    layer.mlp.token_dispatcher.probs = layer.mlp.token_dispatcher.local_probs = None  # of the alltoall and of the allgather dispatcher

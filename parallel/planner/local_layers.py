@@ -34,15 +34,13 @@ class LocalLayer:
     varlen: bool  # attention without masks
     grouped: bool  # experts in one product, on stacked weights
     keeps_core: bool  # the graph keeps attention's rotated queries and keys; selective recomputation does not
-    query_weight: float
-    qkv_weight: float
     is_moe: bool
     routing: float  # expert numbers, weights and maps that the graph keeps
     sent: float  # [own tokens * experts per token, H]
     arrived: float  # after the all-to-all between expert-parallel ranks
     routed: float  # [rows of this rank's experts, H]
     hidden: float  # [rows, 2F], or [tokens, 2F] of a dense layer
-    first_weight: float
+    first_weight: float  # of this rank's experts together; weight gradients of other layers are added in place
     second_weight: float
     travels: bool  # tokens are sorted for a dispatcher: Megatron's alltoall
     exchanged: bool  # ep > 1
@@ -228,7 +226,6 @@ class LocalLayer:
         if self.sequence_parallel:
             tape.hold(TEMPORARY, self.all)
         tape.hold(TEMPORARY, self.query)
-        tape.flash(TEMPORARY, self.query_weight)
         if self.sequence_parallel:
             tape.drop(TEMPORARY, self.all)
         if not self.keeps_core:
@@ -246,8 +243,6 @@ class LocalLayer:
         tape.hold(TEMPORARY, self.all)
         if self.sequence_parallel:
             tape.hold(TEMPORARY, self.own)
-        tape.flash(TEMPORARY, self.qkv_weight)
-        if self.sequence_parallel:
             tape.drop(TEMPORARY, self.all)
         tape.drop(TEMPORARY, qkv)
         tape.drop(part, self.own)  # the first norm's output
@@ -360,7 +355,6 @@ class LocalLayer:
         if self.sequence_parallel:
             tape.hold(TEMPORARY, self.all)
         tape.hold(TEMPORARY, half)
-        tape.flash(TEMPORARY, self.second_weight)
         if self.sequence_parallel:
             tape.drop(TEMPORARY, self.all)
         tape.drop(part, half)  # the product
@@ -375,8 +369,6 @@ class LocalLayer:
         tape.hold(TEMPORARY, self.all)
         if self.sequence_parallel:
             tape.hold(TEMPORARY, self.own)
-        tape.flash(TEMPORARY, self.first_weight)
-        if self.sequence_parallel:
             tape.drop(TEMPORARY, self.all)
         tape.drop(TEMPORARY, self.hidden)
         tape.drop(part, self.own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from parallel.layout import ParallelLayout
 from parallel.planner.local_layers import ACTIVATIONS, CONTEXT, EXPONENTIALS, LOGITS, RECOMPUTED, TEMPORARY, LocalLayer
 from parallel.planner.shape import ModelShape
@@ -34,16 +36,14 @@ def local_layer(shape: ModelShape, layout: ParallelLayout, training: Training, t
         varlen=not training.on_cpu and training.precision != "fp32",
         grouped=not training.on_cpu,
         keeps_core=training.recompute != "selective",
-        query_weight=query * hidden * e,
-        qkv_weight=(query + 2 * key) * hidden * e,
         is_moe=is_moe,
         routing=own * (20 * shape.top_k + shape.num_experts),
         sent=sent * hidden * e,
         arrived=arrived * hidden * e,
         routed=routed * hidden * e,
         hidden=(routed * 2 * expert_ffn if is_moe else t * 2 * dense_ffn) * e,
-        first_weight=(experts * 2 * expert_ffn if is_moe else 2 * dense_ffn) * hidden * e,
-        second_weight=(experts * expert_ffn if is_moe else dense_ffn) * hidden * e,
+        first_weight=experts * 2 * expert_ffn * hidden * e,
+        second_weight=experts * expert_ffn * hidden * e,
         travels=layout.ep * layout.etp * layout.pp > 1,
         exchanged=layout.ep > 1,
         gathered=layout.etp > 1,
@@ -81,10 +81,14 @@ def run_local_step(
     _score(tape, [layer for layer, _ in kinds], head, shared=_shared(shape, layout, training, t, batch.sequence_length))
     tape.at("update")
     tape.hold(ACTIVATIONS, in_flight * _shared(shape, layout, training, t, batch.sequence_length))
-    _update(tape, kinds, head, training, in_flight=in_flight, chunks=len(chunks))
+    embedding = shape.vocab_size / layout.tp * shape.hidden_size * training.element_bytes
+    # The head's gradient of a tied embedding waits for the embedding's own.
+    waiting = embedding if shape.tied and head is not None and chunks[0].embeds else 0.0
+    _update(tape, kinds, head, training, waiting=waiting, in_flight=in_flight, pipeline=_Pipeline.of(layout, chunks))
     if chunks[0].embeds:
         tape.at("backward of the embedding")
-        tape.flash(TEMPORARY, shape.vocab_size / layout.tp * shape.hidden_size * training.element_bytes)
+        tape.flash(TEMPORARY, embedding)
+    tape.drop(TEMPORARY, waiting)
     tape.at("gradient norm")
     tape.flash(TEMPORARY, 4 * largest_gradient(shape, layout, pp_rank))
 
@@ -138,7 +142,14 @@ def _score(tape: Tape, layers: list[LocalLayer], head: _Head | None, *, shared: 
 
 
 def _update(
-    tape: Tape, kinds: list[tuple[LocalLayer, int]], head: _Head | None, training: Training, *, in_flight: float, chunks: int
+    tape: Tape,
+    kinds: list[tuple[LocalLayer, int]],
+    head: _Head | None,
+    training: Training,
+    *,
+    waiting: float,
+    in_flight: float,
+    pipeline: _Pipeline,
 ) -> None:
     """The last micro-batch's forward pass, while the others' activations wait, and its backward pass."""
     layer = kinds[-1][0]
@@ -146,28 +157,49 @@ def _update(
     kept = sum(_kept(each, training) * count for each, count in kinds)
     tape.at("forward")
     tape.hold(ACTIVATIONS, in_flight * kept - _kept(layer, training) + layer.own)
+    tape.hold(ACTIVATIONS, 0.0 if head is not None and pipeline.chunks == 1 else (in_flight * pipeline.chunks - 1) * layer.own)
+    remembered = pipeline.in_forward * layer.own
+    tape.hold(TEMPORARY, remembered)
     layer.forward(tape, graph=not full)
     if head is None:
-        tape.hold(ACTIVATIONS, (in_flight * chunks - 1) * layer.own)  # outputs stay after they were sent
         tape.hold(TEMPORARY, layer.own)  # the gradient that arrives
     else:
         tape.at("head")
         head.forward(tape, graph=True)
         head.backward(tape)
-    for each, count in kinds:
+    tape.drop(TEMPORARY, remembered)
+    tape.hold(TEMPORARY, waiting + pipeline.in_backward * layer.own)
+    for each, _ in kinds:
         tape.at("backward")
         if not full:
             if each is layer:
                 each.backward(tape)
             continue
-        # Megatron's dispatcher remembers its last call and its graph: input and gradient of a layer stay until it is called again.
-        stay = (count / chunks - 1) * each.own if each.is_moe else 0.0
-        tape.hold(TEMPORARY, stay)
         each.forward(tape, graph=True, part=RECOMPUTED)
-        tape.drop(ACTIVATIONS, each.own)
         each.backward(tape, part=RECOMPUTED)
-        if each is not layer:
-            tape.drop(TEMPORARY, stay)
+        tape.drop(ACTIVATIONS, each.own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """What Megatron's schedules still refer to, beside outputs, which stay after they were sent.
+
+    in_forward, in_backward: tensors between stages. The plain schedule remembers the latest of either direction; the interleaved one
+    receives ahead, and lists what has been sent.
+    """
+
+    chunks: int
+    in_forward: int
+    in_backward: int
+
+    @classmethod
+    def of(cls, layout: ParallelLayout, chunks: tuple[Chunk, ...]) -> _Pipeline:
+        if layout.pp == 1:
+            return cls(1, 0, 0)
+        first = chunks[0].embeds
+        if layout.vpp is None:
+            return cls(1, 2, 0 if first else 1)
+        return cls(len(chunks), 2 if first else 6, 2 if first else 8)
 
 
 class _Head:

@@ -210,6 +210,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "parameters_per_gpu": stage_parameters(plan.shape, layout, stage).numel,
                 "total": memory.total / GB,
                 "largest": memory.largest,
+                "moment": memory.moment,
                 **{name: value / GB for name, value in memory.parts().items()},
             }
             for stage, memory in enumerate(plan.memory)

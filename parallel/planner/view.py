@@ -98,7 +98,7 @@ def _shown_stages(count: int) -> list[int]:
 def _verdict(plan: Plan) -> Text:
     memory = plan.fullest
     unit, name_of_unit = _unit(memory.total)
-    largest = f"largest part: {memory.largest}, {memory.parts()[memory.largest] / unit:.1f} {name_of_unit}"
+    largest = f"largest part: {memory.largest}, {memory.parts()[memory.largest] / unit:.1f} {name_of_unit}; fullest moment: {memory.moment}"
     if plan.fits:
         return Text(f"fits, {-plan.missing_bytes / GB:.1f} GB to spare; {largest}", style="green")
     return Text(f"does not fit, {plan.missing_bytes / GB:.1f} GB too much; {largest}", style="bold red")

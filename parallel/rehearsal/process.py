@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parallel.rehearsal import attention_choice, tensor_methods, torch_cuda
+from parallel.rehearsal import attention_choice, cuda_kernels, tensor_methods, torch_cuda
 from parallel.rehearsal.fake_device import FakeDevice
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def prepare(progress: Callable[[str], None]) -> Rehearsal:
     torch_cuda.install(wait=lambda what: device.tally.wait(what), allocated=lambda: device.ledger.live, peak=lambda: device.ledger.peak)
     tensor_methods.install(device.twins, wait=lambda what: device.tally.wait(what))
     attention_choice.install()
+    cuda_kernels.install()
     from parallel.rehearsal.phases import Rehearsal  # imports Megatron-Core, which must find the stand-ins
 
     rehearsal = Rehearsal(device, progress)
