@@ -215,6 +215,11 @@ def check_machine_options(options: Mapping[str, Any], capabilities: Capabilities
             raise ValueError(f"megatron.{name} = {value!r}: needs TransformerEngine on CUDA, here is {capabilities.describe_layers()}")
         if HARMLESS[name].machine is Machine.CUDA and capabilities.device_type != "cuda":
             raise ValueError(f"megatron.{name} = {value!r}: needs CUDA, which this machine does not have; remove it")
+    if "layernorm" in (options.get("recompute_modules") or ()) and capabilities.layer_spec != "transformer_engine":
+        raise ValueError(
+            "megatron.recompute_modules holds 'layernorm', which Megatron-Core recomputes with TransformerEngine alone; "
+            f"here is {capabilities.describe_layers()}; remove it"
+        )
     if options.get("moe_token_dispatcher_type") == "flex" and capabilities.device_type != "cuda":
         raise ValueError("megatron.moe_token_dispatcher_type = 'flex': needs CUDA and DeepEP; expected alltoall or allgather on a CPU")
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from parallel.rehearsal.call_site import call_site
@@ -68,25 +69,35 @@ class MemoryLedger:
     def track(self, tensor: Tensor) -> None:
         """Count the tensor's storage if it is new."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._alive:
-            return
-        num_bytes = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        if storage._cdata not in self._alive:
+            self._add(storage)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, num_bytes = storage._cdata, -(-storage.nbytes() // _BLOCK) * _BLOCK
         self._time += 1
         held = _Held(num_bytes, call_site() if num_bytes >= _NAMED_BYTES else "tensors below 1 MiB", self._time)
 
         def gone(_: object) -> None:
             if self._alive.get(address, (None,))[0] is held:
-                del self._alive[address]
-                self._time += 1
-                held.died = self._time
-                self.live -= num_bytes
+                self._remove(address)
 
         self._alive[address] = (held, weakref.ref(storage, gone))
         self._phase.append(held)
         self.live += num_bytes
         if self.live > self.peak:
             self.peak, self._peak_time = self.live, self._time
+
+    def _remove(self, address: int) -> None:
+        held, _ = self._alive.pop(address)
+        self._time += 1
+        held.died = self._time
+        self.live -= held.num_bytes
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """The storage was given another size in place, as Megatron does to free what it will recompute."""
+        if storage._cdata in self._alive:
+            self._remove(storage._cdata)
+            self._add(storage)
 
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Say what a storage on the device holds, for as long as it lives; the first word counts. Host memory is not counted."""

@@ -26,7 +26,7 @@ def prepare(progress: Callable[[str], None]) -> Rehearsal:
     logging.disable(logging.CRITICAL)  # torch logs what it raises; Megatron-Core logs that other ranks differ from this one
     device = FakeDevice()
     torch_cuda.install(wait=lambda what: device.tally.wait(what), allocated=lambda: device.ledger.live, peak=lambda: device.ledger.peak)
-    tensor_methods.install(device.twins, wait=lambda what: device.tally.wait(what))
+    tensor_methods.install(device.twins, wait=lambda what: device.tally.wait(what), resized=lambda storage: device.ledger.resized(storage))
     attention_choice.install()
     cuda_kernels.install()
     from parallel.rehearsal.phases import Rehearsal  # imports Megatron-Core, which must find the stand-ins

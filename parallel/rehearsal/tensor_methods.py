@@ -15,11 +15,17 @@ from parallel.rehearsal.faults import DeviceFault, NotRehearsable
 from parallel.rehearsal.twins import Twins
 
 
-def install(twins: Twins, *, wait: Callable[[str], None]) -> None:
-    """For the rest of the process. wait: told when the host waits for the device."""
+def install(twins: Twins, *, wait: Callable[[str], None], resized: Callable[[torch.UntypedStorage], None]) -> None:
+    """For the rest of the process.
+
+    Args:
+        twins: the values of fake tensors.
+        wait: told when the host waits for the device.
+        resized: told of a fake storage that was given another size in place.
+    """
     _install_reading(twins, wait)
     _install_tensor_of_tensors()
-    _install_addresses()
+    _install_storages(resized)
     _install_data_of_parameters()
     _replace(torch.nn.Module, _apply=_apply)
 
@@ -72,9 +78,15 @@ def _install_tensor_of_tensors() -> None:
     torch.tensor = tensor
 
 
-def _install_addresses() -> None:
+def _install_storages(resized: Callable[[torch.UntypedStorage], None]) -> None:
     """Fake storages have no memory; their own identity stands for its address."""
-    address = torch.UntypedStorage.data_ptr
+    address, resize = torch.UntypedStorage.data_ptr, torch.UntypedStorage.resize_
+
+    def resize_and_tell(self: torch.UntypedStorage, size: int) -> Any:
+        found = resize(self, size)
+        if self.device.type == "meta":
+            resized(self)
+        return found
 
     def data_ptr(self: torch.UntypedStorage) -> int:
         return self._cdata if self.device.type == "meta" else address(self)
@@ -82,7 +94,7 @@ def _install_addresses() -> None:
     def data_ptr_of_tensor(self: FakeTensor) -> int:
         return self.untyped_storage()._cdata + self.storage_offset() * self.element_size()
 
-    _replace(torch.UntypedStorage, data_ptr=data_ptr)
+    _replace(torch.UntypedStorage, data_ptr=data_ptr, resize_=resize_and_tell)
     _replace(FakeTensor, data_ptr=data_ptr_of_tensor)
 
 

@@ -87,6 +87,13 @@ def test_fp8_without_transformer_engine_is_an_error() -> None:
         check_machine_options({name: None}, machine())
 
 
+def test_norms_are_recomputed_with_transformer_engine_alone() -> None:
+    with pytest.raises(ValueError, match=r"^megatron\.recompute_modules holds 'layernorm', .*; remove it$"):
+        check_machine_options({"recompute_modules": ["mlp", "layernorm"]}, machine(cuda_devices=8))
+    check_machine_options({"recompute_modules": ["mlp", "core_attn"]}, machine(cuda_devices=8))
+    check_machine_options({"recompute_modules": ["layernorm"]}, machine(cuda_devices=8, engine="2.9"))
+
+
 def test_the_flexible_dispatcher_needs_cuda() -> None:
     check_machine_options({"moe_token_dispatcher_type": "flex"}, machine(cuda_devices=8))
     with pytest.raises(ValueError, match=r"^megatron\.moe_token_dispatcher_type = 'flex': needs CUDA and DeepEP"):

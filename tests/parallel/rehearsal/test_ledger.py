@@ -19,6 +19,19 @@ def test_sizes_are_rounded_up_and_views_cost_nothing() -> None:
     assert ledger.end().peak == 4096
 
 
+def test_a_storage_that_is_emptied_in_place_frees_its_memory() -> None:
+    ledger = MemoryLedger()
+    ledger.begin()
+    x = torch.zeros(256)
+    ledger.track(x)
+    for size, live in ((0, 0), (4096, 4096)):
+        x.untyped_storage().resize_(size)
+        ledger.resized(x.untyped_storage())
+        assert ledger.live == live
+    del x
+    assert ledger.live == 0
+
+
 def test_the_peak_is_split_by_what_lived_at_that_moment() -> None:
     ledger = MemoryLedger()
     weights = torch.zeros(128)
