@@ -176,7 +176,7 @@ def notes(plan: Plan) -> list[str]:
                 f"lengths of responses: {lengths.source}; under way they are {lengths.under_way + prompt:,.0f} tokens, prompt included"
             )
     if plan.training.spec == "fused" and plan.work.rollouts is not None:
-        found.append("layers: TransformerEngine's, which actor.layers: auto takes where it imports; --layers local plans this project's own")
+        found.append("layers: TransformerEngine's, which actor.layers: auto takes where it imports; --layers local plans the project's own")
     if plan.shape.is_moe and plan.training.imbalance == 1.0 and plan.work.rollouts is not None:
         found.append("experts are assumed to be equally busy; published dropless training fits --imbalance 1.55")
     return found
