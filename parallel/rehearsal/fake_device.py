@@ -49,6 +49,7 @@ class FakeDevice(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.twins = Twins()
         self.ledger = MemoryLedger()
+        self.host_ledger = MemoryLedger()
         self.tally = Tally()
         self.deterministic = False
         self._exchange: Exchange | None = None
@@ -69,7 +70,9 @@ class FakeDevice(TorchDispatchMode):
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and not (device is not None and device.type == "cuda"):
             if not tensors and _is_large_on_host(func, args, kwargs):
                 with self.fake:
-                    return func(*args, **kwargs)
+                    out = func(*args, **kwargs)
+                self.host_ledger.track(out)
+                return out
             return func(*args, **kwargs)
         try:
             return self._run(func, args, kwargs, leaves, structure, tensors, device)
@@ -105,8 +108,8 @@ class FakeDevice(TorchDispatchMode):
             return self._by_value(func, name, leaves, structure, tensors, twins)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                self.ledger.track(tensor)
+            if isinstance(tensor, FakeTensor):
+                (self.ledger if tensor.device.type == "cuda" else self.host_ledger).track(tensor)
         if kernel_rules.is_kernel(func) and any(tensor.device.type == "cuda" for tensor in outputs or tensors):
             self.tally.kernels += 1
         if outputs and self._follow(func, name, leaves, structure, twins, outputs):

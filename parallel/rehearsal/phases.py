@@ -101,7 +101,8 @@ class Rehearsal:
         )
         self._device.deterministic = request.deterministic
         torch.use_deterministic_algorithms(request.deterministic)
-        self._device.ledger = MemoryLedger()  # Megatron's modules outlive their model in parts
+        # New ones: Megatron's modules outlive their model in parts.
+        self._device.ledger, self._device.host_ledger = MemoryLedger(), MemoryLedger()
         run = _Run(request, self._device, self._hear, self._progress)
         fault = None
         with self._device, torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor):
@@ -199,11 +200,13 @@ class _Run:
         gc.collect()
         self._device.tally = tally = Tally()
         self._device.ledger.begin()
+        self._device.host_ledger.begin()
         began = time.monotonic()
         try:
             yield
         finally:
-            self.results.append(_phase_result(name, self._device.ledger.end(), tally, seconds=time.monotonic() - began))
+            seconds, host_peak = time.monotonic() - began, self._device.host_ledger.peak
+            self.results.append(_phase_result(name, self._device.ledger.end(), host_peak, tally, seconds=seconds))
 
     def _settings(self) -> ActorSettings:
         request = self._request
@@ -292,7 +295,7 @@ def _export(actor: MegatronActor) -> None:
         pass
 
 
-def _phase_result(name: str, memory: PhaseMemory, tally: Tally, *, seconds: float) -> PhaseResult:
+def _phase_result(name: str, memory: PhaseMemory, host_peak: int, tally: Tally, *, seconds: float) -> PhaseResult:
     return PhaseResult(
         name=name,
         before=memory.before,
@@ -301,6 +304,7 @@ def _phase_result(name: str, memory: PhaseMemory, tally: Tally, *, seconds: floa
         by_kind=memory.by_kind,
         holders=memory.holders[:_HOLDERS],
         timeline=memory.timeline,
+        host_peak=host_peak,
         collectives=tuple(
             Collective(**asdict(key), calls=tally.calls[key], bytes_in=tally.bytes_in[key])
             for key in sorted(tally.calls, key=lambda key: (-tally.bytes_in[key], -tally.calls[key]))

@@ -43,7 +43,8 @@ class Occurrence:
 class PhaseResult:
     """One phase. Bytes are of device memory: before, at the fullest moment, after; by_kind and holders split the fullest moment.
 
-    timeline: bytes alive, by kind in the order of ledger_kinds.KINDS, at up to 400 moments of the phase.
+    timeline: bytes alive, by kind in the order of ledger_kinds.KINDS, at up to 400 moments of the phase. host_peak: bytes of the rank's
+    large tensors in host memory.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PhaseResult:
     by_kind: Mapping[str, int]
     holders: tuple[Holder, ...]
     timeline: tuple[tuple[int, ...], ...]
+    host_peak: int
     collectives: tuple[Collective, ...]
     waits: tuple[Occurrence, ...]
     guesses: tuple[Occurrence, ...]

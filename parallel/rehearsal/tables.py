@@ -43,16 +43,17 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / GB:.1f}" if num_bytes >= 10 * GB else f"{num_bytes / GB:.3f}"
 
 
+def _numbers(phase: PhaseResult, kinds: Sequence[str]) -> tuple[int, ...]:
+    return (phase.before, phase.peak, phase.after, *(phase.by_kind.get(kind, 0) for kind in kinds), phase.host_peak)
+
+
 def memory_table(result: RehearsalResult) -> Table:
-    """Peak of every phase, split by kind."""
+    """Peak of every phase, split by kind; host: the rank's large tensors in host memory."""
     kinds = [kind for kind in KINDS if any(phase.by_kind.get(kind) for phase in result.phases)]
     return Table(
         title=f"memory of rank {result.request.rank}, GB",
-        header=("phase", "before", "peak", "after", *kinds),
-        rows=tuple(
-            (phase.name, *map(gigabytes, (phase.before, phase.peak, phase.after, *(phase.by_kind.get(kind, 0) for kind in kinds))))
-            for phase in result.phases
-        ),
+        header=("phase", "before", "peak", "after", *kinds, "host"),
+        rows=tuple((phase.name, *map(gigabytes, _numbers(phase, kinds))) for phase in result.phases),
     )
 
 

@@ -112,6 +112,8 @@ def test_moments_of_an_offloaded_optimizer_leave_the_device(results: dict[str, R
     held = results["offloaded optimizer"].phase("update").by_kind
     # Megatron leaves the fp32 master weights of this rank's half there: 4 bytes of every second parameter, parameters being bf16.
     assert held["optimizer"] == pytest.approx(held["parameters"], abs=20 * _PAGE)
+    on_host = results["offloaded optimizer"].phase("check").host_peak
+    assert on_host == pytest.approx(2 * held["parameters"], abs=20 * _PAGE)  # two fp32 moments of the same half
 
 
 def test_kept_weights_weigh_as_much_as_parameters(results: dict[str, RehearsalResult]) -> None:
