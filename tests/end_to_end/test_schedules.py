@@ -1,16 +1,17 @@
-"""The overlapped schedule gives the serial schedule's numbers, bit for bit, on real ranks and real servers."""
+"""Overlapped, serial and rolling runs give the same numbers, bit for bit, on real ranks and real servers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Command, metrics_of, without_times
+from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(900)]
 
@@ -40,6 +41,48 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
+class TwoServers:
+    """Two supervised servers that all runs of this file share."""
+
+    def __init__(self, command: Command, endpoints: str) -> None:
+        self.command = command
+        self.settings = ["rollout.servers=0", f"rollout.endpoints={endpoints}"]
+
+    def kill_one(self) -> None:
+        servers = [process for process in self.command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
+        min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def two_servers(
+    short_run_settings: list[str], finished_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TwoServers]:
+    folder = tmp_path_factory.mktemp("two_servers")
+    command = Command(["serve", *short_run_settings, "rollout.servers=2", "--folder", str(folder)])
+    try:
+        path = folder / "endpoints.json"
+        yield TwoServers(command, wait_for(lambda: path.exists() and path.read_text().strip(), command))
+    finally:
+        command.kill_everything()
+
+
+@pytest.fixture(scope="module")
+def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tuple[list[str], Path]:
+    """Settings of a run on two servers, and what the serial schedule makes of it."""
+    settings = [
+        *short_run_settings,
+        *two_servers.settings,
+        *("staleness=1", "num_global_steps=6", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
+    ]
+    command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"])
+    try:
+        code, _, err = command.wait()
+        assert code == 0, err
+    finally:
+        command.kill_everything()
+    return settings, Path(short_run_settings[1].removeprefix("output_dir=")) / "serial_on_two"
+
+
 def test_overlapped_equals_serial_at_staleness_two(
     minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
@@ -56,10 +99,11 @@ def waited_less(row: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(("staleness", "servers"), [(1, 2), (3, 1)])
 def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
-    staleness: int, servers: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    staleness: int, servers: int, minpro: Callable[..., Command], short_run_settings: list[str], two_servers: TwoServers
 ) -> None:
     changes = [
-        *(f"staleness={staleness}", "num_global_steps=4", f"rollout.servers={servers}", "evaluation.every=2", "checkpoint.every=3"),
+        *(f"staleness={staleness}", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3"),
+        *(two_servers.settings if servers == 2 else []),
         *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", "debug.check_weights=true"),
     ]
     runs = [
@@ -67,3 +111,35 @@ def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
         for schedule in ("overlapped", "serial")
     ]
     assert_equal_runs(*runs)
+
+
+def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(
+    minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path], two_servers: TwoServers
+) -> None:
+    settings, serial = on_two_servers
+    rolling = serial.parent / "rolling"
+    command = minpro("train", *settings, "name=rolling", "rollout.publish=rolling")
+    wait_for(lambda: len(metrics_of(rolling)) >= 2, command)
+    two_servers.kill_one()
+    code, _, err = command.wait()
+    assert code == 0, err
+    assert_equal_runs(serial, rolling)
+    used = [row["servers/used"] for row in metrics_of(rolling) if "servers/used" in row]
+    assert used[0] == 2 and 1 in used, "one server has finished the shares of both"
+    assert command.survivors() == []
+
+
+def test_a_run_that_changes_its_schedule_at_every_stop_has_the_same_numbers(
+    minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path]
+) -> None:
+    settings, serial = on_two_servers
+    run_dir = serial.parent / "changing"
+    for how in ("schedule=overlapped", "schedule=serial", "rollout.publish=rolling"):
+        lines = len(metrics_of(run_dir))
+        command = minpro("train", *settings, "name=changing", how)
+        if how != "rollout.publish=rolling":
+            wait_for(lambda: len(metrics_of(run_dir)) > lines, command)  # noqa: B023  used within the iteration
+            interrupt(command)
+        code, _, err = command.wait()
+        assert code == (0 if how == "rollout.publish=rolling" else 1), err
+    assert_equal_runs(serial, run_dir)
