@@ -7,8 +7,8 @@ its weights wait here, on disk or in host memory, until the server has finished 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -119,7 +119,7 @@ class CollectiveKeeper:
     def give(self, endpoint: str, policy_version: int) -> None:
         """See WeightKeeper. Raises ValueError when tensors are missing or came twice."""
         tensors = kept(self._kept, policy_version)
-        with nullcontext() if self._device is None else torch.cuda.device(self._device):
+        with _own_stream(self._device):
             self._syncs[endpoint].publish(policy_version, iter(tensors))
 
     def forget(self, policy_version: int) -> None:
@@ -130,6 +130,16 @@ class CollectiveKeeper:
         """Leave all groups."""
         for sync in self._syncs.values():
             sync.close()
+
+
+@contextmanager
+def _own_stream(device: int | None) -> Iterator[None]:
+    """The thread works on this CUDA device, and its copies do not stand in line with the trainer's kernels. None: there is no CUDA."""
+    if device is None:
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
 
 
 def kept(by_version: Mapping[int, Weights], policy_version: int) -> Weights:
