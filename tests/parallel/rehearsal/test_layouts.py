@@ -83,6 +83,11 @@ def test_state_after_building_weighs_what_the_planner_counts(name: str, results:
     assert counted - 8 * pieces <= held["optimizer"] <= counted + pieces * _PAGE
 
 
+@pytest.mark.parametrize("name", REQUESTS)
+def test_building_takes_no_more_memory_than_an_update(name: str, results: dict[str, RehearsalResult]) -> None:
+    assert results[name].phase("build").peak <= results[name].phase("update").peak
+
+
 def test_state_of_a_dense_model_weighs_what_a_hand_counts(results: dict[str, RehearsalResult]) -> None:
     # Per layer on each of 2 tensor-parallel ranks: q 64x128 and o 128x64, k and v 64x64 each, three 64x128 products, halved; four norms.
     layer = (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 128) // 2 + 2 * 64 + 2 * 16
