@@ -173,7 +173,7 @@ class _Run:
             )
             self._mark_state(actor)
         steps: dict[str, Callable[[], None]] = {
-            "load": lambda: actor.load_hugging_face(self._read),
+            "load": lambda: self._load(actor),
             "check": lambda: self._check(actor, groups),
             "keep": lambda: self._keep(actor),
             "score": lambda: self._score(actor),
@@ -201,11 +201,11 @@ class _Run:
         self._device.tally = tally = Tally()
         self._device.ledger.begin()
         self._device.host_ledger.begin()
-        began = time.monotonic()
+        began = time.process_time()
         try:
             yield
         finally:
-            seconds, host_peak = time.monotonic() - began, self._device.host_ledger.peak
+            seconds, host_peak = time.process_time() - began, self._device.host_ledger.peak
             self.results.append(_phase_result(name, self._device.ledger.end(), host_peak, tally, seconds=seconds))
 
     def _settings(self) -> ActorSettings:
@@ -239,9 +239,14 @@ class _Run:
                     if isinstance(value, Tensor):
                         memory.mark(value, ledger_kinds.OPTIMIZER)
 
-    def _read(self, name: str) -> Tensor:
-        with self._device.fake:
-            return torch.empty(hf_shapes(self._request.architecture)[name], dtype=_DTYPES[self._request.dtype])
+    def _load(self, actor: MegatronActor) -> None:
+        shapes, dtype = hf_shapes(self._request.architecture), _DTYPES[self._request.dtype]
+
+        def read(name: str) -> Tensor:
+            with self._device.fake:
+                return torch.empty(shapes[name], dtype=dtype)
+
+        actor.load_hugging_face(read)
 
     def _check(self, actor: MegatronActor, groups: ProcessGroups) -> None:
         self._hear(ModelCheck(num_tokens=1, median=0.0, mean=0.0, largest=0.0, allowed_median=0.0, allowed_mean=0.0))

@@ -59,7 +59,7 @@ class PhaseResult:
     waits: tuple[Occurrence, ...]
     guesses: tuple[Occurrence, ...]
     kernels: int
-    seconds: float  # of this machine, to rehearse it
+    seconds: float  # processor time of the rehearsal
 
     @property
     def num_waits(self) -> int:
