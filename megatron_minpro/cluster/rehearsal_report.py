@@ -82,7 +82,7 @@ def _lines(verdict: Verdict) -> list[str]:
     seconds = sum(phase.seconds for phase in result.phases)
     lines = [
         f"layers: {result.layers}",
-        f"rehearsed on torch {result.torch_version} in {seconds:.0f} s of processor time with {result.host_bytes / GB:.1f} GB of host memory",
+        f"rehearsed on torch {result.torch_version} in {seconds:.0f} s of one core with {result.host_bytes / GB:.1f} GB of host memory",
     ]
     guesses = sum(each.count for phase in result.phases for each in phase.guesses)
     if guesses:
