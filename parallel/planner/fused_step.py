@@ -46,6 +46,7 @@ def run_fused_step(
     tape.hold("recomputed", max(whole[kind] - saved[kind] for kind in kinds))
     tape.hold("dispatch", _dispatch_bytes(shape, layout, training, t) if shape.is_moe else 0.0)
     tape.hold("context", _context_bytes(shape, layout, training, t))
+    tape.release("activations", "recomputed", "dispatch", "context")
 
 
 def layer_bytes(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, *, is_moe: bool) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.layout import ParallelLayout
-from parallel.planner.local_layers import ACTIVATIONS, CONTEXT, EXPONENTIALS, LOGITS, RECOMPUTED, TEMPORARY, LocalLayer
+from parallel.planner.local_layers import ACTIVATIONS, CONTEXT, DISPATCH, EXPONENTIALS, LOGITS, RECOMPUTED, TEMPORARY, LocalLayer
 from parallel.planner.shape import ModelShape
 from parallel.planner.stages import Chunk, chunks_of_rank, largest_gradient
 from parallel.planner.tape import Tape
@@ -88,7 +88,7 @@ def run_local_step(
     if chunks[0].embeds:
         tape.at("backward of the embedding")
         tape.flash(TEMPORARY, embedding)
-    tape.drop(TEMPORARY, waiting)
+    tape.release(ACTIVATIONS, RECOMPUTED, LOGITS, DISPATCH, TEMPORARY)
     tape.at("gradient norm")
     tape.flash(TEMPORARY, 4 * largest_gradient(shape, layout, pp_rank))
 

@@ -8,7 +8,7 @@ from parallel.layout import ParallelLayout
 from parallel.planner.fused_step import run_fused_step
 from parallel.planner.local_step import run_local_step
 from parallel.planner.shape import ModelShape
-from parallel.planner.stages import optimizer_shard, stage_parameters
+from parallel.planner.stages import chunks_of_rank, optimizer_shard, stage_parameters
 from parallel.planner.tape import Tape
 from parallel.planner.training import Batch, Training
 
@@ -16,6 +16,7 @@ GB = 1e9
 
 _MOMENTS_BYTES = 8  # two fp32 moments
 _MASTER_BYTES = 4  # fp32 copy of a parameter that is not fp32 itself
+_EXPORT_BUCKET = 256 << 20  # bytes that travel at once, parallel/weights.py
 _STEP_BYTES = 4  # torch's AdamW keeps a step count for every piece
 
 
@@ -102,8 +103,27 @@ def stage_memory(
     in_flight = micro_batches_in_flight(layout, pp_rank, batch.num_micro_batches)
     run = run_local_step if training.spec == "local" else run_fused_step
     run(tape, shape, layout, pp_rank, training, batch, in_flight=in_flight)
+    tape.at("export")
+    tape.flash("temporary", _export_bytes(shape, layout, pp_rank, training))
     empty = dict.fromkeys((field.name for field in fields(StageMemory) if field.name != "moment"), 0.0)
     return StageMemory(moment=tape.fullest_moment, **(empty | tape.fullest))
+
+
+def _export_bytes(shape: ModelShape, layout: ParallelLayout, pp_rank: int, training: Training) -> float:
+    """Weights on their way to the servers, a bucket at a time: the largest tensor whole beside its shards, or received by the first rank.
+
+    A bucket holds several parameters, or one that is larger. What was exported before is let go late.
+    """
+    chunks = chunks_of_rank(shape, layout, pp_rank)
+    held = stage_parameters(shape, layout, pp_rank)
+    all_bytes = (held.dense * layout.tp + held.expert * layout.etp) * training.element_bytes
+    bucket = min(_EXPORT_BUCKET, all_bytes)
+    largest = shape.vocab_size * shape.hidden_size * training.element_bytes if chunks[0].embeds or chunks[-1].ends else 0.0
+    if layout.tp > 1:
+        return largest + max(largest, bucket) + (bucket / 2 if all_bytes > bucket else 0.0)
+    if layout.pp > 1:
+        return max(largest, bucket)
+    return bucket if layout.ep > 1 else 0.0
 
 
 def micro_batches_in_flight(layout: ParallelLayout, pp_rank: int, num_micro_batches: int) -> float:

@@ -31,13 +31,18 @@ class Tape:
 
     def drop(self, part: str, num_bytes: float) -> None:
         """So many bytes less."""
-        self._parts[part] -= num_bytes
+        self._parts[part] = self._parts.get(part, 0.0) - num_bytes
         self._live -= num_bytes
 
     def flash(self, part: str, num_bytes: float) -> None:
         """Held for a moment."""
         self.hold(part, num_bytes)
         self.drop(part, num_bytes)
+
+    def release(self, *parts: str) -> None:
+        """Nothing of these parts is left."""
+        for part in parts:
+            self.drop(part, self.held(part))
 
     def held(self, part: str) -> float:
         """Bytes of a part that are alive now."""

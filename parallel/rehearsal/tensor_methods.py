@@ -103,7 +103,11 @@ def _install_data_of_parameters() -> None:
     data: Any = Tensor.data
 
     def put(self: Tensor, value: Tensor) -> None:
-        if not isinstance(value, FakeTensor) or isinstance(self, FakeTensor):
+        if isinstance(self, FakeTensor) and isinstance(value, FakeTensor):  # large ones in host memory are fake, too
+            data.__set__(self, value)
+            self.fake_device = value.fake_device
+            return
+        if not isinstance(value, FakeTensor):
             data.__set__(self, value)
             return
         replaced = torch.nn.Parameter(value, self.requires_grad)
@@ -112,7 +116,8 @@ def _install_data_of_parameters() -> None:
         for name, each in attributes.items():
             setattr(self, name, each)
 
-    _replace(torch.nn.Parameter, data=property(lambda self: data.__get__(self), put))
+    for kind in (torch.nn.Parameter, FakeTensor):
+        _replace(kind, data=property(lambda self: data.__get__(self), put))
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:

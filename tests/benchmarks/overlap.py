@@ -27,6 +27,11 @@ ROUNDS = 2
 _ROOT = Path(__file__).resolve().parents[2]
 _OVERLAP = "throughput/overlap_efficiency"
 _IDLE = {"trainer": "time/wait", "servers": "time/idle_servers"}
+_WAYS = {
+    "serial": ("schedule=serial",),
+    "overlapped": ("schedule=overlapped",),
+    "rolling": ("schedule=overlapped", "rollout.publish=rolling"),
+}
 Line = Mapping[str, float | None]
 
 
@@ -47,33 +52,38 @@ def rows(folder: Path) -> list[Row]:
     """The rows of this file. folder: an existing folder; the runs stay there until the next call."""
     base = folder / "overlap"
     shutil.rmtree(base, ignore_errors=True)
-    return [_row(base, servers) for servers in (1, 2)]
+    return [*_rows(base, 1, ("serial", "overlapped")), *_rows(base, 2, ("serial", "overlapped", "rolling"))]
 
 
-def _row(base: Path, servers: int) -> Row:
-    runs: dict[str, list[Trained]] = {"serial": [], "overlapped": []}
+def _rows(base: Path, servers: int, ways: Sequence[str]) -> list[Row]:
+    """One for each way after the first, against the first."""
+    runs: dict[str, list[Trained]] = {way: [] for way in ways}
     for number in range(ROUNDS):
-        for schedule, found in runs.items():
-            found.append(_train(base, schedule, servers, number))
+        for way, found in runs.items():
+            found.append(_train(base, way, servers, number))
     numbers = [[_without_times(line) for line in run.lines] for found in runs.values() for run in found]
     if any(other != numbers[0] for other in numbers):
         raise RuntimeError(f"the schedules disagree, or a run does not repeat: {base}/*/{METRICS_FILE}")
-    return Row(
-        name=f"global step of the tiny job, {servers} server{'s' * (servers > 1)}, overlapped: {_said(runs['overlapped'])}",
-        seconds=_median(runs["overlapped"], "time/step"),
-        peer=f"serial: {_said(runs['serial'])}",
-        peer_seconds=_median(runs["serial"], "time/step"),
-        target=1.0,
-    )
+    peer = runs.pop(ways[0])
+    return [
+        Row(
+            name=f"global step of the tiny job, {servers} server{'s' * (servers > 1)}, {way}: {_said(found)}",
+            seconds=_median(found, "time/step"),
+            peer=f"{ways[0]}: {_said(peer)}",
+            peer_seconds=_median(peer, "time/step"),
+            target=1.0,
+        )
+        for way, found in runs.items()
+    ]
 
 
-def _train(base: Path, schedule: str, servers: int, number: int) -> Trained:
+def _train(base: Path, way: str, servers: int, number: int) -> Trained:
     """One run. The base model is made by the first."""
-    name = f"{schedule}_{servers}_{number}"
+    name = f"{way}_{servers}_{number}"
     settings = [
         f"output_dir={base}",
         f"name={name}",
-        f"schedule={schedule}",
+        *_WAYS[way],
         f"rollout.servers={servers}",
         f"model.path={base / 'base_model'}",
         f"num_global_steps={STEPS}",

@@ -22,6 +22,7 @@ def rehearsed(request: RehearsalRequest, peak: int) -> RehearsalResult:
         before=0,
         peak=peak,
         after=0,
+        host_peak=0,
         by_kind={},
         holders=(),
         timeline=(),
