@@ -14,7 +14,7 @@ import megatron_minpro.run
 from megatron_minpro import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "report", "scale")
+COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "rehearse", "report", "scale")
 
 
 class Launcher(ModuleType):
