@@ -64,8 +64,8 @@ def _title(verdict: Verdict) -> str:
     request = result.request
     return (
         f"{request.model_name}, {request.model['num_hidden_layers']} layers, {layout_text(request.layout)}, rank {request.rank}, "
-        f"{request.dtype}, recompute {request.recompute}, {result.micro_batches} micro-batches of up to "
-        f"{result.micro_batch_tokens:,} tokens on this rank"
+        f"{request.dtype}, recompute {request.recompute}, {result.micro_batches} micro-batch{'' if result.micro_batches == 1 else 'es'} "
+        f"of up to {result.micro_batch_tokens:,} tokens on this rank"
     )
 
 

@@ -137,29 +137,28 @@ class MemoryLedger:
 
 
 def _timeline(held: list[_Held], *, since: int) -> tuple[tuple[int, ...], ...]:
-    """What was alive by kind; of each stretch of time the fullest moment."""
+    """What was alive by kind: at the start, at the fullest moment of each stretch of time, at the end."""
+    alive = dict.fromkeys(KINDS, 0)
     changes: list[tuple[int, str, int]] = []
     for each in held:
-        begins = max(each.born, since)
-        first = each.kind_at(begins)
-        changes.append((begins, first, each.num_bytes))
-        last = first
-        if each.kind is None and each.saved is not None and first == TEMPORARY:
+        kind = each.kind_at(max(each.born, since))
+        if each.born <= since:
+            alive[kind] += each.num_bytes
+        else:
+            changes.append((each.born, kind, each.num_bytes))
+        if kind == TEMPORARY and each.saved is not None:
             changes += [(each.saved, TEMPORARY, -each.num_bytes), (each.saved, ACTIVATIONS, each.num_bytes)]
-            last = ACTIVATIONS
+            kind = ACTIVATIONS
         if each.died is not None:
-            changes.append((each.died, last, -each.num_bytes))
+            changes.append((each.died, kind, -each.num_bytes))
     changes.sort(key=lambda change: change[0])
-    alive = dict.fromkeys(KINDS, 0)
-    points: list[tuple[int, ...]] = []
+    fullest = tuple(alive.values())
+    points = [fullest]
     stretch = max(1, len(changes) // _POINTS)
-    fullest: tuple[int, ...] = ()
     for number, (_, kind, size) in enumerate(changes, start=1):
         alive[kind] += size
-        now = tuple(alive.values())
-        if sum(now) >= sum(fullest):
-            fullest = now
+        fullest = max(fullest, tuple(alive.values()), key=sum)
         if number % stretch == 0 or number == len(changes):
             points.append(fullest)
-            fullest = ()
-    return tuple(points)
+            fullest = tuple(alive.values())
+    return (*points, tuple(alive.values()))

@@ -39,8 +39,9 @@ class Table:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Bytes in GB (10^9), three digits behind the point for a small model."""
-    return f"{num_bytes / GB:.1f}" if num_bytes >= 10 * GB else f"{num_bytes / GB:.3f}"
+    """Bytes in GB (10^9): one digit behind the point from 10 GB on, two below, three below 0.1 GB."""
+    digits = 1 if num_bytes >= 10 * GB else 2 if num_bytes >= 0.1 * GB else 3
+    return f"{num_bytes / GB:.{digits}f}" if num_bytes else "0"
 
 
 def _numbers(phase: PhaseResult, kinds: Sequence[str]) -> tuple[int, ...]:

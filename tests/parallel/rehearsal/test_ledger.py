@@ -65,7 +65,7 @@ def test_a_tensor_saved_after_the_peak_is_temporary_at_it() -> None:
     assert memory.timeline[-1] == (0, 0, 0, 0, 512, 0)
 
 
-def test_the_timeline_reaches_the_peak_and_ends_with_what_is_left() -> None:
+def test_the_timeline_begins_with_what_is_alive_and_reaches_the_peak() -> None:
     ledger = MemoryLedger()
     ledger.begin()
     kept = [torch.zeros(128) for _ in range(5)]
@@ -76,4 +76,11 @@ def test_the_timeline_reaches_the_peak_and_ends_with_what_is_left() -> None:
         del gone
     memory = ledger.end()
     assert max(map(sum, memory.timeline)) == memory.peak == 6 * 512
+    assert sum(memory.timeline[0]) == 0
     assert sum(memory.timeline[-1]) == memory.after == 5 * 512
+    ledger.begin()
+    del tensor
+    kept.pop()
+    memory = ledger.end()
+    assert [sum(point) // 512 for point in memory.timeline] == [5, 5, 4]
+    assert (memory.before, memory.after) == (5 * 512, 4 * 512)
