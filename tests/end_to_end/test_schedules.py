@@ -129,7 +129,7 @@ def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(
     assert command.survivors() == []
 
 
-def test_a_run_that_changes_its_schedule_at_every_stop_has_the_same_numbers(
+def test_a_run_whose_schedule_changes_at_every_stop_has_the_same_numbers(
     minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path]
 ) -> None:
     settings, serial = on_two_servers

@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_serial_schedule(
 
 @pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
 @pytest.mark.parametrize("how", [ROLLING, ("schedule=serial",)], ids=["rolling", "serial"])
-def test_a_batch_that_fails_while_the_next_is_sampled_leaves_a_state_that_resumes(
+def test_a_batch_that_fails_beside_the_next_leaves_a_state_that_resumes(
     failing_call: int, how: tuple[str, ...], one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
 ) -> None:
     whole = Diary(small_config("staleness=1"), one_rank_group, make_batch)

@@ -89,7 +89,7 @@ def test_the_time_of_a_step_and_who_is_idle_follow_from_the_schedule() -> None:
     assert schedules(replace(step, staleness=0)) == ("serial",)
 
 
-def test_the_long_responses_of_the_30b_take_as_long_as_in_another_simulation() -> None:
+def test_long_responses_of_the_30b_take_as_long_as_another_simulation_says() -> None:
     """That one: 512 x 8 responses, exponential with mean 8,000 and cap 20,480, 8 servers of 2 H100, prompts of 2,048.
 
     It fills caches up to 1.8 times their size and gives no server time for taking weights. Here a cache is full when it is full, and a
