@@ -9,6 +9,7 @@ All else follows from this rule:
 - What a dead server was wanted for is wanted of the next one. That one may be at a newer version already; it finishes the calls that it
   has, is given the older version back, and then the newer one again.
 - A restarted server is found by the version that it reports, and is given what is wanted of it at once.
+- A server is believed to hold only what it was given here: one that outlived an earlier run may report the wanted version too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class _Server:
     """What is known of one server."""
 
     endpoint: str
-    holds: str | None = None  # the weight version it reported or was given; None: not known
+    given: str | None = None  # the weight version that it was given last, whole
+    holds: str | None = None  # the same, as long as it reports it; None: other weights, or not known which
     usable: bool = False  # it answered when it was last looked at, and no call has failed since
     reason: str = "not asked yet"  # why it is not usable
     serves: RollingGate | None = None  # the session that made the latest call
@@ -109,7 +111,7 @@ class RollingServers:
         task.add_done_callback(self._gives.discard)
 
     async def _finish_giving(self, server: _Server, policy_version: int) -> None:
-        server.holds = None
+        server.holds = server.given = None
         try:
             work = in_background(partial(self._give, server.endpoint, policy_version), name=f"weights for {server.endpoint}")
             await asyncio.wrap_future(work)
@@ -121,7 +123,7 @@ class RollingServers:
             self.failure = error
         else:
             server.failed_gives = 0
-            server.holds = str(policy_version)
+            server.holds = server.given = str(policy_version)
         finally:
             server.switching = False
             self.notify()
@@ -214,7 +216,9 @@ class RollingGate:
             return  # the answer is of the time before
         if version is None and server.reason != reason:
             log.warning("%s does not answer (%s): it gets no requests", server.endpoint, reason)
-        server.holds, server.usable, server.reason = version, version is not None, reason
+        # Under the same version an earlier run may have given it others, or a time limit may have left it paused.
+        server.holds = version if version == server.given else None
+        server.usable, server.reason = version is not None, reason
         self._all.notify()
 
     async def watch(self) -> None:

@@ -185,6 +185,15 @@ def test_a_restarted_server_is_given_what_is_wanted_of_it_at_once(fleet: Callabl
     assert_whole(second, 12)
 
 
+def test_a_version_that_somebody_else_gave_is_not_trusted(fleet: Callable[..., Fleet]) -> None:
+    servers = fleet()  # of an earlier run or attempt: its weights of that version were others, or a publish was cut off
+    servers.servers["a"].version = "4"
+    assert_whole(servers.sample(4), 4)
+    assert servers.of("a") == servers.of("b") == [("given", 4), ("asked", 4)]
+    assert_whole(servers.sample(4), 4)
+    assert servers.of("a") == [("given", 4), ("asked", 4), ("asked", 4)], "what this client gave is not given again"
+
+
 def test_a_server_that_takes_no_weights_is_left_out_after_three_times(fleet: Callable[..., Fleet]) -> None:
     servers = fleet()
     servers.refusals = ["a"]
