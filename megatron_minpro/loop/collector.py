@@ -83,6 +83,10 @@ class Collector:
 
         Raises what the responder raises; the prompts are then drawn again by the next call, which asks for the same responses.
         """
+        if step in self._drawn:  # others are drawn meanwhile: the cursor is not touched
+            collected = self._collect(step, policy_version)
+            del self._drawn[step]
+            return collected
         before = self.cursor.state()
         try:
             return self._collect(step, policy_version)
@@ -95,7 +99,7 @@ class Collector:
         numbers, reward_s = count(), 0.0
         fared: list[Mapping[str, float]] = []  # the servers, round by round
         while missing := self._missing_groups(groups, rounds := len(fared)):
-            prompts, cursor = self._drawn.pop(step) if step in self._drawn else self._draw(missing)
+            prompts, cursor = self._drawn[step] if step in self._drawn and not rounds else self._draw(missing)
             responses = self._responder.respond(
                 prompts,
                 num_samples=self._group_size,

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, NamedTensors, each_once
+from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, NamedTensors, each_once, version_folders
 
 Weights = TypeVar("Weights")
 
@@ -55,7 +55,7 @@ class DiskKeeper:
             write_checkpoint, directory: as for DiskWeightSync. What is left there of an earlier attempt is deleted.
             options: of DiskWeightSync: api_key, admin_key, timeout_s.
         """
-        for folder in directory.glob("version_*"):  # of an earlier attempt
+        for folder in version_folders(directory):  # of an earlier attempt
             shutil.rmtree(folder)
         self._write_checkpoint = write_checkpoint
         self._directory = directory

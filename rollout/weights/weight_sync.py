@@ -17,6 +17,7 @@ that answer, without those on which it failed (unless there are no others), and 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -227,6 +228,11 @@ class _CompletenessCheck:
             raise ValueError(f"weight sync: never sent to the server: {missing[:5]}; not in the server: {unknown[:5]}")
 
 
+def version_folders(directory: Path) -> list[Path]:
+    """All folders of weights, those included that a killed attempt began to write."""
+    return [*directory.glob("version_*"), *directory.glob(".version_*")]
+
+
 class DiskWeightSync:
     """Through a checkpoint folder that servers and trainer both see. Simple and slow; any layout, any number of hosts with one file system.
 
@@ -292,11 +298,9 @@ class DiskWeightSync:
         """Nothing is kept open."""
 
     def _remove_all_but(self, kept: Path) -> None:
-        for folder in self._directory.glob("version_*"):
+        for folder in version_folders(self._directory):
             if folder != kept:
-                for file in folder.iterdir():
-                    file.unlink()
-                folder.rmdir()
+                shutil.rmtree(folder)
 
 
 class CollectiveWeightSync:

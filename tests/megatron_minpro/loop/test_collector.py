@@ -211,6 +211,23 @@ def test_prompts_drawn_ahead_are_those_of_their_step_whoever_is_first() -> None:
     ]
 
 
+def test_prompts_drawn_ahead_are_asked_again_after_a_failure() -> None:
+    client, cursor = Client(), InOrder()
+    client.fails_at = {1: WeightsMissing("all servers were restarted")}
+    rewards = {f"p{i}": MIXED for i in range(6)}
+    collector = make_collector(client, Scripted(rewards), cursor=cursor, prompts_per_step=2)
+    for step in range(2):
+        collector.draw(step)
+    with pytest.raises(WeightsMissing):
+        collector.collect(0, policy_version=4)
+    collector.draw(2)
+    for step in (2, 0, 1):
+        collector.collect(step, policy_version=4)
+    assert client.asked[0] == client.asked[2]
+    first_tokens = [[request.prompt_token_ids[0] for request in requests[::GROUP]] for requests, _ in client.asked[1:]]
+    assert first_tokens == [[14, 15], [10, 11], [12, 13]] and cursor.position == 6
+
+
 @pytest.mark.parametrize("failure", [WeightsMissing("all servers were restarted"), RolloutFailed("gave up")])
 def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exception) -> None:
     rewards = {f"p{i}": row for i, row in enumerate([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])}

@@ -44,7 +44,8 @@ def test_each_server_is_given_the_version_that_it_is_to_have(control_stub: Calla
 
 def test_a_forgotten_version_cannot_be_given_and_takes_no_room(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = control_stub(parameters={"model.norm.weight": ""})
-    (tmp_path / "version_2").mkdir()  # of an attempt that was killed
+    for left in ("version_2", ".version_3.partial-0123abcd"):  # by an attempt that was killed, also while it wrote
+        (tmp_path / left).mkdir()
     for keeper in (disk_keeper(tmp_path, server), CollectiveKeeper([server.endpoint], timeout_s=20)):
         for version in (4, 8):
             keeper.offer(version, weights(version))

@@ -79,6 +79,15 @@ def test_the_server_has_no_version_until_the_load_is_done(control_stub: Callable
     assert "unfinished" in unusable and version == server.version == "4"
 
 
+def test_only_the_newest_checkpoint_takes_room(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
+    sync = disk_sync(tmp_path, control_stub().endpoint)
+    left = tmp_path / ".version_3.partial-0123abcd" / "part"  # by an attempt that was killed while it wrote
+    left.mkdir(parents=True)
+    for version in (4, 8):
+        sync.publish(version, iter(()))
+        assert [path.name for path in tmp_path.iterdir()] == [f"version_{version}"]
+
+
 @pytest.mark.parametrize("step", ["pause_generation", "update_weights_from_disk", "continue_generation"])
 def test_a_failed_publish_is_repeated_and_the_next_version_tries_all(control_stub: Callable[..., Stub], tmp_path: Path, step: str) -> None:
     good, bad = control_stub(), control_stub(**{step: "refuse"})
