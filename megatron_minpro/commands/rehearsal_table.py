@@ -23,7 +23,10 @@ NAMES = ("qwen3_8b", "qwen3_14b", "qwen3_30b_a3b", "qwen3_235b_a22b")
 PAGE = Path(__file__).parents[2] / "parallel" / "README.md"
 BEGIN, END = "<!-- rehearsed runs: make rehearse -->", "<!-- end of rehearsed runs -->"
 
-_HEADER = ("run", "layers", "layout", "rank", "build", "score", "update", "export", "plan", "plan - peak", "waits", "rehearsed in")
+_HEADER = (
+    *("run", "layers", "layout", "rank", "build", "score", "update", "export"),
+    *("plan", "plan - peak", "host at capture", "waits", "rehearsed in"),
+)
 
 
 def rows(ranks: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, ...]]:
@@ -42,6 +45,7 @@ def rows(ranks: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, ...]
             *peaks,
             f"{planned / GB:.1f}",
             f"{planned / peak - 1:+.1%}",
+            f"{result.phase('capture').host_peak / GB:.1f}",
             str(result.phase("update").num_waits),
             f"{sum(phase.seconds for phase in result.phases):.0f} s, {result.host_bytes / GB:.1f} GB",
         )

@@ -45,7 +45,7 @@ def rehearse(options: RehearseOptions) -> None:
     """Run one rank of the cluster run on fake CUDA tensors: memory, collectives, host waits and errors, without a GPU.
 
     The code that runs is that of the cluster: build, load, score, update, capture a checkpoint, export. Neither weights nor GPUs are
-    needed, only a C++ compiler (g++). All 48 layers of Qwen3-30B-A3B take a few minutes and 2 GB.
+    needed, only a C++ compiler (g++). All 48 layers of Qwen3-30B-A3B take two minutes of one core and 1 GB.
 
     \b
     Example:
