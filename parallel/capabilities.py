@@ -79,10 +79,9 @@ class Capabilities:
         """TransformerEngine's, or Megatron-Core's local one with this project's plug-ins."""
         return "transformer_engine" if self._has_engine and self.layers != "local" else "local"
 
-    @property
-    def expert_product(self) -> Literal["grouped", "loop"]:
-        """How `experts.py` multiplies. On a CPU the loop is the faster one (make bench)."""
-        return "grouped" if self.cuda_devices else "loop"
+    def expert_product(self, dtype: torch.dtype) -> Literal["grouped", "loop"]:
+        """How `experts.py` multiplies. On a CPU the loop is the faster one (make bench); the grouped CUDA kernel takes bfloat16 alone."""
+        return "grouped" if self.cuda_devices and dtype == torch.bfloat16 else "loop"
 
     def attention_product(self, dtype: torch.dtype) -> AttentionProduct:
         """How the local layers attend (layers/attention_varlen.py, attention_grid.py). On a CPU grids: fewer calls for short sequences.
@@ -107,7 +106,7 @@ class Capabilities:
         reason = ""
         if self.cuda_devices:
             reason = f"; {'actor.layers = local' if self.layers == 'local' else self.transformer_engine.describe()}"
-        return f"the local layer spec with this project's attention, norm and experts ({self.expert_product}){reason}"
+        return f"the local layer spec with this project's attention, norm and experts{reason}"
 
     def lines(self) -> list[str]:
         """For people: one fact and its consequence a line."""

@@ -216,7 +216,7 @@ def _local_layer_spec(architecture: Architecture, capabilities: Capabilities, *,
         moe.router = SequenceBalancedRouter
         moe.experts = ModuleSpec(
             module=PackedExperts,
-            params={"product": capabilities.expert_product},
+            params={"product": capabilities.expert_product(dtype)},
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         )
     return spec
