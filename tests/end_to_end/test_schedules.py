@@ -97,20 +97,20 @@ def waited_less(row: dict[str, Any]) -> bool:
     return "time/sample" in row and row["time/wait"] < row["time/sample"]
 
 
-@pytest.mark.parametrize(("staleness", "servers"), [(1, 2), (3, 1)])
 def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
-    staleness: int, servers: int, minpro: Callable[..., Command], short_run_settings: list[str], two_servers: TwoServers
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     changes = [
-        *(f"staleness={staleness}", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3"),
-        *(two_servers.settings if servers == 2 else []),
-        *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", "debug.check_weights=true"),
+        *("staleness=3", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
+        "rollout.dynamic_sampling={equal: reward, max_rounds: 2}",
     ]
-    runs = [
-        train(minpro, short_run_settings, f"{schedule}_n{staleness}", *changes, f"schedule={schedule}")
-        for schedule in ("overlapped", "serial")
-    ]
+    runs = [train(minpro, short_run_settings, f"{schedule}_n3", *changes, f"schedule={schedule}") for schedule in ("overlapped", "serial")]
     assert_equal_runs(*runs)
+
+
+def test_overlapped_equals_serial_on_two_servers(minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path]) -> None:
+    settings, serial = on_two_servers
+    assert_equal_runs(serial, train(minpro, settings, "overlapped_on_two", "schedule=overlapped"))
 
 
 def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(
