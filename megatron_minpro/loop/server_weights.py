@@ -104,12 +104,12 @@ class RollingWeights:
 
     def publish(self, policy_version: int, tensors: NamedTensors) -> None:
         """Keep them. Older weights than the two newest versions are forgotten: the batch that they sampled is complete."""
-        self._keeper.offer(policy_version, tensors)
         self._kept = [version for version in self._kept if version != policy_version] + [policy_version]
-        while len(self._kept) > _KEPT:
+        while len(self._kept) > _KEPT:  # first, or three would need room at once
             version = self._kept.pop(0)
             self._keeper.forget(version)
             self._expected.pop(version, None)
+        self._keeper.offer(policy_version, tensors)
 
     def check(self, tensors: NamedTensors) -> None:
         """Every server is checked when it is given them."""

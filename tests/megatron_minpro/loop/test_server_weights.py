@@ -34,6 +34,7 @@ def rolling(directory: Path, server: Stub) -> RollingWeights:
     def write(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         folder.mkdir(exist_ok=True)
         assert len(list(tensors)) == 1
+        assert len(list(directory.iterdir())) <= 2, "three versions need room at once"
 
     keeper = DiskKeeper([server.endpoint], write_checkpoint=write, directory=directory, timeout_s=20)
     return RollingWeights(keeper, dtype=torch.float32, api_key=None, admin_key=None)
