@@ -27,24 +27,24 @@ def machine(
     )
 
 
-OURS = "layers: the local layer spec with this project's attention, norm and experts "
+OURS = "layers: the local layer spec with this project's attention, norm and experts"
 
 
 @pytest.mark.parametrize(
     ("found", "setting", "layers", "said"),
     [
-        (machine(), "auto", "local", f"{OURS}(loop)"),
-        (machine(cuda_devices=8), "auto", "local", f"{OURS}(grouped); TransformerEngine absent"),
+        (machine(), "auto", "local", OURS),
+        (machine(cuda_devices=8), "auto", "local", f"{OURS}; TransformerEngine absent"),
         # Importable, but of no use without a device.
-        (machine(engine="2.9"), "auto", "local", f"{OURS}(loop)"),
+        (machine(engine="2.9"), "auto", "local", OURS),
         (machine(cuda_devices=1, engine="2.9"), "auto", "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
-        (machine(cuda_devices=1, engine="2.9"), "local", "local", f"{OURS}(grouped); actor.layers = local"),
+        (machine(cuda_devices=1, engine="2.9"), "local", "local", f"{OURS}; actor.layers = local"),
         (machine(cuda_devices=1, engine="2.9"), "transformer_engine", "transformer_engine", "layers: TransformerEngine 2.9's layer spec"),
         (
             machine(cuda_devices=1, engine=BROKEN),
             "auto",
             "local",
-            f"{OURS}(grouped); TransformerEngine 2.9 is installed but does not import (ImportError: undefined symbol: _ZN3c10)",
+            f"{OURS}; TransformerEngine 2.9 is installed but does not import (ImportError: undefined symbol: _ZN3c10)",
         ),
     ],
 )
