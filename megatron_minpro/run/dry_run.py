@@ -12,6 +12,7 @@ from rich.text import Text
 from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.run.preflight import check_dry_run
+from megatron_minpro.run.ranks import are_forked
 from megatron_minpro.run.run_folder import EXPORT_FOLDER
 from parallel.capabilities import detect
 
@@ -42,7 +43,8 @@ def describe(config: RunConfig, *, resume: str) -> RenderableType:
     if layout.world_size > len(shown):
         ranks.add_row("...", *[""] * 7)
     processes = Table(title="processes", title_justify="left", show_header=False)
-    processes.add_row(f"{config.world_size} x", f"torchrun -m megatron_minpro.run.rank {config.run_dir} train")
+    started = "fork of" if are_forked(config, capabilities) else "torchrun -m"
+    processes.add_row(f"{config.world_size} x", f"{started} megatron_minpro.run.rank {config.run_dir} train")
     if config.rollout.servers:
         processes.add_row(
             f"{config.rollout.servers} x", f"SGLang server of {config.model.path}, tp {config.rollout.tp}, {config.rollout.dtype}"

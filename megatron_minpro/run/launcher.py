@@ -27,7 +27,7 @@ from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.finished import stopped, write_report
 from megatron_minpro.run.preflight import check_run_folder, check_start
-from megatron_minpro.run.ranks import start_ranks
+from megatron_minpro.run.ranks import are_forked, on_loopback, start_forked_ranks, start_ranks
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -43,7 +43,6 @@ from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
 from parallel.capabilities import detect
-from rollout.loopback import is_loopback
 from rollout.processes import ManagedProcess
 from rollout.sglang.server import ServerPool
 from rollout.weights.loaded import check_pool
@@ -148,14 +147,19 @@ def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> No
 
 def start_workers(config: RunConfig, task: str) -> ManagedProcess:
     """All ranks of the run, on this machine."""
+    arguments, count, name = [str(config.run_dir), task], config.world_size, f"trainer ({task})"
+    log_path = config.run_dir / "logs" / f"{task}.log"
+    ignored = (signal.SIGUSR1,)  # it asks the workers to stop; their parent would die of it
+    if are_forked(config, detect()):
+        return start_forked_ranks(arguments, count=count, name=name, log_path=log_path, ignore_signals=ignored)
     return start_ranks(
         "megatron_minpro.run.rank",
-        [str(config.run_dir), task],
-        count=config.world_size,
-        name=f"trainer ({task})",
-        log_path=config.run_dir / "logs" / f"{task}.log",
-        loopback=not config.rollout.endpoints and is_loopback(config.rollout.host),
-        ignore_signals=(signal.SIGUSR1,),  # it asks the workers to stop; torchrun would die of it
+        arguments,
+        count=count,
+        name=name,
+        log_path=log_path,
+        loopback=on_loopback(config),
+        ignore_signals=ignored,
     )
 
 

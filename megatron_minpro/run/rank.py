@@ -1,4 +1,5 @@
-"""One trainer rank: `torchrun ... -m megatron_minpro.run.rank RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script.
+"""One trainer rank: `torchrun ... -m megatron_minpro.run.rank RUN_DIR {train|warm_up}`. Started by the launcher or by a Slurm script;
+on one machine without CUDA by forked_ranks.py.
 
 It sets what CUDA reads at its first use. The import of Megatron-Core is such a use, so the rank itself (worker.py) is imported afterwards.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_minpro.config import load_config
@@ -15,15 +18,24 @@ from megatron_minpro.run.run_folder import CONFIG_FILE
 from parallel import cuda_environment
 
 
-def main(arguments: list[str]) -> None:
-    """Entry point of every rank."""
+def prepare(arguments: list[str]) -> Callable[[], None]:
+    """Import everything; what is left to do for a rank that knows its number.
+
+    Args:
+        arguments: RUN_DIR and the task.
+    """
     config = load_config(Path(arguments[0]) / CONFIG_FILE, [])
     cuda_environment.enter(config.layout, deterministic=config.debug.deterministic)
     gc.disable()  # nothing that is imported becomes garbage, and looking for some takes a fifth of the imports' time
     worker = importlib.import_module("megatron_minpro.run.worker")
     gc.freeze()  # nor need later collections look at it
     gc.enable()
-    worker.main(arguments)
+    return partial(worker.main, arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of a rank of its own process."""
+    prepare(arguments)()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start the trainer ranks of this machine with torchrun."""
+"""Start the trainer ranks of this machine: with torchrun, or forked where there is no CUDA."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
+from megatron_minpro.config import RunConfig
 from megatron_minpro.working_folder import child_environment
+from parallel.capabilities import Capabilities
+from rollout.loopback import is_loopback
 from rollout.processes import ManagedProcess, spawn
 
 
@@ -46,9 +50,6 @@ def start_ranks(
         variables: set in the ranks' environment where this process's has no value.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    environment = {**variables, **child_environment()}
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", "1")
     if rendezvous is None:
         command += ["--standalone"]
     else:
@@ -56,5 +57,34 @@ def start_ranks(
         command += [f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}"]
     if loopback:
         command += ["--local-addr=127.0.0.1"]
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = _environment(loopback=loopback, variables=variables)
     return spawn([*command, "-m", module, *arguments], log_path=log_path, env=environment, name=name, ignore_signals=ignore_signals)
+
+
+def are_forked(config: RunConfig, capabilities: Capabilities) -> bool:
+    """Whether the ranks of `minpro train` come from one process: not where CUDA is, nor where servers on other machines meet them."""
+    return capabilities.device_type == "cpu" and on_loopback(config)
+
+
+def on_loopback(config: RunConfig) -> bool:
+    """Whether everything the ranks of a run on one machine talk to is on this machine."""
+    hosts = [urlsplit(endpoint).hostname or "" for endpoint in config.rollout.endpoints]
+    return is_loopback(config.rollout.host) and all(map(is_loopback, hosts))
+
+
+def start_forked_ranks(
+    arguments: Sequence[str], *, count: int, name: str, log_path: Path, ignore_signals: Sequence[signal.Signals] = ()
+) -> ManagedProcess:
+    """As start_ranks for megatron_minpro.run.rank, on loopback and without CUDA: one process imports for all of them."""
+    command = [sys.executable, "-m", "megatron_minpro.run.forked_ranks", str(count), *arguments]
+    environment = _environment(loopback=True, variables={})
+    return spawn(command, log_path=log_path, env=environment, name=name, ignore_signals=ignore_signals)
+
+
+def _environment(*, loopback: bool, variables: Mapping[str, str]) -> dict[str, str]:
+    environment = {**variables, **child_environment()}
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    if loopback:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment

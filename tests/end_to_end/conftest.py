@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,6 +52,16 @@ class Command:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The trainer's ranks, in their order: forked, one after the other, from a process with the same command line."""
+        found = []
+        for process in self.offspring():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "megatron_minpro.run.forked_ranks" in " ".join(process.cmdline()):
+                    found.append((process.create_time(), process.pid, process.ppid(), process))
+        parents = {pid for _, pid, parent, _ in found if parent not in {pid for _, pid, _, _ in found}}
+        return [process for _, _, parent, process in sorted(found, key=lambda one: one[:2]) if parent in parents]
 
     def survivors(self, deadline_s: float = 60) -> list[str]:
         """What is still alive of it after deadline_s seconds; empty as soon as nothing is."""
@@ -134,6 +145,37 @@ def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
     run_dir = Path(short_run_settings[1].removeprefix("output_dir=")) / "undisturbed"
     log = (run_dir / "logs/train.log").read_text()
     return {"dir": run_dir, "out": out, "log": log, "survivors": survivors, "metrics": metrics_of(run_dir)}
+
+
+class TwoServers:
+    """Two supervised servers for runs that are not about servers: one takes longer to start than such a run takes to sample."""
+
+    def __init__(self, command: Command, endpoints: list[str]) -> None:
+        self.command = command
+        self.endpoints = endpoints
+
+    def settings(self, count: int) -> list[str]:
+        """A run with these samples on the first `count` of them."""
+        return ["rollout.servers=0", f"rollout.endpoints={json.dumps(self.endpoints[:count])}"]
+
+    def kill_one(self) -> None:
+        """It is started again by its supervisor."""
+        servers = [process for process in self.command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
+        min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def two_servers(
+    short_run_settings: list[str], finished_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TwoServers]:
+    """They run until the last end-to-end test is over."""
+    folder = tmp_path_factory.mktemp("two_servers")
+    command = Command(["serve", *short_run_settings, "rollout.servers=2", "--folder", str(folder)])
+    try:
+        path = folder / "endpoints.json"
+        yield TwoServers(command, json.loads(wait_for(lambda: path.exists() and path.read_text(), command)))
+    finally:
+        command.kill_everything()
 
 
 def interrupt(command: Command) -> None:

@@ -13,17 +13,17 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Command, metrics_of, without_times
+from tests.end_to_end.conftest import Command, TwoServers, metrics_of, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
 WORDS = {
-    "rank": "-u -m megatron_minpro.run.rank",
     "sampling process": "-m megatron_minpro.run.sampling.child",
     "launcher": "megatron_minpro.cli",
     "server": "rollout.sglang.cpu",
 }
+KINDS = ("rank", *WORDS)
 MAX_ATTEMPTS = 4
 NUM_LINES = 7  # of metrics that the run writes: 5 global steps and a staleness of 2
 
@@ -32,6 +32,8 @@ def victims(command: Command, kind: str) -> list[psutil.Process]:
     """The command itself, its ranks, the process that samples for them, or everything that a server consists of."""
     if kind == "launcher":
         return [psutil.Process(command.process.pid)]
+    if kind == "rank":
+        return command.ranks()
     found = []
     for process in command.offspring():
         try:
@@ -59,17 +61,17 @@ def kill_at(command: Command, run_dir: Path, kind: str, *, lines: int, delay_s: 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_run_continues_to_the_undisturbed_result_bit_for_bit(
-    seed: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    seed: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], two_servers: TwoServers
 ) -> None:
     choice = random.Random(seed)
-    kind = list(WORDS)[seed % len(WORDS)]
+    kind = KINDS[seed % len(KINDS)]
     lines, delay_s = choice.randint(0, NUM_LINES - 1), choice.uniform(0, 2)
     name = f"fault_{seed}"
     run_dir = finished_run["dir"].parent / name
 
     killed = False
     for attempt in range(MAX_ATTEMPTS):
-        command = minpro("train", *short_run_settings, f"name={name}")
+        command = minpro("train", *short_run_settings, f"name={name}", *(two_servers.settings(1) if attempt else []))
         if attempt == 0:
             killed = kill_at(command, run_dir, kind, lines=lines, delay_s=delay_s, choice=choice)
         code, _, err = command.wait()

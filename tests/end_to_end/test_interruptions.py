@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for, without_times
+from tests.end_to_end.conftest import Command, TwoServers, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 
 def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], two_servers: TwoServers
 ) -> None:
     run_dir = finished_run["dir"].parent / "stopped"
     command = minpro("train", *short_run_settings, "name=stopped")
@@ -34,7 +34,7 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
     assert (run_dir / "checkpoints/latest").read_text() == f"step_{stopped_at:06d}"
     assert stopped_at < 7
 
-    resumed = minpro("train", *short_run_settings, "name=stopped", "--resume", "must")
+    resumed = minpro("train", *short_run_settings, "name=stopped", *two_servers.settings(1), "--resume", "must")
     code, _, err = resumed.wait()
     assert code == 0, err
     assert without_times(metrics_of(run_dir)) == without_times(finished_run["metrics"])
@@ -64,29 +64,26 @@ def test_a_run_whose_only_server_is_killed_ends_with_the_same_numbers(
 
 
 def test_a_run_that_loses_all_servers_saves_and_continues_with_new_ones(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
+    minpro: Callable[..., Command],
+    short_run_settings: list[str],
+    finished_run: dict[str, Any],
+    two_servers: TwoServers,
+    tmp_path: Path,
 ) -> None:
     run_dir = finished_run["dir"].parent / "lost_servers"
-
-    def endpoints_of(servers: Command, folder: str) -> list[str]:
-        endpoints = tmp_path / folder / "endpoints.json"
-        return json.loads(wait_for(lambda: endpoints.exists() and endpoints.read_text(), servers))
-
-    servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "first"))
-    endpoints = endpoints_of(servers, "first")
+    servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path))
+    written = tmp_path / "endpoints.json"
+    endpoints = json.loads(wait_for(lambda: written.exists() and written.read_text(), servers))
     settings = [*short_run_settings, "name=lost_servers", "rollout.servers=0", "rollout.start_timeout_s=3", "checkpoint.every=100"]
     command = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}")
     wait_for(lambda: len(metrics_of(run_dir)) >= 2, command)
     servers.process.kill()
-    # On another port: these start while the run still waits for the first ones.
-    servers = minpro("serve", *short_run_settings, "--folder", str(tmp_path / "second"))
     code, _, err = command.wait()
     assert code == 1
     assert f"no server answered within 3 s: {endpoints[0]}" in err and len(err.strip().splitlines()) == 1
     done = len(metrics_of(run_dir))
     assert done < 5 and (run_dir / "checkpoints/latest").read_text() == f"step_{done:06d}_half"  # updated, its batch missing
-    endpoints = endpoints_of(servers, "second")
-    code, _, err = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}", "--resume", "must").wait()
+    code, _, err = minpro("train", *settings, *two_servers.settings(1), "--resume", "must").wait()
     assert code == 0, err
     rows = metrics_of(run_dir)
     assert (
@@ -107,10 +104,9 @@ def test_a_killed_process_ends_the_run_with_one_line_and_leaves_nobody(
         os.kill(command.process.pid, signal.SIGKILL)
         command.process.wait()
     else:
-        words, oldest = {"rank": ("-u -m megatron_minpro.run.rank", 1), "server": ("rollout.sglang.cpu", 0)}[victim.split()[0]]
-        running = [process for process in command.offspring() if words in " ".join(process.cmdline())]
-        # The oldest are the two ranks, or the server; later ones are what they started themselves.
-        sorted(running, key=lambda process: process.create_time())[oldest].send_signal(signal.SIGKILL)
+        servers = [process for process in command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
+        oldest = min(servers, key=lambda process: process.create_time())  # later ones are what it started itself
+        (command.ranks()[1] if victim == "rank" else oldest).send_signal(signal.SIGKILL)
         code, _, err = command.wait(timeout_s=300)
         assert code == 1
         assert len(err.strip().splitlines()) == 1 and str(run_dir / "logs") in err
@@ -122,11 +118,7 @@ def test_a_rank_that_dies_while_the_servers_start_ends_the_run_at_once(
     minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
 ) -> None:
     command = minpro("train", *short_run_settings, "name=early_death")
-
-    def ranks() -> list[Any]:
-        return [process for process in command.offspring() if "-u -m megatron_minpro.run.rank" in " ".join(process.cmdline())]
-
-    wait_for(ranks, command)[0].send_signal(signal.SIGKILL)
+    wait_for(command.ranks, command)[0].send_signal(signal.SIGKILL)
     code, _, err = command.wait(timeout_s=300)
     assert code == 1
     assert err.startswith("minpro: error: a trainer rank failed") and len(err.strip().splitlines()) == 1
@@ -156,10 +148,15 @@ def test_a_used_folder_is_refused_with_another_configuration(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
+    minpro: Callable[..., Command],
+    short_run_settings: list[str],
+    finished_run: dict[str, Any],
+    two_servers: TwoServers,
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(finished_run["dir"], tmp_path / "undisturbed")
-    code, out, err = minpro("train", *short_run_settings, f"output_dir={tmp_path}", "name=undisturbed").wait()
+    settings = [*short_run_settings, f"output_dir={tmp_path}", "name=undisturbed", *two_servers.settings(1)]
+    code, out, err = minpro("train", *settings).wait()
     assert code == 0, err
     for name in ("metrics.jsonl", "policy/model.safetensors"):
         assert (tmp_path / "undisturbed" / name).read_bytes() == (finished_run["dir"] / name).read_bytes()
@@ -184,7 +181,11 @@ def small_disk(tmp_path: Path, finished_run: dict[str, Any]) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line_and_the_run_continues_with_more_space(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], small_disk: Path
+    minpro: Callable[..., Command],
+    short_run_settings: list[str],
+    finished_run: dict[str, Any],
+    two_servers: TwoServers,
+    small_disk: Path,
 ) -> None:
     run_dir = small_disk / "full"
     settings = [*short_run_settings, f"output_dir={small_disk}", "name=full", "checkpoint.every=1"]
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_with_more_space(
     kept = run_dir / "checkpoints" / (run_dir / "checkpoints/latest").read_text()
     assert (kept / "run.json").is_file()
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    code, _, err = minpro("train", *settings, "--resume", "must").wait()
+    code, _, err = minpro("train", *settings, *two_servers.settings(1), "--resume", "must").wait()
     assert code == 0, err
     assert [row.get("loss") for row in metrics_of(run_dir)] == [row.get("loss") for row in finished_run["metrics"]]
     assert not list(run_dir.rglob("*.partial*"))

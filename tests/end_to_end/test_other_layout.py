@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Command, metrics_of
+from tests.end_to_end.conftest import Command, TwoServers, metrics_of
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
@@ -28,13 +28,24 @@ EXACT = (
 
 
 def test_a_run_resumed_with_another_layout_continues_within_1e_5(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], tmp_path: Path
+    minpro: Callable[..., Command],
+    short_run_settings: list[str],
+    finished_run: dict[str, Any],
+    two_servers: TwoServers,
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(finished_run["dir"], tmp_path / "undisturbed")
     checkpoints = tmp_path / "undisturbed/checkpoints"
     assert (checkpoints / "step_000004").is_dir()
     (checkpoints / "latest").write_text("step_000004")
-    settings = [*short_run_settings, f"output_dir={tmp_path}", "name=undisturbed", "parallel.ep=1", "parallel.pp=2"]
+    settings = [
+        *short_run_settings,
+        f"output_dir={tmp_path}",
+        "name=undisturbed",
+        "parallel.ep=1",
+        "parallel.pp=2",
+        *two_servers.settings(1),
+    ]
     code, _, err = minpro("train", *settings, "--resume", "must").wait()
     assert code == 0, err
     rows, undisturbed = metrics_of(tmp_path / "undisturbed"), finished_run["metrics"]

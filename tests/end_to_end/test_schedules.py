@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Command, interrupt, metrics_of, wait_for, without_times
+from tests.end_to_end.conftest import Command, TwoServers, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(900)]
 
@@ -41,37 +40,12 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
-class TwoServers:
-    """Two supervised servers that all runs of this file share."""
-
-    def __init__(self, command: Command, endpoints: str) -> None:
-        self.command = command
-        self.settings = ["rollout.servers=0", f"rollout.endpoints={endpoints}"]
-
-    def kill_one(self) -> None:
-        servers = [process for process in self.command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
-        min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def two_servers(
-    short_run_settings: list[str], finished_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TwoServers]:
-    folder = tmp_path_factory.mktemp("two_servers")
-    command = Command(["serve", *short_run_settings, "rollout.servers=2", "--folder", str(folder)])
-    try:
-        path = folder / "endpoints.json"
-        yield TwoServers(command, wait_for(lambda: path.exists() and path.read_text().strip(), command))
-    finally:
-        command.kill_everything()
-
-
 @pytest.fixture(scope="module")
 def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tuple[list[str], Path]:
     """Settings of a run on two servers, and what the serial schedule makes of it."""
     settings = [
         *short_run_settings,
-        *two_servers.settings,
+        *two_servers.settings(2),
         *("staleness=1", "num_global_steps=6", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
     ]
     command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"])
@@ -84,9 +58,9 @@ def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tu
 
 
 def test_overlapped_equals_serial_at_staleness_two(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], two_servers: TwoServers
 ) -> None:
-    serial = train(minpro, short_run_settings, "serial_n2", "schedule=serial", "checkpoint.keep=4")
+    serial = train(minpro, short_run_settings, "serial_n2", "schedule=serial", "checkpoint.keep=4", *two_servers.settings(1))
     assert_equal_runs(serial, finished_run["dir"])
     assert any(waited_less(row) for row in finished_run["metrics"])  # the undisturbed run was overlapped
     assert not any(waited_less(row) for row in metrics_of(serial))
@@ -98,11 +72,11 @@ def waited_less(row: dict[str, Any]) -> bool:
 
 
 def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
-    minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any]
+    minpro: Callable[..., Command], short_run_settings: list[str], two_servers: TwoServers
 ) -> None:
     changes = [
         *("staleness=3", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
-        "rollout.dynamic_sampling={equal: reward, max_rounds: 2}",
+        *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", *two_servers.settings(1)),
     ]
     runs = [train(minpro, short_run_settings, f"{schedule}_n3", *changes, f"schedule={schedule}") for schedule in ("overlapped", "serial")]
     assert_equal_runs(*runs)

@@ -43,7 +43,7 @@ def test_a_dry_run_shows_every_ranks_place_and_starts_nothing(tmp_path: Path) ->
         ["2", "0", "0", "0", "1", "0", "0", "0"],
         ["3", "0", "0", "1", "1", "0", "1", "0"],
     ]
-    assert f"torchrun -m megatron_minpro.run.rank {tmp_path}/runs/test train" in text
+    assert f"fork of megatron_minpro.run.rank {tmp_path}/runs/test train" in text
     assert "staleness 2: policy lag 32 to 47 updates" in text
     assert "40 global steps x 16 updates of 16 responses" in text
     assert "2 layers of 64, 8 experts, to be made in 1000 supervised steps" in text
