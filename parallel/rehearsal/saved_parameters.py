@@ -1,4 +1,4 @@
-"""A linear layer's backward pass finds its parameter as the object that it is.
+"""A linear layer's backward pass finds its parameters as the objects that they are.
 
 The hooks that count what is saved for backward give back another tensor over the same memory, without the attributes that Megatron-Core
 keeps on a parameter: then it would not add the gradient where it is kept, and overlapped reduction would stop.
@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 
-class _WithParameter:
-    """The context of a backward pass. saved_tensors: input, and the parameter itself."""
+class _WithParameters:
+    """The context of a backward pass. saved_tensors: input, and the parameters themselves."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -21,21 +21,29 @@ class _WithParameter:
         return getattr(self._context, name)
 
     @property
-    def saved_tensors(self) -> tuple[Tensor, Tensor]:
-        return self._context.saved_tensors[0], self._context.parameter
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        return self._context.saved_tensors[0], *self._context.parameters
 
 
 def install() -> None:
     """For the rest of the process."""
     from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
 
-    own_forward, own_backward = Linear.forward, Linear.backward
+    from parallel.layers.experts import _LoopLinear
 
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> Any:
-        ctx.parameter = weight
-        return own_forward(ctx, x, weight, *options)
+    _keep_parameters(Linear, lambda weight, *_: (weight,))
+    _keep_parameters(_LoopLinear, lambda counts, into_main_grad, *weights: weights)
+
+
+def _keep_parameters(function: Any, parameters_of: Any) -> None:
+    """parameters_of: of what forward is given behind the input."""
+    own_forward, own_backward = function.forward, function.backward
+
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        ctx.parameters = parameters_of(*rest)
+        return own_forward(ctx, x, *rest)
 
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return own_backward(_WithParameter(ctx), grad)
+        return own_backward(_WithParameters(ctx), grad)
 
-    Linear.forward, Linear.backward = staticmethod(forward), staticmethod(backward)
+    function.forward, function.backward = staticmethod(forward), staticmethod(backward)

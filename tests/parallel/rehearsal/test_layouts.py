@@ -35,6 +35,7 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "recomputed modules": request(
         DENSE, world_size=2, tp=2, recompute="selective", megatron_options={"recompute_modules": ["mlp", "core_attn"]}
     ),
+    "float32": request(MOE, world_size=2, ep=2, dtype="float32"),
     "tied": request(TIED, world_size=2),
     "tied, pp first": request(TIED, world_size=2, pp=2),
     "tied, pp last": request(TIED, rank=1, world_size=2, pp=2),
@@ -49,7 +50,7 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
         DENSE, world_size=2, megatron_options={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
     ),
 }
-_PLAIN_STATE = [name for name in REQUESTS if name not in ("overlap", "offloaded optimizer")]  # packed into other buckets, or on the host
+_PLAIN_STATE = [name for name in REQUESTS if name not in ("overlap", "offloaded optimizer", "float32")]  # other buckets, on the host, wider
 _PAGE = 512
 
 
