@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ from parallel.rehearsal.faults import DeviceFault, NotRehearsable
 from parallel.rehearsal.groups import FakeGroups
 from parallel.rehearsal.ledger import MemoryLedger
 from parallel.rehearsal.tally import Tally
-from parallel.rehearsal.twins import Twins, compute, is_small, is_zeros, zeros
+from parallel.rehearsal.twins import Twins, compute, constant, is_constant, is_small, may_be_map
 
 _FILLS = frozenset(("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"))
-_ZEROS = frozenset(("zeros_like", "new_zeros"))
+_CONSTANTS = MappingProxyType({"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1})
 _IN_PLACE_FILLS = frozenset(("zero_", "fill_"))
 # Of these only the shape of the result is asked for, so unknown floats do.
 _SHAPES_BY_VALUE = frozenset(("masked_select", "index", "repeat_interleave"))
@@ -115,8 +116,8 @@ class FakeDevice(TorchDispatchMode):
         if outputs and self._follow(func, name, leaves, structure, twins, outputs):
             return out
         self._forget_written(func, args, kwargs)
-        if name in _ZEROS:
-            self.twins.give(outputs[0], zeros(outputs[0]))
+        if name in _CONSTANTS:
+            self.twins.give(outputs[0], constant(outputs[0], _CONSTANTS[name]))
         elif name == "topk":
             self._balance(tensors[0], outputs[1])
         return out
@@ -217,9 +218,13 @@ class FakeDevice(TorchDispatchMode):
         """Twins of the outputs, where all inputs have one and the outputs are small. Says whether that is so."""
         if func.namespace != "aten" or name.startswith("_fused") or not _all_known(twins):
             return False
+        if name == "index_put_" and is_constant(twins[0]) and may_be_map(outputs[0]):  # the routing map of a deterministic run
+            real = torch.empty(outputs[0].shape, dtype=outputs[0].dtype).copy_(twins[0])
+            self.twins.give(outputs[0], compute(func, leaves, structure, [real, *twins[1:]]))
+            return True
         if not all(map(is_small, outputs)):
             return False
-        if kernel_rules.written_arguments(func) and any(map(is_zeros, twins)):
+        if kernel_rules.written_arguments(func) and any(map(is_constant, twins)):
             return False
         values = [leaf for leaf in tree_leaves(compute(func, leaves, structure, twins)) if isinstance(leaf, Tensor)]
         for tensor, value in zip(outputs, values, strict=True):

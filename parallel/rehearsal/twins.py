@@ -26,13 +26,18 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= (_FLOAT_BYTES if tensor.is_floating_point() else _INTEGER_BYTES)
 
 
-def zeros(tensor: Tensor) -> Tensor:
-    """A twin of zeros that takes one number's memory, however large the tensor is: maps begin as zeros. It cannot be written to."""
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+def constant(tensor: Tensor, value: int) -> Tensor:
+    """A twin with one value everywhere, in one number's memory, however large the tensor is: maps begin as zeros. It cannot be written to."""
+    return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
 
 
-def is_zeros(twin: Tensor | None) -> bool:
-    """Whether it was made by `zeros`."""
+def may_be_map(tensor: Tensor) -> bool:
+    """Small enough for a twin, if it is a map in spite of a floating-point dtype."""
+    return tensor.numel() * tensor.element_size() <= _INTEGER_BYTES
+
+
+def is_constant(twin: Tensor | None) -> bool:
+    """Whether it was made by `constant`."""
     return twin is not None and twin.numel() > 1 and not any(twin.stride())
 
 

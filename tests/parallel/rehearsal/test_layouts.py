@@ -44,7 +44,10 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "balance loss": request(
         MOE, world_size=2, ep=2, megatron_options={"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}
     ),
-    "deterministic": request(MOE, world_size=8, tp=2, cp=2, ep=4, deterministic=True),
+    # Its routing maps are made of floats, and these are large: more than 2,048 tokens on a rank.
+    "deterministic": request(
+        MOE, world_size=8, tp=2, cp=2, ep=4, deterministic=True, lengths=(16384, 16384), max_tokens_per_micro_batch=16384
+    ),
     "kept weights": request(MOE, world_size=2, ep=2, kept_weights="device"),
     "offloaded optimizer": request(
         DENSE, world_size=2, megatron_options={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}

@@ -52,7 +52,7 @@ def talk(
     stops: set[tuple[int, ...]] = set()
 
     class Session:
-        client = SimpleNamespace(samples_per_call=None, is_rolling=False)
+        settings = SimpleNamespace(samples_per_call=None, is_rolling=False)
 
         def begin(self, request_ids: Sequence[str]) -> None: ...
 
