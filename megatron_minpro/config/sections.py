@@ -6,6 +6,7 @@ Keys with a default are those that cannot move a trained number (places, ports, 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -287,17 +288,23 @@ class RolloutConfig(Section):
     def _is_consistent(self) -> RolloutConfig:
         if self.top_p != 1.0:
             raise ValueError(f"top_p = {self.top_p}: expected 1.0, a truncated distribution is not the policy that is trained")
+        self._check_endpoints()
         if bool(self.servers) == bool(self.endpoints):
             raise ValueError(f"servers = {self.servers} with {len(self.endpoints)} endpoints: expected servers >= 1 or endpoints, not both")
         self._check_rolling()
-        for endpoint in self.endpoints:
-            if not endpoint.startswith(("http://", "https://")):
-                raise ValueError(f"endpoints holds {endpoint!r}: expected http://host:port")
         if not is_loopback(self.host) and (self.api_key_path is None or self.admin_key_path is None):
             raise ValueError(f"host = {self.host!r}: expected api_key_path and admin_key_path beside it, others can reach this address")
         if self.base_port is not None and self.base_port + self.servers - 1 > 65535:
             raise ValueError(f"base_port = {self.base_port} leaves no room for {self.servers} ports below 65536")
         return self
+
+    def _check_endpoints(self) -> None:
+        for endpoint in self.endpoints:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError(f"endpoints holds {endpoint!r}: expected http://host:port")
+        servers = Counter(endpoint.rstrip("/").lower() for endpoint in self.endpoints)
+        if servers.total() > len(servers):
+            raise ValueError(f"endpoints holds {servers.most_common(1)[0][0]!r} more than once: expected every server once")
 
     def _check_rolling(self) -> None:
         if self.publish != "rolling":

@@ -183,6 +183,7 @@ def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
         ("advantages=mean_only", "with them; did you mean advantages.estimator=mean_only?"),
         ("rollout.top_p=0.9", "command line: rollout.top_p = 0.9: expected 1.0"),
         ("rollout.servers=0", "rollout.servers = 0 with 0 endpoints: expected servers >= 1 or endpoints, not both"),
+        ("rollout.endpoints=[http://a:1, http://A:1/]", "rollout: endpoints holds 'http://a:1' more than once: expected every server once"),
         ("rollout.endpoints=[http://a:1]", "rollout.servers = 1 with 1 endpoints: expected servers >= 1 or endpoints, not both"),
         ("rollout.host=0.0.0.0", "command line: rollout.host = '0.0.0.0': expected api_key_path and admin_key_path beside it"),
         ("rollout.base_port=65536", "command line: rollout.base_port = 65536: expected less than or equal to 65535"),
