@@ -27,7 +27,7 @@ def is_small(tensor: Tensor) -> bool:
 
 
 def constant(tensor: Tensor, value: int) -> Tensor:
-    """A twin with one value everywhere, in one number's memory, however large the tensor is: maps begin as zeros. It cannot be written to."""
+    """A twin with one value everywhere, in the memory of one number: maps begin as zeros. It cannot be written to."""
     return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
 
 
