@@ -218,8 +218,9 @@ class FakeDevice(TorchDispatchMode):
         """Twins of the outputs, where all inputs have one and the outputs are small. Says whether that is so."""
         if func.namespace != "aten" or name.startswith("_fused") or not _all_known(twins):
             return False
-        if name == "index_put_" and is_constant(twins[0]) and may_be_map(outputs[0]):  # the routing map of a deterministic run
-            real = torch.empty(outputs[0].shape, dtype=outputs[0].dtype).copy_(twins[0])
+        written = twins[0] if twins else None
+        if name == "index_put_" and written is not None and is_constant(written) and may_be_map(outputs[0]):
+            real = torch.empty_like(written, memory_format=torch.contiguous_format).copy_(written)  # of a deterministic run's routing
             self.twins.give(outputs[0], compute(func, leaves, structure, [real, *twins[1:]]))
             return True
         if not all(map(is_small, outputs)):
