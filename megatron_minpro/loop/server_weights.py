@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rollout.sglang.control import ServerRefused
+from rollout.weights.checksums import check_equal, expected_checksums
 from rollout.weights.keeper import WeightKeeper
-from rollout.weights.weight_sync import WeightSync, WeightSyncFailed, check_equal, expected_checksums
+from rollout.weights.weight_sync import WeightSync, WeightSyncFailed
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,10 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.server_weights import RollingWeights, TogetherWeights
 from megatron_minpro.registry import PlugInError, PlugIns
 from parallel.capabilities import detect
+from rollout.weights.collective import CollectiveWeightSync
+from rollout.weights.disk import DiskWeightSync
 from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync
+from rollout.weights.weight_sync import WeightSync
 
 WEIGHT_SYNCS = PlugIns(
     setting="rollout.weight_sync",

@@ -15,7 +15,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, NamedTensors, each_once, version_folders
+from rollout.weights.collective import CollectiveWeightSync
+from rollout.weights.completeness import each_once
+from rollout.weights.disk import DiskWeightSync, version_folders
+from rollout.weights.weight_sync import NamedTensors
 
 Weights = TypeVar("Weights")
 

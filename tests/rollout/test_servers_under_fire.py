@@ -26,8 +26,10 @@ from rollout.sglang.control import weight_version
 from rollout.sglang.server import ServerDied, ServerPool, ServerSettings
 from rollout.supervisor import Supervisor
 from rollout.weights.checksums import check_equal, expected_checksums
+from rollout.weights.collective import CollectiveWeightSync
+from rollout.weights.disk import DiskWeightSync
 from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+from rollout.weights.weight_sync import WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
 
 pytestmark = pytest.mark.servers

@@ -19,7 +19,9 @@ from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.sglang.control import ServerRefused, weight_version
 from rollout.sglang.server import ServerPool, ServerSettings
 from rollout.weights.checksums import ChecksumMismatch, check_equal, expected_checksums
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSync, WeightSyncFailed
+from rollout.weights.collective import CollectiveWeightSync
+from rollout.weights.disk import DiskWeightSync
+from rollout.weights.weight_sync import WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
 from tests.rollout.conftest import make_model
 

@@ -20,7 +20,9 @@ from rollout.sglang.control import ServerRefused, call
 from rollout.weights.broadcast_group import BroadcastGroup
 from rollout.weights.buckets import fill_buckets
 from rollout.weights.checksums import check_equal
-from rollout.weights.weight_sync import CollectiveWeightSync, DiskWeightSync, WeightSyncFailed
+from rollout.weights.collective import CollectiveWeightSync
+from rollout.weights.disk import DiskWeightSync
+from rollout.weights.weight_sync import WeightSyncFailed
 from tests.rollout.weights.control_stub import Stub
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -203,7 +205,8 @@ def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, cont
     code = f"""
         import time
         from pathlib import Path
-        from rollout.weights.weight_sync import DiskWeightSync, WeightSyncFailed
+        from rollout.weights.disk import DiskWeightSync
+        from rollout.weights.weight_sync import WeightSyncFailed
         endpoints = [{control_stub(pause_generation="hang").endpoint!r}, {refusing_server!r}]
         sync = DiskWeightSync(endpoints, write_checkpoint=lambda folder, tensors: None, directory=Path({str(tmp_path)!r}), timeout_s=60)
         print(time.time(), flush=True)
