@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 _ROLLOUT = Path(__file__).resolve().parents[1]
@@ -41,10 +42,41 @@ def link_packages(folder: Path) -> Path:
     return packages
 
 
-def server_environment(*, device: str, num_threads: int, packages: Path) -> dict[str, str]:
+def tool_variables(python: Path, *, device: str) -> dict[str, str]:
+    """What SGLang needs to compile kernels at start: `ninja` on PATH, a CUDA toolkit, caches on this node's own disk.
+
+    Values that the user has set stay. The toolkit is the one of the environment's own packages, if there is one; else SGLang looks on PATH
+    and in /usr/local/cuda. The caches do not lie in the home folder, which nodes may share: all servers would compile into it at once.
+
+    Raises:
+        ValueError: the cache folder in the temporary folder is another user's. What lies there is loaded as code.
+    """
+    programs = Path(shutil.which(python) or python).absolute().parent
+    variables = {"PATH": os.pathsep.join(each for each in (str(programs), os.environ.get("PATH", os.defpath)) if each)}
+    toolkits = sorted(programs.parent.glob("lib/python3.*/site-packages/nvidia/cu[0-9]*/bin/nvcc"))
+    if device == "cuda" and toolkits and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        variables["CUDA_HOME"] = str(toolkits[-1].parents[1])
+    cache = os.environ.get("SGLANG_CACHE_DIR") or str(_node_cache() / "sglang")
+    variables["SGLANG_CACHE_DIR"] = cache
+    variables["SGLANG_JIT_CACHE_DIR"] = os.environ.get("SGLANG_JIT_CACHE_DIR") or os.path.join(cache, "jit")
+    return variables
+
+
+def _node_cache() -> Path:
+    """A folder of this user's in the temporary folder (TMPDIR), which stays for later jobs."""
+    folder = Path(tempfile.gettempdir()) / f"minpro_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(f"{folder}: others may write there, expected a folder of this user's alone; remove it, or set SGLANG_CACHE_DIR")
+    return folder
+
+
+def server_environment(python: Path, *, device: str, num_threads: int, packages: Path) -> dict[str, str]:
     """The environment of a server process: this process's without a launcher's variables, offline, with `rollout` importable.
 
     Args:
+        python: of the server environment.
         device: cpu or cuda.
         num_threads: torch threads on the CPU.
         packages: the folder that `link_packages` made. Nothing else is searched before the server environment's own packages, the
@@ -56,6 +88,7 @@ def server_environment(*, device: str, num_threads: int, packages: Path) -> dict
     environment.pop("PYTHONHOME", None)
     environment.pop("VIRTUAL_ENV", None)
     environment.update(
+        tool_variables(python, device=device),
         PYTHONPATH=str(packages),
         PYTHONSAFEPATH="1",
         PYTHONUNBUFFERED="1",

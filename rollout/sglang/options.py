@@ -45,7 +45,7 @@ def known_options(server_python: Path, device: str) -> dict[str, dict[str, Any]]
             [str(server_python), "-c", _PROBE],
             capture_output=True,
             text=True,
-            env=server_environment(device=device, num_threads=1, packages=link_packages(Path(folder))),
+            env=server_environment(server_python, device=device, num_threads=1, packages=link_packages(Path(folder))),
             check=False,
         )
     if probe.returncode != 0:

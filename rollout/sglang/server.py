@@ -301,7 +301,9 @@ class ServerPool:
             key_file=self._key_file,
             restarted=restarted,
         )
-        environment = server_environment(device=self.settings.device, num_threads=self.settings.num_threads, packages=self._packages)
+        environment = server_environment(
+            self.settings.server_python, device=self.settings.device, num_threads=self.settings.num_threads, packages=self._packages
+        )
         environment["TMPDIR"] = str(self._private_dir)
         if is_loopback(self.settings.host):  # whoever talks to it is on this host: gloo's connections need no other interface
             environment["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE

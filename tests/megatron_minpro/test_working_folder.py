@@ -30,7 +30,7 @@ def test_a_server_imports_our_package_and_its_own_sglang(hostile_folder: Path, t
     packages = link_packages(tmp_path)
     program = "import importlib.util, rollout.sglang.cpu as cpu; print(cpu.__file__, importlib.util.find_spec('sglang').origin)"
     python = default_server_python()
-    environment = server_environment(device="cuda", num_threads=1, packages=packages)  # cuda: nothing is patched at import
+    environment = server_environment(python, device="cuda", num_threads=1, packages=packages)  # cuda: nothing is patched at import
     done = run([str(python), "-c", program], environment)
     assert done.returncode == 0, done.stderr
     ours, sglang = done.stdout.split()
@@ -41,7 +41,7 @@ def test_a_server_imports_our_package_and_its_own_sglang(hostile_folder: Path, t
 def test_a_server_sees_no_package_that_lies_beside_ours(tmp_path: Path) -> None:
     packages = link_packages(tmp_path)
     assert [entry.name for entry in packages.iterdir()] == ["rollout"]
-    environment = server_environment(device="cpu", num_threads=1, packages=packages)
+    environment = server_environment(default_server_python(), device="cpu", num_threads=1, packages=packages)
     assert (environment["PYTHONPATH"], environment["PYTHONSAFEPATH"]) == (str(packages), "1")
 
 

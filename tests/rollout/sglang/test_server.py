@@ -21,7 +21,7 @@ import pytest
 
 from rollout import ports
 from rollout.ports import check_port_free, free_ports
-from rollout.sglang.environment import default_server_python, server_environment
+from rollout.sglang.environment import default_server_python
 from rollout.sglang.server import (
     ServerDied,
     ServerPool,
@@ -188,23 +188,6 @@ def test_callback_that_says_nothing_does_not_disturb_the_start(server_settings: 
 def test_wrong_settings_are_refused_by_name(server_settings: ServerSettings, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         dataclasses.replace(server_settings, **changes)  # type: ignore[arg-type]
-
-
-def test_server_environment_keeps_a_launcher_s_variables_from_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
-        monkeypatch.setenv(name, "1")
-    environment = server_environment(device="cpu", num_threads=1, packages=Path("packages"))
-    assert not {name for name in environment if name in ("RANK", "WORLD_SIZE") or name.startswith(("MASTER_", "LOCAL_", "TORCHELASTIC"))}
-    assert environment["SGLANG_USE_CPU_ENGINE"] == "1" and environment["OMP_NUM_THREADS"] == "1"
-    assert "SGLANG_USE_CPU_ENGINE" not in server_environment(device="cuda", num_threads=1, packages=Path("packages"))
-
-
-def test_server_python_is_named_or_lies_beside_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINPRO_SERVER_PYTHON", sys.executable)
-    assert default_server_python() == Path(sys.executable)
-    monkeypatch.setenv("MINPRO_SERVER_PYTHON", "/nowhere/python")
-    with pytest.raises(ValueError, match=r"/nowhere/python \(MINPRO_SERVER_PYTHON\) is not an executable"):
-        default_server_python()
 
 
 def test_cuda_servers_get_devices_of_their_own_and_no_cpu_settings(server_settings: ServerSettings) -> None:
