@@ -10,8 +10,9 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import sys
 from dataclasses import dataclass
+
+from parallel.hidden_packages import hide
 
 MODULE = "transformer_engine"
 
@@ -33,7 +34,8 @@ class EngineImport:
             return "TransformerEngine absent"
         if self.error is None:
             return f"TransformerEngine {self.version}"
-        return f"TransformerEngine {self.version} is installed but does not import ({self.error})"
+        remedy = "build it for this torch (make transformer-engine) or remove it (make without-transformer-engine)"
+        return f"TransformerEngine {self.version} is installed but does not import ({self.error}): {remedy}"
 
 
 @functools.cache
@@ -47,11 +49,7 @@ def import_engine() -> EngineImport:
         version = "of unknown version"
     try:
         importlib.import_module(f"{MODULE}.pytorch")
-    except (
-        Exception
-    ) as error:  # seen: ImportError (another torch), OSError and FileNotFoundError (libraries), RuntimeError (its own checks)
-        for name in [name for name in sys.modules if name == MODULE or name.startswith(f"{MODULE}.")]:
-            del sys.modules[name]
-        sys.modules[MODULE] = None  # type: ignore[assignment]  # Python's way to say that a module is not there
+    except Exception as error:  # seen: ImportError (another torch), OSError, FileNotFoundError (libraries), RuntimeError (its own checks)
+        hide(MODULE)
         return EngineImport(version=version, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return EngineImport(version=version, error=None)

@@ -6,11 +6,13 @@ import warnings
 
 from parallel import cpu
 from parallel.engine_import import import_engine
+from parallel.hidden_packages import hide_unusable
 from parallel.skipped_import import skipped_import
 
 # Megatron-Core warns at import about TransformerEngine and Apex; `minpro doctor` and the log say it once, in our words.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module=r"megatron\.core\..*")
 import_engine()  # one that does not import is hidden from what follows
+hide_unusable()
 # Megatron-Core's inference engine, which nothing here uses, logs to wandb where that is installed: half a second in every rank.
 with skipped_import("wandb"):
     cpu.install()

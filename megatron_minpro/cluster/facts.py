@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
+from megatron_minpro.cluster.installation import Installation, Role, broken, differences, examine_all, faults, notes, rows
 from megatron_minpro.config import RunConfig
 from parallel.engine_import import EngineImport
 
@@ -47,9 +49,24 @@ class Finding:
     detail: str
 
 
-def examine() -> list[Finding]:
-    """Look at this machine and at the two environments, the trainer's and the servers'."""
-    return [*_machine(), *_packages(), *_capabilities(), *_server_environment(), *_tools()]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """What `minpro doctor` says: its findings, and what each role's environment loads."""
+
+    findings: tuple[Finding, ...]
+    installations: tuple[Installation, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        """Subjects without which a run cannot start."""
+        return list(dict.fromkeys(finding.subject for finding in self.findings if finding.verdict == "missing"))
+
+
+def examine() -> Examination:
+    """Look at this machine and at the two environments, the trainer's and the servers'. Takes seconds: it imports what it reports."""
+    installations, unknown = examine_all()
+    findings = [*_machine(), *_packages(), *_capabilities(), *judge(installations, unknown), *_tools()]
+    return Examination(findings=tuple(findings), installations=tuple(installations))
 
 
 def _machine() -> list[Finding]:
@@ -82,36 +99,43 @@ def _capabilities() -> list[Finding]:
     if distribution_version("torch") is None:
         return []
     from parallel.capabilities import detect
+    from parallel.hidden_packages import hide_unusable
 
     capabilities = detect()
-    return [_transformer_engine(capabilities.transformer_engine), *(_trainer(line) for line in capabilities.lines())]
-
-
-def _trainer(line: str) -> Finding:
-    return Finding(subject="trainer", verdict="ok", detail=line)
+    return [
+        _transformer_engine(capabilities.transformer_engine),
+        *(Finding(subject="trainer", verdict="ok", detail=line) for line in capabilities.lines()),
+        *(Finding(subject="trainer", verdict="absent", detail=line) for line in hide_unusable()),
+    ]
 
 
 def _transformer_engine(found: EngineImport) -> Finding:
-    if found.version is None:
-        detail = "needed for fused layers on GPUs"
-    elif found.error is not None:
-        detail = f"{found.version} does not import ({found.error}); the local layers are used. Rebuild it for this torch, or remove it"
-    else:
-        detail = found.version
+    detail = "needed for fused layers on GPUs" if found.version is None else found.version if found.error is None else found.describe()
     return Finding(subject="transformer-engine", verdict="ok" if found.usable_version else "absent", detail=detail)
 
 
-def _server_environment() -> list[Finding]:
-    from rollout.sglang.environment import default_server_python
+def judge(installations: Sequence[Installation], unknown: Mapping[Role, str]) -> list[Finding]:
+    """What follows from the roles' environments. Where there is no GPU, what only GPUs need stops nothing.
 
-    try:
-        python = default_server_python()
-    except ValueError as error:
-        return [Finding(subject="rollout servers", verdict="missing", detail=str(error))]
-    found, environment = server_packages(python), python.parent.parent
-    if "sglang" not in found:
-        return [Finding(subject="sglang", verdict="missing", detail=f"not in {environment}: make setup installs it")]
-    return [Finding(subject="sglang", verdict="ok", detail=f"{found['sglang']} in {environment}")]
+    Args:
+        installations: of the roles that described themselves.
+        unknown: why the others did not.
+    """
+    findings = [
+        Finding(subject="rollout servers" if role == "servers" else role, verdict="missing", detail=reason)
+        for role, reason in unknown.items()
+    ]
+    on_gpus: Verdict = "missing" if any(each.on_gpu_machine for each in installations) else "absent"
+    for each in installations:
+        findings += [Finding(subject=each.role, verdict="missing", detail=line) for line in broken(each)]
+        if each.role == "servers" and each.engine.usable:
+            findings.append(Finding(subject="sglang", verdict="ok", detail=f"{each.engine} in {each.environment}"))
+        if each.cuda is not None or each.on_gpu_machine:
+            findings += [Finding(subject=each.role, verdict=on_gpus, detail=line) for line in faults(each)]
+        findings += [Finding(subject=each.role, verdict="absent", detail=line) for line in notes(each)]
+    if len(installations) == 2:
+        findings += [Finding(subject="weight sync", verdict=on_gpus, detail=line) for line in differences(*installations)]
+    return findings
 
 
 def server_packages(python: Path) -> dict[str, str]:
@@ -137,23 +161,32 @@ def distribution_version(distribution: str) -> str | None:
         return None
 
 
-def can_train(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is missing."""
-    return all(finding.verdict != "missing" for finding in findings)
-
-
 def as_table(findings: Sequence[Finding]) -> Table:
     """For people."""
     colours = {"ok": "green", "absent": "dim", "missing": "red"}
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        table.add_row(finding.subject, f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.detail)
+        table.add_row(finding.subject, f"[{colours[finding.verdict]}]{finding.verdict}[/]", Text(finding.detail))
     return table
 
 
-def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+def side_by_side(installations: Sequence[Installation]) -> Table:
+    """The roles' environments, for people."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *(each.role for each in installations)):
+        table.add_column(title, justify="left", overflow="fold")
+    for row in rows(installations):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def as_json(found: Examination) -> dict[str, Any]:
     """For programs."""
-    return {"can_train": can_train(findings), "findings": [asdict(finding) for finding in findings]}
+    return {
+        "can_train": not found.missing,
+        "findings": [asdict(finding) for finding in found.findings],
+        "installations": {each.role: each.as_json() for each in found.installations},
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +34,9 @@ class DoctorOptions:
 @takes(DoctorOptions)
 def doctor(options: DoctorOptions) -> None:
     """Say what is installed, what will be used and what is missing. Exit code 1 when a run could not start.
+
+    The trainer's and the servers' environments stand side by side: what each of them imports and loads. Where there are GPUs both need the
+    same torch, CUDA and NCCL.
 
     With --peers the nodes of a job compare GPUs, packages, clocks, disk and paths, and add up a number over the trainers' network.
 
@@ -69,18 +72,17 @@ def _examine_nodes(options: DoctorOptions) -> None:
 def _examine_this_machine(options: DoctorOptions) -> None:
     from megatron_minpro.cluster import facts
 
-    findings = facts.examine()
+    found = facts.examine()
     if options.config is not None:
         from megatron_minpro.cluster.checks import examine_config
         from megatron_minpro.config import load_config
 
-        findings += examine_config(load_config(options.config, options.overrides))
+        found = replace(found, findings=(*found.findings, *examine_config(load_config(options.config, options.overrides))))
     if options.as_json:
-        typer.echo(json.dumps(facts.as_json(findings), indent=2))
+        typer.echo(json.dumps(facts.as_json(found), indent=2))
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(facts.as_table(findings))
-    if not facts.can_train(findings):
-        missing = ", ".join(finding.subject for finding in findings if finding.verdict == "missing")
-        raise RuntimeError(f"missing: {missing}")
+        Console(highlight=False).print(facts.as_table(found.findings), "", facts.side_by_side(found.installations))
+    if found.missing:
+        raise RuntimeError(f"missing: {', '.join(found.missing)}")

@@ -8,10 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from rich.text import Text
 
 import megatron_minpro.run
 from megatron_minpro import cli
+from rollout.sglang.environment import default_server_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "rehearse", "report", "scale")
@@ -151,12 +153,15 @@ def test_a_run_that_ctrl_c_stopped_says_so_without_calling_it_an_error(use_launc
     assert capsys.readouterr().err == "minpro: stopped after 3 trained batches with a checkpoint; the same command continues\n"
 
 
-def test_doctor_reports_the_pinned_versions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_imports_and_reports_both_environments(capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.run(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     found = {finding["subject"]: finding for finding in report["findings"]}
     assert found["megatron-core"]["detail"] == "0.16.1"
     assert found["python"]["verdict"] == "ok"
+    trainer, servers = report["installations"]["trainer"], report["installations"]["servers"]
+    assert trainer["torch"] == {"version": torch.__version__, "error": None}
+    assert (servers["engine"], servers["executable"]) == ({"version": "0.5.23", "error": None}, str(default_server_python()))
     assert code == (0 if report["can_train"] else 1)
 
 

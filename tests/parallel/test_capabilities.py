@@ -44,7 +44,7 @@ OURS = "layers: the local layer spec with this project's attention, norm and exp
             machine(cuda_devices=1, engine=BROKEN),
             "auto",
             "local",
-            f"{OURS}; TransformerEngine 2.9 is installed but does not import (ImportError: undefined symbol: _ZN3c10)",
+            f"{OURS}; {BROKEN.describe()}",
         ),
     ],
 )

@@ -21,7 +21,6 @@ import pytest
 
 from rollout import ports
 from rollout.ports import check_port_free, free_ports
-from rollout.sglang.environment import default_server_python
 from rollout.sglang.server import (
     ServerDied,
     ServerPool,
