@@ -30,11 +30,24 @@ new_key() {
 }
 
 # Options of srun that put a step into a container (pyxis), one per line; nothing unless CONTAINER_IMAGE is set.
-# The image must hold what the environments need; this folder is seen under its own path.
+# This folder, with the environments in it, is seen under its own path; the image holds the Python that they were made with (Dockerfile).
 container_options() {
   [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
   printf '%s\n' "--container-image=$CONTAINER_IMAGE" "--container-mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" \
     "--container-workdir=$PWD" --no-container-mount-home
+}
+
+# ours PROGRAM ARGUMENT...: one short command of .venv for the batch script itself, which so needs no Python of the node: in the container
+# if there is one, else here and now (a step would cost time).
+ours() {
+  local program="$1" options
+  shift
+  mapfile -t options < <(container_options)
+  if ((${#options[@]})); then
+    srun --nodes=1 --ntasks=1 --overlap "${options[@]}" ".venv/bin/$program" "$@"
+  else
+    ".venv/bin/$program" "$@"
+  fi
 }
 
 # step LOG "n0 n1 ..." COMMAND...: one task on each of these nodes, output in RUN_DIR/logs/LOG-ATTEMPT-NODE.log; a task that fails ends all.
@@ -69,7 +82,7 @@ wait_for_files() {
 
 # Whether the run in RUN_DIR trained all of its batches.
 run_is_complete() {
-  [[ -s $RUN_DIR/result.json ]] && .venv/bin/python -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["complete"])' "$RUN_DIR/result.json"
+  [[ -s $RUN_DIR/result.json ]] && ours python -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["complete"])' "$RUN_DIR/result.json"
 }
 
 # Put this job back into the queue, unless that was done MAX_REQUEUES times already.

@@ -1,0 +1,126 @@
+"""The job scripts on a cluster whose nodes have no Python: everything of ours runs in the container that CONTAINER_IMAGE names.
+
+srun and scontrol are stand-ins, there is no pyxis here; the scripts and lib.sh are the real ones. The programs of .venv refuse to run
+outside of a container.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT
+
+SRUN = """#!/usr/bin/env bash
+PLACE=node nodes=(n0)
+while [[ $1 == --* ]]; do
+  case "$1" in
+    --container-image=/image.sqsh) PLACE=container ;;
+    --nodelist=*) IFS=, read -ra nodes <<<"${1#*=}" ;;
+    --output=*) output="${1#*=}" ;;
+  esac
+  shift
+done
+echo "${output:-no log} $PLACE" >>"$STEPS"
+for node in "${nodes[@]}"; do
+  if [[ -n ${output:-} ]]; then exec >"${output//%N/$node}" 2>&1; fi
+  SLURMD_NODENAME="$node" SLURM_NODEID=0 SLURM_STEP_NUM_NODES=1 "$@" || exit
+done
+"""
+MINPRO = """#!/usr/bin/env bash
+[[ $PLACE == "$ALLOWED" ]] || { echo "$0 $1 runs in the $PLACE" >&2; exit 97; }
+case "$1" in
+  serve) mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json" && exec sleep 600 ;;
+  evaluate) mkdir -p "$RUN_DIR/evaluation/tables" && touch "$RUN_DIR"/evaluation/tables/{scores,pass_at_k}.md ;;
+esac
+echo "minpro $1"
+"""
+TORCHRUN = """#!/usr/bin/env bash
+[[ $PLACE == "$ALLOWED" ]] || exit 97
+echo '{"complete": true}' >"$RUN_DIR/result.json"
+"""
+PYTHON = f"""#!/usr/bin/env bash
+[[ $PLACE == "$ALLOWED" ]] || {{ echo "Python runs in the $PLACE" >&2; exit 97; }}
+exec {sys.executable} "$@"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The submit folder of a job on nodes without a Python."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "qwen3_30b_a3b.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name, text in {
+        "bin/srun": SRUN,
+        "bin/scontrol": '#!/bin/sh\n[ "$1" = show ] && printf "n0\\nn1\\n"\n',
+        "bin/python": PYTHON,
+        "bin/python3": PYTHON,
+        ".venv/bin/minpro": MINPRO,
+        ".venv/bin/torchrun": TORCHRUN,
+        ".venv/bin/python": PYTHON,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def run(folder: Path, script: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """What the script said, and one line for each srun: its log file and whether it was in a container."""
+    usual = {
+        "PATH": f"{folder}/bin:/usr/bin:/bin",
+        "HOME": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "STEPS": str(folder / "steps"),
+        "PLACE": "node",
+        "ALLOWED": "container",
+        "RUN_DIR": "run",
+        "TRAINER_NODES": "1",
+        "SERVERS_PER_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[0-1]",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "OUT": "run/evaluation" if script == "convert_and_evaluate" else "study",
+    }
+    done = subprocess.run(
+        ["bash", f"slurm/{script}.sbatch"],
+        cwd=folder,
+        env={**usual, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return done, (folder / "steps").read_text().splitlines() if (folder / "steps").exists() else []
+
+
+@pytest.mark.parametrize("script", ["qwen3_30b_a3b", "convert_and_evaluate", "ep_scaling"])
+def test_everything_of_ours_runs_in_the_container(folder: Path, script: str) -> None:
+    done, steps = run(folder, script, CONTAINER_IMAGE="/image.sqsh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps and {line.split()[-1] for line in steps} == {"container"}
+
+
+def test_without_a_container_the_script_s_own_commands_cost_no_step(folder: Path) -> None:
+    done, steps = run(folder, "qwen3_30b_a3b", ALLOWED="node")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps == [f"run/logs/{name}-0-%N.log node" for name in ("preflight", "serve", "train")]
+
+
+def test_a_command_of_ours_on_a_node_without_python_ends_the_job(folder: Path) -> None:
+    done, steps = run(folder, "qwen3_30b_a3b")
+    assert (done.returncode, steps) == (1, [])
+    assert "minpro train runs in the node" in done.stderr
+
+
+def test_the_servers_addresses_are_json_without_a_python(folder: Path) -> None:
+    run(folder, "qwen3_30b_a3b", CONTAINER_IMAGE="/image.sqsh", SERVERS_PER_NODE="2")
+    assert (folder / "run" / "endpoints.json").read_text() == '["http://n1:21007","http://n1:21008"]\n'
