@@ -67,22 +67,33 @@ step_error() {
   grep --no-filename --max-count=1 '^minpro: error: ' "$logs"*.log | head -n 1 || echo "$1 failed, see $logs*"
 }
 
-# wait_for_files PID SECONDS FILE...: until all files exist; fails when the process ends first, or time is up.
+# wait_for_files PID SECONDS FILE...: until all files exist. When the process ends first, or time is up, `missing` says so and it returns 1.
+# shellcheck disable=SC2034  # the caller reads `missing`
 wait_for_files() {
   local pid="$1" deadline=$((SECONDS + $2)) file
   shift 2
   for file in "$@"; do
     until [[ -e "$file" ]]; do
-      kill -0 "$pid" 2>/dev/null || fail "the step that should write $file has ended; see $RUN_DIR/logs"
-      ((SECONDS < deadline)) || fail "no $file in time"
+      missing="the step that should write $file has ended"
+      kill -0 "$pid" 2>/dev/null || return 1
+      missing="no $file in time"
+      ((SECONDS < deadline)) || return 1
       sleep 1
     done
   done
 }
 
-# Whether the run in RUN_DIR trained all of its batches.
-run_is_complete() {
-  [[ -s $RUN_DIR/result.json ]] && ours python -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["complete"])' "$RUN_DIR/result.json"
+# ended STEP EXIT_CODE [REASON]: the attempt is over. Asks what follows and does it; returns only when the run is complete.
+# megatron_minpro/run/after_attempt.py decides; RUN_DIR/attempts.jsonl keeps what was decided and why.
+ended() {
+  local answer why="${3:-exit code $2}"
+  answer="$(ours python -m megatron_minpro.run.after_attempt "$RUN_DIR" "$SLURM_JOB_ID" "$1" "$2" "$MAX_REQUEUES" ${3:+"$3"})" ||
+    fail "$why; not requeued: nothing could say whether another start would help"
+  case "$answer" in
+    complete*) ;;
+    requeue*) requeue "${answer#* }" ;;
+    *) fail "${answer#* }" ;;
+  esac
 }
 
 # Put this job back into the queue, unless that was done MAX_REQUEUES times already.

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from megatron_minpro.config import RunConfig
 
 
+def _read_attempt(text: str) -> tuple[str, int]:
+    job, _, number = text.rpartition(".")
+    if not (job and number.isdecimal()):
+        raise ValueError(f"--attempt {text!r}: expected JOB.REQUEUES, as in 4711.0 for the first start of job 4711")
+    return job, int(number)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
     """What `minpro train` is asked for."""
@@ -26,6 +33,15 @@ class TrainOptions:
     prepare: Annotated[
         bool, Option("check, write the resolved configuration into the run folder, start nothing: a job script's first step")
     ] = False
+    attempt: Annotated[
+        tuple[str, int] | None,
+        Option(
+            "with --prepare: JOB.REQUEUES, kept in RUN/attempts.jsonl with the checkpoint that it begins with",
+            given=str,
+            read=_read_attempt,
+            metavar="JOB.REQUEUES",
+        ),
+    ] = None
     resume: Annotated[
         Literal["auto", "never", "must"],
         Option("auto: continue the newest checkpoint, if any; never: refuse a used folder; must: refuse a new one"),
@@ -48,6 +64,8 @@ def train(options: TrainOptions) -> None:
     """
     from megatron_minpro.config import load_config
 
+    if options.attempt is not None and not options.prepare:
+        raise ValueError("--attempt: expected --prepare beside it; other starts are not kept")
     config = load_config(options.config, options.overrides)
     if options.slurm:
         _show_job(options, config)
@@ -65,7 +83,7 @@ def train(options: TrainOptions) -> None:
         from megatron_minpro.run.preflight import prepare
 
         with Console(stderr=True).status("checking model and prompts"):
-            run_dir = prepare(config)
+            run_dir = prepare(config, attempt=options.attempt)
         typer.echo(run_dir)
     else:
         _train(options, config)

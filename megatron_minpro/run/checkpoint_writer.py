@@ -22,11 +22,10 @@ from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
     KEPT_FOLDER,
-    LATEST_FILE,
-    STATE_FILE,
     WAITING_FILE,
     describe_model,
     file_sizes,

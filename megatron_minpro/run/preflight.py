@@ -11,6 +11,7 @@ from megatron_minpro.cluster import checks
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.data.rows import is_file, is_source_of_rows
 from megatron_minpro.run import base_model
+from megatron_minpro.run.attempts import record_beginning
 from megatron_minpro.run.plug_ins import check_plug_ins
 from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
@@ -79,8 +80,12 @@ def check_job(config: RunConfig) -> None:
         checks.check_architecture(config, _architecture(config))
 
 
-def prepare(config: RunConfig) -> Path:
+def prepare(config: RunConfig, *, attempt: tuple[str, int] | None) -> Path:
     """A job's first step: check the run, write its configuration into the run folder, which is returned; nothing is started.
+
+    Args:
+        config: the run.
+        attempt: the job and how often it was requeued, for RUN_DIR/attempts.jsonl; None where nobody will ask.
 
     Raises:
         ValueError: as check_start.
@@ -89,6 +94,10 @@ def prepare(config: RunConfig) -> Path:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / RESULT_FILE).unlink(missing_ok=True)  # of a run that is now prolonged
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config))
+    if attempt is not None:
+        job, number = attempt
+        checkpoint = checkpoint_to_continue(config.run_dir / "checkpoints", config)
+        record_beginning(config.run_dir, job=job, number=number, checkpoint=checkpoint)
     return config.run_dir
 
 

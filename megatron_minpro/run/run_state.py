@@ -27,15 +27,14 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
 from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 
 if TYPE_CHECKING:
     from parallel.actor import MegatronActor  # the launcher, which makes no actor, starts without importing Megatron-Core
 
 ACTOR_FOLDER = "actor"
 KEPT_FOLDER = "sampling_weights"
-STATE_FILE = "run.json"
 WAITING_FILE = "waiting.safetensors"
-LATEST_FILE = "latest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,14 @@ class Jobs:
     def processes_on(self, index: int, words: str) -> list[psutil.Process]:
         """Those on one node whose command line holds `words`."""
         return [process for pid in self.cluster.pids_on(index) if words in " ".join((process := psutil.Process(pid)).cmdline())]
+
+    def kill_ranks(self, index: int) -> bool:
+        """Those of one node, with their torchrun. False where there is none yet."""
+        found = self.processes_on(index, "megatron_minpro.run.rank")
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return bool(found)
 
     def wait_for_steps(self, name: str, job_id: int, steps: int) -> None:
         """Until the run has that many global steps behind it. Fails when the job ends first."""

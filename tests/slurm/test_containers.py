@@ -34,6 +34,7 @@ done
 MINPRO = """#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || { echo "$0 $1 runs in the $PLACE" >&2; exit 97; }
 case "$1" in
+  train) echo '{"job": "7", "attempt": 0, "event": "began", "checkpoint": "", "policy_version": 0}' >"$RUN_DIR/attempts.jsonl" ;;
   serve) mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json" && exec sleep 600 ;;
   evaluate) mkdir -p "$RUN_DIR/evaluation/tables" && touch "$RUN_DIR"/evaluation/tables/{scores,pass_at_k}.md ;;
 esac

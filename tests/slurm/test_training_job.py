@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_minpro.run.run_folder import LOST_FILE
+from megatron_minpro.run.attempts import Place
+from megatron_minpro.run.run_folder import ATTEMPTS_FILE, LOST_FILE
 from tests.end_to_end.conftest import without_times
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import GLOBAL_STEPS, RESPONSES, Jobs
@@ -43,9 +44,13 @@ def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbed:
-    """What was seen of one job that lost a server, came near its time limit, made way for an urgent job and lost a node, in this order."""
+    """What was seen of one job. It lost a server, lost a rank, came near its time limit, made way for an urgent job, lost a node."""
 
+    saved_before_the_failure: int
+    restarts_before_the_failure: int
+    said_at_the_failure: str
     restarts_before_the_limit: int
+    lost_before_the_limit: int
     said_at_the_limit: str
     steps_at_the_limit: int
     saved_at_the_limit: int
@@ -53,7 +58,6 @@ class Disturbed:
     said_while_urgent: str
     restarts_before_the_death: int
     lost_before_the_death: int
-    saved_before_the_death: int
     restarts: int
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
@@ -74,7 +78,7 @@ def standing_still(jobs: Jobs) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
-    """One job for four tests: a job spends most of its time in starting."""
+    """One job for all these tests: a job spends most of its time in starting."""
     name = "disturbed"
     cluster, run_dir, job_id = jobs.cluster, jobs.run_dir(name), jobs.submit(name)
 
@@ -85,14 +89,20 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
     min(jobs.processes_on(3, "rollout.sglang.cpu"), key=lambda process: process.create_time()).kill()
     with standing_still(jobs):
         cluster.until(lambda: "runs again" in (run_dir / "logs/serve-0-n3.log").read_text(), "a new server", timeout_s=360)
+    jobs.wait_for_steps(name, job_id, 4)
+    with standing_still(jobs):
+        restarts_before_the_failure, saved_before_the_failure = cluster.job(job_id).restarts, saved()
+        jobs.kill_ranks(1)
+    cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_failure + 1, "the requeue", timeout_s=360)
+    said_at_the_failure = jobs.output(name)
     jobs.wait_for_steps(name, job_id, 6)
-    restarts_before_the_limit = cluster.job(job_id).restarts
+    restarts_before_the_limit, lost_before_the_limit = cluster.job(job_id).restarts, int((run_dir / LOST_FILE).read_text())
 
     minutes = int(cluster.job(job_id).fields["RunTime"].split(":")[1])
     with standing_still(jobs):  # less than --signal's half hour is left then: Slurm sends USR1 when it next looks, within half a minute
         cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
         cluster.until(lambda: "USR1: time is nearly up" in jobs.output(name), "USR1", timeout_s=360)
-    cluster.until(lambda: cluster.job(job_id).restarts == 1, "the requeue", timeout_s=360)
+    cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_limit + 1, "the requeue", timeout_s=360)
     cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-0")  # the next attempt has a day again
     said_at_the_limit, steps_at_the_limit, saved_at_the_limit = jobs.output(name), len(jobs.metrics(name)), saved()
 
@@ -106,13 +116,17 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
 
     jobs.wait_for_steps(name, job_id, saved() + 1)
     with standing_still(jobs):
-        restarts_before_the_death, saved_before_the_death = cluster.job(job_id).restarts, saved()
+        restarts_before_the_death = cluster.job(job_id).restarts
         lost_before_the_death = int((run_dir / LOST_FILE).read_text())
         cluster.set_node_down(1)
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_death + 1, "the requeue", timeout_s=360)
     cluster.bring_node_back(1)
     return Disturbed(
+        saved_before_the_failure=saved_before_the_failure,
+        restarts_before_the_failure=restarts_before_the_failure,
+        said_at_the_failure=said_at_the_failure,
         restarts_before_the_limit=restarts_before_the_limit,
+        lost_before_the_limit=lost_before_the_limit,
         said_at_the_limit=said_at_the_limit,
         steps_at_the_limit=steps_at_the_limit,
         saved_at_the_limit=saved_at_the_limit,
@@ -120,7 +134,6 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
         said_while_urgent=said_while_urgent,
         restarts_before_the_death=restarts_before_the_death,
         lost_before_the_death=lost_before_the_death,
-        saved_before_the_death=saved_before_the_death,
         restarts=jobs.finish(name, job_id).restarts,
         metrics=jobs.metrics(name),
         summary=json.loads((run_dir / "summary.json").read_text()),
@@ -129,15 +142,15 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
 
 
 def assert_equal_but_for_the_lost(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
-    """To the last digit; what was sampled and lost with the node is counted in the lines since."""
-    before = disturbed.saved_before_the_death
+    """To the last digit; what was sampled and lost with the rank, and with the node, is counted in the lines since."""
+    before = disturbed.saved_before_the_failure
     assert without_times(disturbed.metrics[:before]) == without_times(undisturbed[:before])
     sampled = ("total/rollouts_sampled",)
     assert without_times(disturbed.metrics, but=sampled) == without_times(undisturbed, but=sampled)
 
 
 def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
-    assert disturbed.restarts_before_the_limit == 0
+    assert disturbed.restarts_before_the_failure == 0
     assert_equal_but_for_the_lost(disturbed, undisturbed)
 
 
@@ -146,32 +159,46 @@ def test_the_time_limit_makes_it_save_requeue_and_continue_exactly(disturbed: Di
     assert "stopped with a checkpoint; requeued" in disturbed.said_at_the_limit
     assert disturbed.saved_at_the_limit == disturbed.steps_at_the_limit >= 6  # nothing was done after the checkpoint
     assert_equal_but_for_the_lost(disturbed, undisturbed)
-    assert disturbed.lost_before_the_death == 0
-    assert {"train-0-n0.log", "train-1-n0.log"} <= disturbed.logs
+    assert disturbed.lost_before_the_death == disturbed.lost_before_the_limit
+    assert {"train-1-n0.log", "train-2-n0.log"} <= disturbed.logs
+
+
+def test_a_failure_after_a_checkpoint_requeues_it_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert disturbed.restarts_before_the_limit == 1
+    [line] = [line for line in disturbed.said_at_the_failure.splitlines() if line.endswith("; requeued")]
+    assert f"it came from {Place()} to step_{disturbed.saved_before_the_failure:06d} " in line
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
 
 
 def test_an_urgent_job_preempts_it_and_it_continues_to_the_same_numbers(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
     assert disturbed.urgent_state == "COMPLETED"
-    assert disturbed.restarts_before_the_death == 2  # the first for the time limit
+    assert disturbed.restarts_before_the_death == disturbed.restarts_before_the_limit + 2  # the first for the time limit
     assert "USR1: time is nearly up" in disturbed.said_while_urgent
     assert_equal_but_for_the_lost(disturbed, undisturbed)
-    assert disturbed.lost_before_the_death == 0
+    assert disturbed.lost_before_the_death == disturbed.lost_before_the_limit
 
 
 def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
-    assert disturbed.restarts == 3
+    assert disturbed.restarts == 4
     assert_equal_but_for_the_lost(disturbed, undisturbed)
     assert disturbed.summary["rollouts_trained"] == RESPONSES
     assert disturbed.summary["rollouts_sampled"] == RESPONSES + disturbed.summary["rollouts_lost"]
 
 
-def test_it_is_requeued_only_so_often(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
-    job_id = jobs.submit("capped", MAX_REQUEUES="0")
-    jobs.wait_for_steps("capped", job_id, 1)
-    jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job_id))
+def test_a_second_failure_at_the_same_place_ends_the_job(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
+    name = "hopeless"
+    job_id = jobs.submit(name)
+    for start in (0, 1):
+        jobs.cluster.until(lambda start=start: jobs.cluster.job(job_id).restarts == start and jobs.kill_ranks(0), "ranks", timeout_s=360)
     job = jobs.cluster.wait(job_id, timeout_s=360)
-    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 1, 0)
-    assert "stopped with a checkpoint; not requeued: that was done 0 times (MAX_REQUEUES)" in jobs.output("capped")
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 1, 1)
+    failed = "training ended with exit code 137, see"
+    first, second = [line for line in jobs.output(name).splitlines() if failed in line]
+    assert first.endswith(f"; the first failure without a new checkpoint since {Place()}; requeued")
+    assert second.endswith(f"; not requeued: the second failure without a new checkpoint since {Place()}")
+    lines = [json.loads(line) for line in (jobs.run_dir(name) / ATTEMPTS_FILE).read_text().splitlines()]
+    assert [(line["attempt"], line["event"]) for line in lines] == [(0, "began"), (0, "failed"), (1, "began"), (1, "failed")]
+    assert [line["then"].split()[0] for line in lines[1::2]] == ["requeue", "stop"] and failed in lines[3]["reason"]
 
 
 @pytest.mark.parametrize(
