@@ -47,8 +47,8 @@ class StalenessBuffer:
             raise ValueError(f"batch of step {step} pushed after step {self._waiting[-1].sampled_at_step}")
         self._waiting.append(batch)
 
-    def pop(self, step: int) -> RolloutBatch | None:
-        """The batch sampled at step - n, or None while step < n.
+    def due(self, step: int) -> RolloutBatch | None:
+        """The batch that global step `step` trains, sampled at step - n; None while step < n. It goes on waiting.
 
         Raises ValueError when that batch is not the oldest one waiting: something was lost, or is about to be trained late.
         """
@@ -58,7 +58,14 @@ class StalenessBuffer:
         oldest = self._waiting[0].sampled_at_step if self._waiting else None
         if oldest != due:
             raise ValueError(f"step {step} trains the batch of step {due}, but the oldest batch waiting is of step {oldest}")
-        return self._waiting.popleft()
+        return self._waiting[0]
+
+    def pop(self, step: int) -> RolloutBatch | None:
+        """As `due`; the batch is trained and waits no more."""
+        batch = self.due(step)
+        if batch is not None:
+            self._waiting.popleft()
+        return batch
 
     def waiting(self) -> tuple[RolloutBatch, ...]:
         """Oldest first; what a checkpoint must hold."""

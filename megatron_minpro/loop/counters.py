@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Of the batch that a global step samples. none: the step samples nothing. missing: it is not here yet. unscored: it is here, without
+# behaviour log-probs. waiting: it is the youngest one in the staleness buffer.
+BatchState = Literal["none", "missing", "unscored", "waiting"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,8 +40,25 @@ class RunCounters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalfStep:
-    """A global step whose update is done and whose batch is missing: no server answered. Only the overlapped schedule leaves one."""
+class StepSeconds:
+    """Wall seconds that were spent on a global step."""
 
-    metrics: dict[str, float]  # of the update
-    seconds: dict[str, float]  # by phase, so far
+    phases: dict[str, float]
+    scored_before: float  # of scoring the batch before, where that is part of the step
+    wall: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedStep:
+    """The part of a global step that is done, in JSON's types. step_under_way.py makes it and continues from it.
+
+    The batch that is being trained stays among the waiting ones until its last update. Which mini-batch comes next is a function of the
+    batch and of `updates`.
+    """
+
+    batch: BatchState  # never unscored. missing: it is sampled again, under the weights that the actor keeps
+    updates: int  # optimizer steps done
+    lags: tuple[int, ...]  # of those updates
+    reports: tuple[dict[str, Any], ...]  # of those updates: UpdateReport, with lists; empty once all are done
+    metrics: dict[str, float]  # of the step so far
+    seconds: StepSeconds

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.sampler import Sampler
@@ -78,7 +77,7 @@ class RunDriver:
         """Raises ChecksumMismatch where a server holds others than these, those of the latest publish."""
         self.weights.check(tensors)
 
-    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics."""
         self.tracker.log(step, metrics)
         self.trained_batches = int(metrics["total/batches_trained"])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 
-from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.idle import idle_metrics
 from megatron_minpro.loop.logprob_gap import gap_warning
-from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun
+from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives.idle_clip import idle_clip
 
 log = logging.getLogger(__name__)
 
 
-def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer: PhaseTimer, metrics: dict[str, float]) -> None:
-    """Write the step's metrics down. Throughput counts a response token once, in the step that trains it."""
+def finish_step(run: TrainingRun, under_way: StepUnderWay) -> None:
+    """Write the step's metrics down: it is under way no more. Throughput counts a response token once, in the step that trains it."""
+    step, timer, metrics = under_way.step, under_way.timer, under_way.metrics
     counters, overlapped = run.counters, run.config.effective_schedule == "overlapped"
     within = timer.seconds | {"score": timer.scored_before_s} if overlapped else timer.seconds
     seconds = timer.wall_s()
@@ -38,4 +39,5 @@ def finish_step(run: TrainingRun, step: int, trained: RolloutBatch | None, timer
             log.warning("global step %d: %s", step, warning)
             run.reported.add(kind)
     if run.driver is not None:
-        run.driver.record(step, metrics, trained)
+        run.driver.record(step, metrics)
+    run.under_way = None

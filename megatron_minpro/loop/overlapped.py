@@ -19,23 +19,20 @@ cursor as it was before batch k was drawn. Only the main thread of a rank enters
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from megatron_minpro.batch.sample import RolloutBatch
-from megatron_minpro.loop.counters import HalfStep
 from megatron_minpro.loop.finish_step import finish_step
+from megatron_minpro.loop.phase_timer import PhaseTimer
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.scoring import score, take_in
-from megatron_minpro.loop.servers import ServersFailed, ask_servers, evaluate, publish, weights_of
-from megatron_minpro.loop.training_run import Driver, PhaseTimer, TrainingRun, save, stop_requested
+from megatron_minpro.loop.servers import ask_servers, evaluate, publish, weights_of
+from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.training_run import Driver, StopRequested, TrainingRun, save, stop_requested
 from megatron_minpro.loop.update import update
 from rollout.background import in_background
-
-log = logging.getLogger(__name__)
 
 
 class SamplingTask:
@@ -52,6 +49,7 @@ class SamplingTask:
         """
         self.step = step
         self.policy_version = policy_version
+        self.batch: RolloutBatch | None = None  # on all ranks, once it has been received
         self.seconds = 0.0  # of sampling, once the batch is there
         self.evaluation_s: float | None = None  # of the held-out measurement, where one was due
         self._evaluation = run.evaluation_label(step)
@@ -102,124 +100,87 @@ class SamplingTask:
         return future.result()
 
 
-@dataclass(slots=True, kw_only=True)
-class Unfinished:
-    """A global step whose batch is not scored yet and whose metrics are not written."""
-
-    step: int
-    task: SamplingTask | None  # None in the last n steps, which sample nothing
-    batch: RolloutBatch | None = None  # of the task, once it has been received
-    trained: RolloutBatch | None
-    timer: PhaseTimer
-    metrics: dict[str, float]
-
-
-def train_overlapped(run: TrainingRun) -> bool:
-    """Run to the end, or until a stop is asked for. True when all batches are trained, False after a stop. Raises ServersFailed."""
-    unfinished: Unfinished | None = None
+def train_overlapped(run: TrainingRun) -> None:
+    """Run until all batches are trained. Continues a step that is under way. Raises ServersFailed, StopRequested."""
+    task: SamplingTask | None = None  # of the step under way
+    if run.under_way is not None:
+        run.at_step(run.under_way.step)
+        if run.under_way.batch == "missing":
+            task = SamplingTask(run, run.under_way.step, policy_version=run.sampling_version)
+        train_and_sample(run, run.under_way, task)
     while True:
-        step = run.counters.next_step if unfinished is None else unfinished.step + 1
+        finished = run.under_way  # all but scoring its batch
+        step = run.counters.next_step if finished is None else finished.step + 1
         done, stopping = step == run.last_step, stop_requested(run)
         timer = run.timer()
         if not (done or stopping):
             run.at_step(step)
-        task = None
+        before, task = task, None
         if step < run.config.num_global_steps and not stopping:
-            before = None if unfinished is None else unfinished.task
             task = SamplingTask(run, step, policy_version=run.actor.policy_version, before=before)
-        if unfinished is not None:
+        if finished is not None:
             if run.is_rolling:
-                receive(run, unfinished, timer)
-            finish(run, unfinished)
-            timer.scored_before_s = unfinished.timer.seconds.get("score", 0.0)
-        if stopping or (unfinished is not None and run.checkpoint_is_due(step)):
+                receive(run, finished, before, timer)
+            finish(run, finished, before)
+            timer.scored_before_s = finished.timer.seconds.get("score", 0.0)
+        if stopping and not done:
+            raise StopRequested
+        if finished is not None and run.checkpoint_is_due(step):
             save(run)
-        if done or stopping:
-            run.checkpoints.wait()
-            if not done:
-                log.warning("stopped before global step %d, checkpoint written", step)
-            return done
+        if done:
+            return
         if task is None and (label := run.evaluation_label(step)) is not None:
             evaluate(run, label)
-        unfinished = train_and_sample(run, step, task, timer)
+        train_and_sample(run, run.begin_step(step, timer), task)
 
 
-def train_and_sample(run: TrainingRun, step: int, task: SamplingTask | None, timer: PhaseTimer) -> Unfinished:
-    """Keep the weights that sample batch `step`, train the batch that is due, take in batch `step`, publish.
+def train_and_sample(run: TrainingRun, under_way: StepUnderWay, task: SamplingTask | None) -> None:
+    """Keep the weights that sample the step's batch, train the batch that is due, take in the step's batch, publish.
 
-    With rolling publish batch `step` is taken in later. Raises ServersFailed, as `receive`.
+    With rolling publish the step's batch is taken in later. Raises ServersFailed, StopRequested.
     """
-    metrics: dict[str, float] = {}
-    if task is not None:
+    if task is not None and under_way.updates == 0:  # else they are kept already
         run.actor.keep_weights(place=run.config.actor.kept_weights)
-    due = run.buffer.pop(step)
-    if due is not None:
-        update(run, due, timer, metrics)
-    unfinished = Unfinished(step=step, task=task, trained=due, timer=timer, metrics=metrics)
+    update(run, under_way)
     if not run.is_rolling:
-        receive(run, unfinished, timer)
-    if due is not None and run.needs_publish(step):
-        with timer("sync"):
+        receive(run, under_way, task, under_way.timer)
+    if under_way.updates and run.needs_publish(under_way.step):
+        with under_way.timer("sync"):
             publish(run)
-    timer.stop()
-    return unfinished
+    under_way.timer.stop()
 
 
-def receive(run: TrainingRun, unfinished: Unfinished, timer: PhaseTimer) -> None:
+def receive(run: TrainingRun, under_way: StepUnderWay, task: SamplingTask | None, timer: PhaseTimer) -> None:
     """Wait for the step's batch, where it has one; then the next step is the one that comes next.
 
     Args:
         run: the run.
-        unfinished: the step; gets the batch, and how long it was sampled.
-        timer: of the step that is under way. time/wait: how long the trainer had nothing else to do.
+        under_way: the step whose update is done.
+        task: samples the step's batch; gets it. None where it samples nothing, or its batch waits already.
+        timer: of the step that the trainer is at. time/wait: how long the trainer had nothing else to do.
 
     Raises:
-        ServersFailed: with `half_step` set where the update is done and the batch is missing.
+        ServersFailed, StopRequested: the batch is missing.
     """
-    task = unfinished.task
     if task is not None:
-        try:
-            with timer("wait"):
-                sampled = task.join(run)
-        except ServersFailed as failed:
-            if unfinished.trained is not None:
-                failed.half_step = HalfStep(metrics=unfinished.metrics, seconds=unfinished.timer.seconds)
-            raise
+        with timer("wait"):
+            sampled = task.join(run)
         queued_s = 0.0 if sampled is None else sampled.metrics.get("time/queued", 0.0)
-        unfinished.timer.seconds["sample"] = task.seconds - queued_s
+        under_way.timer.seconds["sample"] = task.seconds - queued_s
         if task.evaluation_s is not None:
-            unfinished.timer.seconds["evaluate"] = task.evaluation_s
-        unfinished.batch = take_in(run, sampled, unfinished.timer, unfinished.metrics)
-    run.counters.next_step = unfinished.step + 1
+            under_way.timer.seconds["evaluate"] = task.evaluation_s
+        task.batch = take_in(run, sampled, under_way.timer, under_way.metrics)
+        under_way.batch = "unscored"
+    run.counters.next_step = under_way.step + 1
 
 
-def finish(run: TrainingRun, unfinished: Unfinished) -> None:
+def finish(run: TrainingRun, under_way: StepUnderWay, task: SamplingTask | None) -> None:
     """Score the step's batch under the weights that sampled it, let it wait for its turn, write the step's metrics."""
-    if unfinished.batch is not None:
-        with weights_of(run, unfinished.batch.policy_version):
-            scored = score(run, unfinished.batch, unfinished.timer, unfinished.metrics)
-        run.buffer.push(unfinished.step, scored)
-    finish_step(run, unfinished.step, unfinished.trained, unfinished.timer, unfinished.metrics)
-
-
-def complete_half_step(run: TrainingRun, half_step: HalfStep) -> None:
-    """Sample and score the batch that was missing when the servers failed. The actor keeps the weights that sample it.
-
-    Raises ServersFailed, with `half_step` set again.
-    """
-    assert run.actor.kept_version is not None
-    timer, step = run.timer(), run.counters.next_step
-    timer.seconds |= half_step.seconds
-    task = SamplingTask(run, step, policy_version=run.actor.kept_version)
-    unfinished = Unfinished(step=step, task=task, trained=None, timer=timer, metrics=dict(half_step.metrics))
-    try:
-        receive(run, unfinished, timer)
-    except ServersFailed as failed:
-        failed.half_step = half_step
-        raise
-    if run.needs_publish(step):
-        publish(run)
-    timer.stop()
-    finish(run, unfinished)
-    if run.checkpoint_is_due(step + 1):
-        save(run)
+    if task is not None:
+        batch, task.batch = task.batch, None
+        assert batch is not None
+        with weights_of(run, task.policy_version):
+            scored = score(run, batch, under_way.timer, under_way.metrics)
+        run.buffer.push(under_way.step, scored)
+        under_way.batch = "waiting"
+    finish_step(run, under_way)

@@ -1,36 +1,51 @@
-"""Which schedule a run follows, and what happens when its servers fail."""
+"""Which schedule a run follows, and what is saved when it is told to stop or its servers fail."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from megatron_minpro.loop.counters import HalfStep
-from megatron_minpro.loop.overlapped import complete_half_step, train_overlapped
+from megatron_minpro.loop.counters import UnfinishedStep
+from megatron_minpro.loop.overlapped import train_overlapped
 from megatron_minpro.loop.serial import train_serially
 from megatron_minpro.loop.servers import ServersFailed
-from megatron_minpro.loop.training_run import TrainingRun
+from megatron_minpro.loop.step_under_way import continued
+from megatron_minpro.loop.training_run import StopRequested, TrainingRun, save
 
-# A schedule runs to the end (True) or until a stop is asked for (False). Checkpoints are on disk when it returns.
-Schedule = Callable[[TrainingRun], bool]
+log = logging.getLogger(__name__)
+
+# A schedule continues the step that is under way, if any, and runs until all batches are trained.
+Schedule = Callable[[TrainingRun], None]
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType({"serial": train_serially, "overlapped": train_overlapped})
 
 
-def train(run: TrainingRun, *, half_step: HalfStep | None = None) -> bool:
-    """Train by the schedule of the configuration. True when all batches are trained, False after a stop.
+def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None) -> bool:
+    """Train by the schedule of the configuration. True when all batches are trained, False after a stop. Checkpoints are then on disk.
 
     Args:
         run: the run, its servers holding the weights that are to sample next.
-        half_step: what was left undone when the servers failed, see loop/counters.py.
+        unfinished: the part of a global step that an earlier attempt has done.
 
     Raises:
         ServersFailed: with a checkpoint on disk from which the run continues to the same numbers.
     """
+    if unfinished is not None:
+        run.under_way = continued(unfinished, step=run.counters.next_step, timer=run.timer(unfinished))
     try:
-        if half_step is not None:
-            complete_half_step(run, half_step)
-        return SCHEDULES[run.config.effective_schedule](run)
-    except ServersFailed as failed:
-        run.checkpoints.save(failed.half_step)
+        SCHEDULES[run.config.effective_schedule](run)
+    except (StopRequested, ServersFailed) as reason:
+        save(run)
         run.checkpoints.wait()
-        raise
+        if isinstance(reason, ServersFailed):
+            raise
+        log.warning("stopped %s, checkpoint written", _where(run))
+        return False
+    run.checkpoints.wait()
+    return True
+
+
+def _where(run: TrainingRun) -> str:
+    if run.under_way is None or run.under_way.record() is None:
+        return f"before global step {run.counters.next_step}"
+    return f"in global step {run.under_way.step}, after {run.under_way.updates} of {run.config.actor.updates_per_step} updates"

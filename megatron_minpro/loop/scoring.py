@@ -7,8 +7,9 @@ import torch
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap
+from megatron_minpro.loop.phase_timer import PhaseTimer
 from megatron_minpro.loop.sampled_batch import SampledBatch
-from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun, share
+from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives.corrections import correct
 
 

@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
-import logging
-
-from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.finish_step import finish_step
 from megatron_minpro.loop.scoring import score, take_in
-from megatron_minpro.loop.servers import ask_servers, evaluate, publish
-from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun, save, stop_requested
+from megatron_minpro.loop.servers import ask_servers, evaluate, publish, weights_of
+from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.training_run import StopRequested, TrainingRun, save, stop_requested
 from megatron_minpro.loop.update import update
 
-log = logging.getLogger(__name__)
 
-
-def train_serially(run: TrainingRun) -> bool:
-    """Sample, score, update and publish, one after the other. True when all batches are trained, False after a stop.
+def train_serially(run: TrainingRun) -> None:
+    """Sample, score, update and publish, one after the other, until all batches are trained. Continues a step that is under way.
 
     The last `staleness` global steps sample nothing: they train what is still waiting, so that nothing sampled is lost.
-    Raises ServersFailed.
+    Raises ServersFailed, StopRequested.
     """
-    config, counters = run.config, run.counters
+    counters = run.counters
     while counters.next_step < run.last_step:
         step = counters.next_step
-        if (label := run.evaluation_label(step)) is not None:
+        if run.under_way is None and (label := run.evaluation_label(step)) is not None:
             evaluate(run, label)
         run.at_step(step)
-        timer = run.timer()
-        metrics: dict[str, float] = {}
-        if step < config.num_global_steps:
-            batch = collect(run, step, timer, metrics)
-            run.buffer.push(step, batch)
-        due = run.buffer.pop(step)
-        if due is not None:
-            update(run, due, timer, metrics)
-            if run.needs_publish(step):
-                with timer("sync"):
-                    publish(run)
+        under_way = run.begin_step(step, run.timer()) if run.under_way is None else run.under_way
+        if under_way.batch == "missing":
+            collect(run, under_way)
+        update(run, under_way)
+        if under_way.updates and run.needs_publish(step):
+            with under_way.timer("sync"):
+                publish(run)
         counters.next_step = step + 1
-        finish_step(run, step, due, timer, metrics)
-        done = counters.next_step == run.last_step
-        stopping = stop_requested(run)
-        if stopping or run.checkpoint_is_due(counters.next_step):
+        finish_step(run, under_way)
+        if stop_requested(run) and counters.next_step < run.last_step:
+            raise StopRequested
+        if run.checkpoint_is_due(counters.next_step):
             save(run)
-        if stopping and not done:
-            run.checkpoints.wait()
-            log.warning("stopped after global step %d, checkpoint written", step)
-            return False
-    run.checkpoints.wait()
-    return True
 
 
-def collect(run: TrainingRun, step: int, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
-    """Sample a batch under the current weights and attach its behaviour log-probs. Raises ServersFailed."""
+def collect(run: TrainingRun, under_way: StepUnderWay) -> None:
+    """Sample the step's batch under the weights that the step began with, and let it wait with their log-probs. Raises ServersFailed."""
+    step, version, timer, metrics = under_way.step, run.sampling_version, under_way.timer, under_way.metrics
     with timer("sample"):
-        sampled = ask_servers(run, lambda driver: driver.collect(step, policy_version=run.actor.policy_version))
+        sampled = ask_servers(run, lambda driver: driver.collect(step, policy_version=version), policy_version=version)
         batch = take_in(run, sampled, timer, metrics)
-    return score(run, batch, timer, metrics)
+    under_way.batch = "unscored"
+    with weights_of(run, version):
+        scored = score(run, batch, timer, metrics)
+    run.buffer.push(step, scored)
+    under_way.batch = "waiting"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from megatron_minpro.loop.counters import HalfStep
 from megatron_minpro.loop.training_run import Driver, TrainingRun, share
 from parallel.weights import take_part
 from rollout.client import RolloutFailed, WeightsMissing
@@ -19,9 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ServersFailed(RuntimeError):
-    """The servers gave no answer. Raised on all ranks together. The state is that of the last whole global step, or of half a step."""
-
-    half_step: HalfStep | None = None  # set where the step's update is done and its batch is missing
+    """The servers gave no answer. Raised on all ranks together. The state can be saved; the batch that was asked for is missing in it."""
 
 
 def publish(run: TrainingRun) -> str | None:

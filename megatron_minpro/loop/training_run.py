@@ -1,21 +1,21 @@
-"""What the loop works with: one run on one rank, what rank 0 does for all, the clock of a step."""
+"""What the loop works with: one run on one rank, what rank 0 does for all, the questions that all ranks ask together."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import BatchState, RunCounters, UnfinishedStep
+from megatron_minpro.loop.phase_timer import PhaseTimer
 from megatron_minpro.loop.sampled_batch import SampledBatch
+from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.objectives import Objective
 from parallel.actor import MegatronActor
 
@@ -29,7 +29,7 @@ class Driver(Protocol):
     def collect(self, step: int, *, policy_version: int) -> SampledBatch: ...
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
-    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None: ...
+    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
     def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None: ...  # see RunDriver
     def heartbeat(self, phase: str) -> None: ...  # what the trainer does now
@@ -39,9 +39,13 @@ class Driver(Protocol):
 class Checkpoints(Protocol):
     """On every rank. `save` returns once the state is copied; `wait` when it is on disk. Both raise on all ranks together."""
 
-    def save(self, half_step: HalfStep | None = None) -> None: ...
+    def save(self, unfinished: UnfinishedStep | None) -> None: ...
     def wait(self) -> None: ...
     def failure(self) -> str | None: ...
+
+
+class StopRequested(Exception):
+    """The run was asked to stop. Raised on all ranks together, where the state can be saved: what is under way is dropped."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +62,7 @@ class TrainingRun:
     stop_requested: Callable[[], bool]  # asked on rank 0
     checkpoints: Checkpoints
     at_step: Callable[[int], None] = lambda step: None  # called when a global step begins
+    under_way: StepUnderWay | None = None  # None between two global steps
     reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
 
     @property
@@ -70,9 +75,25 @@ class TrainingRun:
         """The global step at which nothing is left to train."""
         return self.config.num_global_steps + self.config.staleness
 
-    def timer(self) -> PhaseTimer:
-        """The clock of a global step that begins now. Rank 0 tells the console of each phase."""
-        return PhaseTimer(_say_nothing if self.driver is None else self.driver.heartbeat)
+    @property
+    def sampling_version(self) -> int:
+        """Policy version of the weights that sample the batch of the step under way, or of the next one."""
+        step = self.under_way
+        if step is None or step.updates == 0 or step.batch != "missing":
+            return self.actor.policy_version
+        assert self.actor.kept_version is not None
+        return self.actor.kept_version
+
+    def timer(self, unfinished: UnfinishedStep | None = None) -> PhaseTimer:
+        """The clock of a global step that begins now, or goes on. Rank 0 tells the console of each phase."""
+        tell = _say_nothing if self.driver is None else self.driver.heartbeat
+        return PhaseTimer(tell, before=None if unfinished is None else unfinished.seconds)
+
+    def begin_step(self, step: int, timer: PhaseTimer) -> StepUnderWay:
+        """From now on `step` is under way."""
+        batch: BatchState = "missing" if step < self.config.num_global_steps else "none"
+        self.under_way = StepUnderWay(step=step, timer=timer, batch=batch)
+        return self.under_way
 
     def evaluation_label(self, step: int) -> str | None:
         """The name of the held-out measurement that is due before global step `step`; None where none is."""
@@ -96,10 +117,16 @@ def stop_requested(run: TrainingRun) -> bool:
     return stopping
 
 
+def obey(run: TrainingRun) -> None:
+    """Collective, between two optimizer steps. Raises StopRequested when rank 0 was asked to stop, else as `stop_requested`."""
+    if stop_requested(run):
+        raise StopRequested
+
+
 def save(run: TrainingRun) -> None:
-    """Begin to write a checkpoint; the pause is counted."""
+    """Begin to write a checkpoint, also of a step that is under way; the pause is counted."""
     start = time.perf_counter()
-    run.checkpoints.save()
+    run.checkpoints.save(None if run.under_way is None else run.under_way.record())
     run.counters.add_seconds("checkpoint", time.perf_counter() - start)
 
 
@@ -112,36 +139,3 @@ def share(run: TrainingRun, value: T | None) -> Any:
 
 def _say_nothing(phase: str) -> None:
     """On ranks without a console."""
-
-
-class PhaseTimer:
-    """Wall seconds of one step, and of its phases. Phases may overlap, so their sum can exceed the wall time."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        """tell: called with the name of each phase when it begins."""
-        self.seconds: dict[str, float] = {}
-        self.scored_before_s = 0.0  # of scoring the batch before, where that takes place in this step
-        self._tell = tell
-        self._started_at = time.perf_counter()
-        self._wall_s: float | None = None
-
-    def stop(self) -> None:
-        """The step ends now; what is measured later still counts for its phases."""
-        self._wall_s = time.perf_counter() - self._started_at
-
-    def wall_s(self) -> float:
-        """From the beginning of the step to `stop`, or to now."""
-        return time.perf_counter() - self._started_at if self._wall_s is None else self._wall_s
-
-    def split(self, phase: str, part: str, seconds: float) -> None:
-        """Count `seconds` of a phase under a name of their own."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) - seconds
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._tell(phase)
-        with torch.profiler.record_function(phase):
-            yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

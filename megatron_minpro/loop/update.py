@@ -10,25 +10,42 @@ import torch
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import expected_lag
 from megatron_minpro.loop.learning_rate import training_rate
-from megatron_minpro.loop.training_run import PhaseTimer, TrainingRun
+from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from parallel.actor import LossFunction, MegatronActor, UpdateReport
 from parallel.token_sequence import TokenSequence
 
 
-def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> None:
-    """Train the batch in mini-batches, one optimizer step each, and hold the measured lag against the promised one."""
-    config, actor, counters = run.config, run.actor, run.counters
-    updates = config.actor.updates_per_step
-    promised = expected_lag(counters.trained_batches, staleness=config.staleness, updates_per_step=updates)
-    lags: list[int] = []
-    reports: list[UpdateReport] = []
-    with timer("update"):
-        for samples in batch.mini_batches(num_mini_batches=updates, seed=config.seed):
-            lags.append(actor.policy_version - batch.policy_version)
+def update(run: TrainingRun, under_way: StepUnderWay) -> None:
+    """Train what is left of the batch that is due, in mini-batches, one optimizer step each. Nothing where none is due.
+
+    Raises:
+        StopRequested: before one of the mini-batches.
+        RuntimeError: the measured lag is not the promised one.
+    """
+    updates = run.config.actor.updates_per_step
+    batch = None if under_way.updates == updates else run.buffer.due(under_way.step)
+    if batch is None:
+        return
+    for samples in batch.mini_batches(num_mini_batches=updates, seed=run.config.seed)[under_way.updates :]:
+        obey(run)
+        with under_way.timer("update"):
+            lag = run.actor.policy_version - batch.policy_version
             sequences = [sample.training_sequence() for sample in samples]
-            rate = training_rate(config.actor, actor.policy_version)
-            reports.append(train_mini_batch(actor, sequences, run.objective, learning_rate=rate))
+            rate = training_rate(run.config.actor, run.actor.policy_version)
+            report = train_mini_batch(run.actor, sequences, run.objective, learning_rate=rate)
+        under_way.updates += 1
+        under_way.lags.append(lag)
+        under_way.reports.append(report)
+    run.buffer.pop(under_way.step)
+    _complete(run, batch, under_way)
+
+
+def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) -> None:
+    """Hold the measured lag against the promised one, count the batch, and turn the reports of its updates into metrics."""
+    config, counters, lags, reports = run.config, run.counters, under_way.lags, under_way.reports
+    promised = expected_lag(counters.trained_batches, staleness=config.staleness, updates_per_step=config.actor.updates_per_step)
     if (min(lags), max(lags)) != (promised.smallest, promised.largest):
         raise RuntimeError(
             f"batch of step {batch.sampled_at_step}: policy lag {min(lags)} to {max(lags)} updates, "
@@ -38,8 +55,8 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
     counters.trained_batches += 1
     counters.rollouts_trained += len(batch.samples)
     counters.tokens_trained += tokens
-    metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
-    metrics |= {
+    under_way.metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
+    under_way.metrics |= {
         "loss/total": sum(report.loss for report in reports) / len(reports),
         "update/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
         "update/learning_rate": reports[-1].learning_rate,
@@ -49,6 +66,8 @@ def update(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: di
         "reward/trained": sum(sample.reward for sample in batch.samples) / len(batch.samples),
         "batch/tokens": tokens,
     }
+    lags.clear()
+    reports.clear()
 
 
 def train_mini_batch(

@@ -21,12 +21,13 @@ from checkpoints_convert.atomic_directory import fsync_tree
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
     KEPT_FOLDER,
     WAITING_FILE,
+    checkpoint_name,
     describe_model,
     file_sizes,
     join_batches,
@@ -35,7 +36,7 @@ from parallel.actor import MegatronActor
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"^step_\d{6}(_half)?$")
+_NAME = re.compile(r"^step_\d{6}(_update_\d{4}(_sampled)?)?$")
 
 
 class CheckpointWriter:
@@ -68,26 +69,27 @@ class CheckpointWriter:
         counters: RunCounters,
         cursor: dict[str, Any] | None,
         waiting: Sequence[RolloutBatch],
-        half_step: HalfStep | None = None,
+        unfinished: UnfinishedStep | None = None,
     ) -> None:
         """Copy the state as it is now and begin to write it.
 
-        cursor: rank 0's prompt cursor state (ignored elsewhere). half_step: set where the actor's kept weights belong to the state.
+        cursor: rank 0's prompt cursor state (ignored elsewhere). unfinished: what is done of a global step that is under way.
         Waits for the former checkpoint first. The new one appears by rename after all of it, from all ranks, is on disk. Nothing is
-        written when the newest checkpoint is of this step already. Raises RuntimeError when the former one failed, OSError when there
+        written when the newest checkpoint is of this state already. Raises RuntimeError when the former one failed, OSError when there
         is no room to begin, ValueError for a waiting batch without behaviour log-probs.
         """
         self.wait()
         for sample in (sample for batch in waiting for sample in batch.samples):
             if sample.behaviour_logprobs is None:
                 raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
-        name = f"step_{counters.next_step:06d}{'' if half_step is None else '_half'}"
+        name = checkpoint_name(counters.next_step, unfinished)
+        keeps = unfinished is not None and unfinished.batch == "missing"
         partial = self._directory / f".{name}.partial"
-        folders = [ACTOR_FOLDER] if half_step is None else [ACTOR_FOLDER, KEPT_FOLDER]
+        folders = [ACTOR_FOLDER, KEPT_FOLDER] if keeps else [ACTOR_FOLDER]
         if not self._on_first_rank(lambda: self._make_room(name, partial, folders=folders)):
             return
         writers = [actor.capture(partial / ACTOR_FOLDER)]
-        if half_step is not None:
+        if keeps:
             writers.append(actor.capture_kept(partial / KEPT_FOLDER))
         state = {
             "config": config.model_dump(mode="json"),
@@ -95,7 +97,8 @@ class CheckpointWriter:
             "policy_version": actor.policy_version,
             "model": describe_model(actor.architecture),
             "cursor": copy.deepcopy(cursor),
-            "half_step": None if half_step is None else {**asdict(half_step), "policy_version": actor.kept_version},
+            "unfinished": None if unfinished is None else asdict(unfinished),
+            "kept_version": actor.kept_version if keeps else None,
         }
         batches = tuple(waiting)  # they never change
 

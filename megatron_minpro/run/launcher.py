@@ -232,7 +232,7 @@ def _watch(
             raise Interrupted("interrupted at once; the last checkpoint is kept")
         if ctrl_c.times and not asked:
             (run_dir / STOP_FILE).touch()
-            console.log("stopping after this global step, with a checkpoint (Ctrl-C again: at once)")
+            console.log("stopping with a checkpoint (Ctrl-C again: at once, without)")
             asked = True
         time.sleep(_REFRESH_S)
     console.refresh()

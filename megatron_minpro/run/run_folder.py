@@ -14,7 +14,7 @@ from megatron_minpro.tracking.wandb import WANDB_FOLDER
 
 CONFIG_FILE = "config.yaml"  # the resolved configuration
 ENDPOINTS_FILE = "endpoints.json"  # addresses of the rollout servers, once they answer
-STOP_FILE = "stop"  # its presence asks the run to stop after the current global step
+STOP_FILE = "stop"  # its presence asks the run to stop, with a checkpoint
 RESULT_FILE = "result.json"  # counters of the attempt that ended
 ERROR_FILE = "error.txt"  # what the first rank to fail said
 LOST_FILE = "rollouts_lost.json"  # responses sampled by attempts that ended before they were in a checkpoint

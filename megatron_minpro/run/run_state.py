@@ -2,9 +2,13 @@
 
 checkpoints/step_000020/actor/              Megatron torch_dist: model and optimizer, loads onto other layouts
                         run.json            counters, prompt cursor, policy version; the size of every other file
-                        sampling_weights/   after only after half a step: the weights that are to sample the missing batch
-                        waiting.safetensors the batches that are sampled but not trained yet
+                        sampling_weights/   only inside a step whose batch is missing: the weights that are to sample it
+                        waiting.safetensors the batches that are sampled but not trained to the end yet
 checkpoints/latest                          name of the newest complete directory
+
+A checkpoint inside a global step says how many updates of it are done, and whether the batch that the step samples is in it:
+
+step_000020 < step_000020_update_0003 < step_000020_update_0003_sampled < step_000020_update_0004 < step_000021
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, flatten_differences, may_change_on_resume
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import RunCounters, StepSeconds, UnfinishedStep
 from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 
 if TYPE_CHECKING:
@@ -44,7 +48,20 @@ class SavedRun:
     counters: RunCounters
     cursor: dict[str, Any]
     waiting: tuple[RolloutBatch, ...]
-    half_step: HalfStep | None
+    unfinished: UnfinishedStep | None
+
+
+def checkpoint_name(next_step: int, unfinished: UnfinishedStep | None) -> str:
+    """Of the folder. Names are in the order of the states: a later state of a run has a later name.
+
+    Args:
+        next_step: the global step that comes next, or that is under way.
+        unfinished: what is done of it; None before it has begun.
+    """
+    name = f"step_{next_step:06d}"
+    if unfinished is None:
+        return name
+    return f"{name}_update_{unfinished.updates:04d}{'_sampled' if unfinished.batch == 'waiting' else ''}"
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -81,9 +98,10 @@ def checkpoint_to_continue(directory: Path, config: RunConfig) -> Path | None:
 
 
 def _is_too_late(checkpoint: Path, config: RunConfig) -> bool:
-    """Whether it was saved in a step without sampling in which `config` samples."""
+    """Whether it was saved in a step without sampling, once that had begun, in which `config` samples."""
     state = read_state(checkpoint)
-    return config.num_global_steps > state.config.num_global_steps and state.counters.next_step > state.config.num_global_steps
+    steps = state.config.num_global_steps
+    return config.num_global_steps > steps and (state.counters.next_step, state.unfinished is not None) > (steps, False)
 
 
 def forget_later(checkpoint: Path) -> None:
@@ -105,7 +123,8 @@ class StateFile:
     waiting: list[dict[str, Any]]
     model: dict[str, Any]  # describe_model of what was trained
     files: dict[str, int]  # bytes of every other file of the checkpoint, by its path inside it
-    half_step: dict[str, Any] | None  # of HalfStep, and policy_version of the weights in KEPT_FOLDER
+    unfinished: UnfinishedStep | None
+    kept_version: int | None  # policy version of the weights in KEPT_FOLDER
 
 
 def read_state(checkpoint: Path) -> StateFile:
@@ -114,13 +133,22 @@ def read_state(checkpoint: Path) -> StateFile:
     try:
         state = json.loads(path.read_text())
         config = RunConfig.model_validate_json(json.dumps(state.pop("config")))
-        return StateFile(config=config, counters=RunCounters(**state.pop("counters")), **state)
+        counters, unfinished = RunCounters(**state.pop("counters")), _unfinished(state.pop("unfinished"))
+        return StateFile(config=config, counters=counters, unfinished=unfinished, **state)
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{path}: not a checkpoint of this version of the program (config.{setting}: {first['msg']})") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this version of the program ({' '.join(str(error).split())})") from error
+
+
+def _unfinished(values: dict[str, Any] | None) -> UnfinishedStep | None:
+    """The counterpart of `asdict`, after a way through JSON."""
+    if values is None:
+        return None
+    seconds = StepSeconds(**values.pop("seconds"))
+    return UnfinishedStep(lags=tuple(values.pop("lags")), reports=tuple(values.pop("reports")), seconds=seconds, **values)
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
@@ -206,12 +234,9 @@ def load(checkpoint: Path, *, actor: MegatronActor, config: RunConfig) -> SavedR
         waiting = _read_batches(path, state.waiting)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: not what was saved ({type(error).__name__}: {error})") from error
-    half_step = None
-    if state.half_step is not None:
-        kept_version, place = state.half_step["policy_version"], config.actor.kept_weights
-        actor.load_kept(checkpoint / KEPT_FOLDER, policy_version=kept_version, place=place)
-        half_step = HalfStep(metrics=state.half_step["metrics"], seconds=state.half_step["seconds"])
-    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting, half_step=half_step)
+    if state.kept_version is not None:
+        actor.load_kept(checkpoint / KEPT_FOLDER, policy_version=state.kept_version, place=config.actor.kept_weights)
+    return SavedRun(counters=state.counters, cursor=state.cursor, waiting=waiting, unfinished=state.unfinished)
 
 
 def join_batches(batches: Sequence[RolloutBatch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """What one trainer rank does: train, or warm up the base model. rank.py starts it.
 
 RUN_DIR/config.yaml is the resolved configuration. Rank 0 waits for RUN_DIR/endpoints.json, a list of server addresses.
-A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run after the current global step with a checkpoint.
+A file RUN_DIR/stop, or SIGUSR1 to rank 0, ends the run with a checkpoint before the next update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import schedule
-from megatron_minpro.loop.counters import RunCounters
+from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.loop.driver import RunDriver
 from megatron_minpro.loop.server_weights import RollingWeights
 from megatron_minpro.loop.servers import evaluate, publish, weights_of
@@ -105,13 +105,13 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     if checkpoint is None and first:
         forget_unfinished_attempt(run_dir)
     buffer = StalenessBuffer(config.staleness)
-    counters, cursor_state, half_step = RunCounters(), None, None
+    counters, cursor_state, unfinished = RunCounters(), None, None
     if checkpoint is not None:
         saved = run_state.load(checkpoint, actor=actor, config=config)
-        counters, cursor_state, half_step = saved.counters, saved.cursor, saved.half_step
+        counters, cursor_state, unfinished = saved.counters, saved.cursor, saved.unfinished
         buffer.restore(saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
-    driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling)
+    driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling, unfinished=unfinished)
     writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
 
     profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
@@ -130,7 +130,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     probes = share(run, None if driver is None else probe_sequences(driver.sampler.example_tokens(_PROBES)))
     log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
-    with weights_of(run, actor.policy_version if half_step is None or actor.kept_version is None else actor.kept_version):
+    with weights_of(run, actor.policy_version if actor.kept_version is None else actor.kept_version):
         publish(run)
     if config.evaluation is not None:
         measured = share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
@@ -139,7 +139,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         if not measured:
             evaluate(run, "before")
     try:
-        complete = schedule.train(run, half_step=half_step)
+        complete = schedule.train(run, unfinished=unfinished)
     finally:
         writer.join()  # what was captured is complete, whatever ends this
     profiler.close()
@@ -188,8 +188,8 @@ class RunCheckpoints:
     buffer: StalenessBuffer
     driver: RunDriver | None
 
-    def save(self, half_step: run_state.HalfStep | None = None) -> None:
-        """Save the current state of the fields above. half_step: see CheckpointWriter.save."""
+    def save(self, unfinished: UnfinishedStep | None) -> None:
+        """Save the current state of the fields above. unfinished: see CheckpointWriter.save."""
         if self.driver is not None:
             self.driver.heartbeat("checkpoint")
         self.writer.save(
@@ -198,7 +198,7 @@ class RunCheckpoints:
             counters=self.counters,
             cursor=dict(self.driver.cursor) if self.driver is not None else None,
             waiting=self.buffer.waiting(),
-            half_step=half_step,
+            unfinished=unfinished,
         )
 
     def wait(self) -> None:
@@ -211,9 +211,15 @@ class RunCheckpoints:
 
 
 def build_driver(
-    config: RunConfig, run_dir: Path, counters: RunCounters, cursor_state: dict[str, Any] | None, sampling: SamplingProcess
+    config: RunConfig,
+    run_dir: Path,
+    counters: RunCounters,
+    cursor_state: dict[str, Any] | None,
+    sampling: SamplingProcess,
+    *,
+    unfinished: UnfinishedStep | None = None,
 ) -> RunDriver:
-    """Rank 0's part. Waits for the servers."""
+    """Rank 0's part. Waits for the servers. unfinished: what is done of the step that comes next."""
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)
@@ -228,7 +234,8 @@ def build_driver(
     )
     if isinstance(weights, RollingWeights):
         sampling.offer_weights(weights.give)
-    cursor = sampling.start(endpoints=endpoints, cursor=cursor_state, next_step=counters.next_step, device_type=detect().device_type)
+    next_sampled = counters.next_step + (unfinished is not None and unfinished.batch == "waiting")
+    cursor = sampling.start(endpoints=endpoints, cursor=cursor_state, next_step=next_sampled, device_type=detect().device_type)
     return RunDriver(
         config=config,
         run_dir=run_dir,

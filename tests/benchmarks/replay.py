@@ -26,7 +26,7 @@ from checkpoints_convert.safetensors_io import SafetensorsReader
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.loop import schedule as schedules
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.loop.servers import publish
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
@@ -215,7 +215,7 @@ class SleepingActor:
 class NoCheckpoints:
     """A benchmark continues nothing."""
 
-    def save(self, half_step: HalfStep | None = None) -> None:
+    def save(self, unfinished: UnfinishedStep | None) -> None:
         """Nothing is kept."""
 
     def wait(self) -> None:

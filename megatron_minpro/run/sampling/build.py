@@ -71,7 +71,7 @@ def build_sampler(
         run_dir: gets what was sampled, for people; files of `next_step` and later are deleted.
         endpoints: of the servers.
         cursor: state of the prompt cursor in the checkpoint that is continued; None for a fresh run.
-        next_step: the global step that comes next.
+        next_step: the global step whose batch comes next.
         device_type: of the ranks and servers: cuda | cpu.
         give: puts weights that rank 0 keeps into one server; used with publish: rolling.
 

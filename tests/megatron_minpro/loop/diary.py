@@ -14,7 +14,7 @@ from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop.collector import Collected
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.loop.sampled_batch import SampledBatch, sampled_batch
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
@@ -51,7 +51,7 @@ class FakeActor:
         self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
         self.learning_rates: list[float] = []
         self.corrections: list[float] = []
-        self.unit_ratios = torch.tensor([0.0, 1.0])
+        self.unit_ratios = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
         self.diary.append(("score", self.policy_version))
@@ -73,7 +73,10 @@ class FakeActor:
             learning_rate=learning_rate,
             policy_version=self.policy_version,
             num_tokens=tokens,
-            metrics={"policy/entropy": torch.tensor([float(self.policy_version), 1.0]), "ratio/unit": self.unit_ratios},
+            metrics={
+                "policy/entropy": torch.tensor([float(self.policy_version), 1.0], dtype=torch.float64),
+                "ratio/unit": self.unit_ratios,
+            },
         )
 
     def keep_weights(self, *, place: str) -> None:
@@ -152,9 +155,9 @@ class FakeDriver:
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
 
-    def record(self, step: int, metrics: Mapping[str, float], trained: RolloutBatch | None) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         check_declared(metrics)
-        self.diary.append(("record", step, None if trained is None else trained.sampled_at_step))
+        self.diary.append(("record", step, metrics.get("batch/sampled_at_step")))
         self.lines.append((step, dict(metrics)))
 
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
@@ -169,10 +172,12 @@ class FakeCheckpoints:
     def __init__(self, lines: list[tuple], next_step: Callable[[], int]) -> None:
         self.lines = lines
         self.next_step = next_step
+        self.latest: UnfinishedStep | None = None  # of the newest checkpoint
         self.fails_at: int | None = None
 
-    def save(self, half_step: HalfStep | None = None) -> None:
-        self.lines.append(("save", self.next_step()) if half_step is None else ("save half", self.next_step(), half_step))
+    def save(self, unfinished: UnfinishedStep | None) -> None:
+        self.latest = unfinished
+        self.lines.append(("save", self.next_step()) if unfinished is None else ("save inside", self.next_step(), unfinished))
 
     def wait(self) -> None:
         self.lines.append(("wait",))
@@ -199,3 +204,17 @@ class Diary:
             stop_requested=lambda: stop_after is not None and self.run.counters.next_step > stop_after,
             checkpoints=FakeCheckpoints(self.lines, lambda: self.run.counters.next_step),
         )
+
+    def continued(self, config: RunConfig, **options: Any) -> Diary:
+        """Another attempt, which begins with the state that this one saved last, as it is now."""
+        later = Diary(config, self.run.control_group, self.driver.make_batch, policy_version=self.actor.policy_version, **options)
+        later.actor.kept_version = self.actor.kept_version
+        later.driver.num_dropped = self.driver.num_dropped
+        later.run.counters = replace(self.run.counters)
+        later.run.buffer.restore(self.run.buffer.waiting())
+        return later
+
+    @property
+    def unfinished(self) -> UnfinishedStep | None:
+        """What the newest checkpoint says of a step under way."""
+        return self.run.checkpoints.latest  # type: ignore[attr-defined]

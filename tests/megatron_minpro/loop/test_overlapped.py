@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_minpro.config import ConfigError
-from megatron_minpro.loop.counters import HalfStep
+from megatron_minpro.loop.counters import UnfinishedStep
 from megatron_minpro.loop.schedule import train
 from megatron_minpro.loop.servers import ServersFailed
 from rollout.client import RolloutFailed, WeightsMissing
@@ -153,11 +153,11 @@ def test_servers_that_fail_in_mid_step_leave_a_state_that_resumes_exactly(
     failed.driver.trouble = {failing_call: RolloutFailed("no server answered within 3 s")}
     with pytest.raises(ServersFailed, match="no server answered"):
         train(failed.run)
-    half_step = None
+    unfinished = None
     if failing_call > 1:  # step 0 trains nothing: its state is that of a whole step
-        [(_, step, half_step)] = [line for line in failed.lines if line[0] == "save half"]
+        [(_, step, unfinished)] = [line for line in failed.lines if line[0] == "save inside"]
         assert (step, failed.actor.kept_version) == (failing_call - 1, 2 * (failing_call - 2))
-        assert isinstance(half_step, HalfStep) and failed.lines[-1] == ("wait",)
+        assert isinstance(unfinished, UnfinishedStep) and failed.lines[-1] == ("wait",)
 
     resumed = Diary(
         small_config("staleness=1", f"schedule={schedule}"), one_rank_group, make_batch, policy_version=failed.actor.policy_version
@@ -165,7 +165,7 @@ def test_servers_that_fail_in_mid_step_leave_a_state_that_resumes_exactly(
     resumed.actor.kept_version = failed.actor.kept_version
     resumed.run.counters = failed.run.counters
     resumed.run.buffer.restore(failed.run.buffer.waiting())
-    assert train(resumed.run, half_step=half_step) is True
+    assert train(resumed.run, unfinished=unfinished) is True
     assert numbers(failed) + numbers(resumed) == numbers(whole)
     assert failed.actor.trained + resumed.actor.trained == whole.actor.trained
     counted = ("next_step", "trained_batches", "rollouts_sampled", "rollouts_trained", "tokens_trained")
@@ -177,12 +177,12 @@ def test_half_a_step_that_is_completed_is_followed_by_its_checkpoint(one_rank_gr
     failed.driver.trouble = {4: RolloutFailed("no server answered")}  # batch 3, the last one
     with pytest.raises(ServersFailed):
         train(failed.run)
-    [half_step] = [line[2] for line in failed.lines if line[0] == "save half"]
+    [unfinished] = [line[2] for line in failed.lines if line[0] == "save inside"]
     resumed = Diary(small_config("staleness=1"), one_rank_group, make_batch, policy_version=failed.actor.policy_version)
     resumed.actor.kept_version = failed.actor.kept_version
     resumed.run.counters = failed.run.counters
     resumed.run.buffer.restore(failed.run.buffer.waiting())
-    train(resumed.run, half_step=half_step)
+    train(resumed.run, unfinished=unfinished)
     # Where sampling ends a checkpoint is kept for a run that is made longer.
     assert [line for line in resumed.lines if line[0] == "save"] == [("save", 4), ("save", 5)]
 
@@ -212,7 +212,17 @@ def test_a_step_is_never_shorter_than_its_ideal(one_rank_group: dist.ProcessGrou
 def test_the_console_is_told_what_the_trainer_does(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
     diary = Diary(small_config("staleness=1", "num_global_steps=2"), one_rank_group, make_batch)
     train(diary.run)
-    assert diary.driver.phases == ["wait", "score", "update", "wait", "score", "update", "sync"]
+    assert diary.driver.phases == [
+        "wait",
+        "score",
+        "update",
+        "update",
+        "wait",
+        "score",
+        "update",
+        "update",
+        "sync",
+    ]  # two mini-batches each
     assert diary.driver.activities == ["sample", "sample"]
 
 

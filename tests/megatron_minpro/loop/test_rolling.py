@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_minpro.config import ConfigError
-from megatron_minpro.loop.counters import HalfStep
+from megatron_minpro.loop.counters import UnfinishedStep
 from megatron_minpro.loop.idle import idle_metrics
 from megatron_minpro.loop.schedule import train
 from megatron_minpro.loop.servers import ServersFailed
@@ -75,17 +75,17 @@ def test_a_batch_that_fails_beside_the_next_leaves_a_state_that_resumes(
     failed.driver.trouble = {failing_call: RolloutFailed("no server answered within 3 s")}
     with pytest.raises(ServersFailed, match="no server answered"):
         train(failed.run)
-    half_step = None
+    unfinished = None
     if failing_call > 1:  # step 0 trains nothing: its state is that of a whole step
-        [(_, step, half_step)] = [line for line in failed.lines if line[0] == "save half"]
+        [(_, step, unfinished)] = [line for line in failed.lines if line[0] == "save inside"]
         assert (step, failed.actor.kept_version) == (failing_call - 1, 2 * (failing_call - 2))
-        assert isinstance(half_step, HalfStep) and failed.driver.cursor == {"behind": failing_call - 2}
+        assert isinstance(unfinished, UnfinishedStep) and failed.driver.cursor == {"behind": failing_call - 2}
 
     resumed = Diary(small_config("staleness=1", *how), one_rank_group, make_batch, policy_version=failed.actor.policy_version)
     resumed.actor.kept_version = failed.actor.kept_version
     resumed.run.counters = failed.run.counters
     resumed.run.buffer.restore(failed.run.buffer.waiting())
-    assert train(resumed.run, half_step=half_step) is True
+    assert train(resumed.run, unfinished=unfinished) is True
     assert numbers(failed) + numbers(resumed) == numbers(whole)
     assert failed.actor.trained + resumed.actor.trained == whole.actor.trained
 

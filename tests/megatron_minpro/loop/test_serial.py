@@ -144,7 +144,7 @@ def test_scoring_under_other_weights_than_sampled_stops_the_run(one_rank_group: 
         return collect(step, policy_version=policy_version)
 
     diary.driver.collect = move_the_weights  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"^batch of step 0: sampled by policy version 0, scored by version 1$"):
+    with pytest.raises(RuntimeError, match=r"^policy version 0 is wanted; the actor is at 1 and keeps None$"):
         train(diary.run)
 
 
@@ -177,7 +177,7 @@ def test_a_prolonged_run_ends_as_if_it_had_been_that_long_from_the_start(one_ran
     short = Diary(small_config(), one_rank_group, make_batch)
     kept: dict[str, Any] = {}
 
-    def save() -> None:
+    def save(unfinished: object) -> None:
         if short.run.counters.next_step == short.run.config.num_global_steps:
             kept.update(counters=replace(short.run.counters), waiting=short.run.buffer.waiting(), version=short.actor.policy_version)
 

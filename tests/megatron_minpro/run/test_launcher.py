@@ -41,7 +41,8 @@ def add_checkpoint(
         "policy_version": 0,
         "cursor": dict(cursor),
         "waiting": [],
-        "half_step": None,
+        "unfinished": None,
+        "kept_version": None,
         "files": {},
         "model": dict(model),
     }

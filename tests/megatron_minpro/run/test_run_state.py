@@ -18,7 +18,7 @@ import torch.distributed as dist
 from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.loop.counters import HalfStep, RunCounters
+from megatron_minpro.loop.counters import BatchState, RunCounters, StepSeconds, UnfinishedStep
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.run_state import latest_checkpoint
@@ -155,32 +155,88 @@ def test_correction_weights_come_back_bit_for_bit_or_not_at_all(
     assert content(load(save(tmp_path / "checkpoints", 5, waiting=waiting)).waiting) == content(waiting)
 
 
-def test_half_a_step_comes_back_with_the_weights_that_sample(tmp_path: Path, one_rank_group: dist.ProcessGroup) -> None:
-    half_step = HalfStep(metrics={"loss/total": 1 / 3, "policy/entropy": math.nan}, seconds={"update": 0.1})
+def unfinished_step(updates: int, batch: BatchState) -> UnfinishedStep:
+    """Numbers that a way through a file may change."""
+    reports: list[dict[str, Any]] = [
+        {
+            "loss": 1 / 3,
+            "grad_norm": 1e-45,
+            "learning_rate": 1e-6,
+            "policy_version": 48 + n,
+            "num_tokens": 7,
+            "metrics": {"ratio": [0.1, n]},
+        }
+        for n in range(updates)
+    ]
+    return UnfinishedStep(
+        batch=batch,
+        updates=updates,
+        lags=tuple(range(updates)),
+        reports=tuple(reports),
+        metrics={"loss/total": 1 / 3, "rollout/tokens": 12},
+        seconds=StepSeconds(phases={"update": 0.1}, scored_before=0.2, wall=0.7),
+    )
+
+
+def save_inside(directory: Path, group: dist.ProcessGroup, step: int, unfinished: UnfinishedStep, *, keep: int = 9) -> Path:
     actor = FakeActor(48)
     actor.kept_version = 32
-    save(tmp_path, 3)
-    one = writer(tmp_path, one_rank_group)
+    one = writer(directory, group, keep=keep)
     one.save(
         actor=actor,  # type: ignore[arg-type]
         config=CONFIG,
-        counters=RunCounters(next_step=3, trained_batches=2),
+        counters=RunCounters(next_step=step, trained_batches=2),
         cursor={"epoch": 1, "position": 7},
         waiting=(),
-        half_step=half_step,
+        unfinished=unfinished,
     )
     one.wait()
-    latest = run_state.latest_checkpoint(tmp_path)
-    assert latest == tmp_path / "step_000003_half"  # beside the whole step of the same number, and newer
+    latest = run_state.latest_checkpoint(directory)
+    assert latest is not None
+    return latest
+
+
+def test_a_step_under_way_comes_back_with_the_weights_that_sample(tmp_path: Path, one_rank_group: dist.ProcessGroup) -> None:
+    save(tmp_path, 3)
+    unfinished = unfinished_step(2, "missing")
+    latest = save_inside(tmp_path, one_rank_group, 3, unfinished)
+    assert latest == tmp_path / "step_000003_update_0002"  # beside the whole step of the same number, and newer
     loaded = FakeActor()
     saved = load(latest, actor=loaded, config=config("actor.kept_weights=pinned_host"))
-    assert saved.half_step is not None
+    assert saved.unfinished == unfinished
     assert (loaded.policy_version, loaded.kept_version, saved.counters.next_step) == (48, 32, 3)
     assert loaded.kept_place == "pinned_host"  # the planner counts it there
-    assert saved.half_step.metrics["loss/total"] == 1 / 3 and math.isnan(saved.half_step.metrics["policy/entropy"])
-    assert saved.half_step.seconds == half_step.seconds
     save(tmp_path, 4)
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003_half", "step_000004"]
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003_update_0002", "step_000004"]
+
+
+@pytest.mark.parametrize("batch", ["waiting", "none"])
+def test_kept_weights_are_saved_only_for_a_batch_that_is_missing(
+    batch: BatchState, tmp_path: Path, one_rank_group: dist.ProcessGroup
+) -> None:
+    latest = save_inside(tmp_path, one_rank_group, 3, unfinished_step(2, batch))
+    loaded = FakeActor()
+    assert load(latest, actor=loaded).unfinished == unfinished_step(2, batch)
+    assert loaded.kept_version is None and not (latest / "sampling_weights").exists()
+
+
+def test_checkpoints_inside_a_step_are_in_the_order_of_their_states(tmp_path: Path, one_rank_group: dist.ProcessGroup) -> None:
+    states: list[tuple[int, int, BatchState]] = [(3, 0, "waiting"), (3, 2, "missing"), (3, 2, "waiting"), (3, 10, "missing")]
+    paths = [save(tmp_path, 3, keep=9)]
+    paths += [save_inside(tmp_path, one_rank_group, step, unfinished_step(updates, batch)) for step, updates, batch in states]
+    paths += [save(tmp_path, 4, keep=9)]
+    names = [path.name for path in paths]
+    assert names == sorted(names) == sorted(path.name for path in tmp_path.glob("step_*"))
+    run_state.forget_later(paths[2])
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == names[:3]
+    assert run_state.latest_checkpoint(tmp_path) == paths[2]
+
+
+def test_a_longer_run_does_not_continue_inside_a_step_that_sampled_nothing(tmp_path: Path, one_rank_group: dist.ProcessGroup) -> None:
+    end = CONFIG.num_global_steps
+    whole, inside = save(tmp_path, end), save_inside(tmp_path, one_rank_group, end, unfinished_step(1, "none"))
+    assert run_state.checkpoint_to_continue(tmp_path, CONFIG) == inside
+    assert run_state.checkpoint_to_continue(tmp_path, config(f"num_global_steps={end + 1}")) == whole
 
 
 def test_a_run_without_waiting_batches_comes_back_empty(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:

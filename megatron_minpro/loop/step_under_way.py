@@ -1,0 +1,70 @@
+"""The global step that is under way: what is done of it, and what a checkpoint that is written in it must hold.
+
+    batch              updates 0                      0 < updates < u                     updates = u
+    none | missing     the whole state before it      kept weights if missing             kept weights if missing
+    waiting            the batch is in the buffer     the batch is in the buffer          (the step ends)
+
+`missing` batches are sampled again, under the weights that the step began with. With no update done these are the actor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from megatron_minpro.loop.counters import BatchState, UnfinishedStep
+from megatron_minpro.loop.phase_timer import PhaseTimer
+from parallel.actor import UpdateReport
+
+
+@dataclass(slots=True, kw_only=True)
+class StepUnderWay:
+    """Changes while the step goes on. Equal on all ranks but for seconds and what is known of the sampled responses."""
+
+    step: int
+    timer: PhaseTimer
+    batch: BatchState
+    updates: int = 0  # optimizer steps done, on the batch that is due
+    lags: list[int] = field(default_factory=list)  # of those updates
+    reports: list[UpdateReport] = field(default_factory=list)  # of those updates, until the last one is done
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def record(self) -> UnfinishedStep | None:
+        """What a checkpoint holds of it. None where nothing is done that the state before the step does not hold."""
+        assert self.batch != "unscored", "a batch waits in the buffer before anything is saved"
+        if self.updates == 0 and self.batch != "waiting":
+            return None
+        return UnfinishedStep(
+            batch=self.batch,
+            updates=self.updates,
+            lags=tuple(self.lags),
+            reports=tuple(map(_as_json, self.reports)),
+            metrics=dict(self.metrics),
+            seconds=self.timer.reading(),
+        )
+
+
+def continued(record: UnfinishedStep, *, step: int, timer: PhaseTimer) -> StepUnderWay:
+    """The step as it was when the record was made. timer: begins with the record's seconds."""
+    return StepUnderWay(
+        step=step,
+        timer=timer,
+        batch=record.batch,
+        updates=record.updates,
+        lags=list(record.lags),
+        reports=[_from_json(report) for report in record.reports],
+        metrics=dict(record.metrics),
+    )
+
+
+def _as_json(report: UpdateReport) -> dict[str, Any]:
+    values = {one.name: getattr(report, one.name) for one in fields(UpdateReport)}
+    return {**values, "metrics": {name: sums.tolist() for name, sums in report.metrics.items()}}
+
+
+def _from_json(values: Mapping[str, Any]) -> UpdateReport:
+    metrics = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in values["metrics"].items()}
+    return UpdateReport(**{**values, "metrics": metrics})
