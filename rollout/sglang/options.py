@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.sglang.environment import link_packages, server_environment
+from rollout.sglang.weight_limits import check_weight_limits
 
 # Prints {argument name: {"flag": ..., "takes_value": ..., "default": ...}} as the last line.
 _PROBE = """
@@ -58,7 +59,8 @@ def option_arguments(options: Mapping[str, Any], *, server_python: Path, device:
     """Command-line arguments for `options` (names as in SGLang's ServerArgs, with underscores or dashes).
 
     reserved: names that are set elsewhere -> where.
-    Raises ValueError naming the option when it is unknown to the installed SGLang, reserved, or cannot take the value.
+    Raises ValueError naming the option when it is unknown to the installed SGLang, reserved, cannot take the value, or when the weight
+    endpoints cannot honour it.
     """
     arguments: list[str] = []
     if not options:
@@ -66,6 +68,7 @@ def option_arguments(options: Mapping[str, Any], *, server_python: Path, device:
     for name in options:
         if name.replace("-", "_") in reserved:
             raise ValueError(f"sglang.{name}: set by {reserved[name.replace('-', '_')]}, not here")
+    check_weight_limits(options)
     known = known_options(server_python, device)
     for name, value in options.items():
         key = name.replace("-", "_")

@@ -197,6 +197,11 @@ CASES: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
         ("model.warm_up=null", "output_dir=/proc/runs"),
         ("output_dir: /proc/runs/test cannot be written to",),
     ),
+    "replicas inside a server": (
+        None,
+        ("model.warm_up=null", "sglang.dp_size=2"),
+        ("sglang.dp_size: 2: the weight endpoints assert one replica; expected 1",),
+    ),
     "tensor parallelism of servers on a CPU": (None, ("model.warm_up=null", "rollout.tp=2"), ("rollout.tp: 2, expected 1 on a CPU",)),
     "misspelt field of the warm-up architecture": (
         lambda place: shutil.rmtree(place / "model"),
