@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_minpro.config import load_config
+from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.run.run_folder import CONFIG_FILE
 from parallel import cuda_environment
+from rollout import nccl_variables
+
+
+def set_environment(config: RunConfig) -> None:
+    """Set what CUDA and NCCL read, where it is not set."""
+    cuda_environment.enter(config.layout, deterministic=config.debug.deterministic)
+    nccl_variables.agree(os.environ)
 
 
 def prepare(arguments: list[str]) -> Callable[[], None]:
@@ -24,8 +32,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
     Args:
         arguments: RUN_DIR and the task.
     """
-    config = load_config(Path(arguments[0]) / CONFIG_FILE, [])
-    cuda_environment.enter(config.layout, deterministic=config.debug.deterministic)
+    set_environment(load_config(Path(arguments[0]) / CONFIG_FILE, []))
     gc.disable()  # nothing that is imported becomes garbage, and looking for some takes a fifth of the imports' time
     worker = importlib.import_module("megatron_minpro.run.worker")
     gc.freeze()  # nor need later collections look at it

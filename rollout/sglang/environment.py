@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from rollout import nccl_variables
+
 _ROLLOUT = Path(__file__).resolve().parents[1]
 _REQUIREMENTS = _ROLLOUT / "requirements_cpu.txt"
 
@@ -108,4 +110,5 @@ def server_environment(python: Path, *, device: str, num_threads: int, packages:
         )
     else:
         environment.pop("SGLANG_USE_CPU_ENGINE", None)
+        nccl_variables.agree(environment)
     return environment
