@@ -4,10 +4,10 @@ or with publish: rolling a WeightKeeper.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.policy_folder import export_policy
@@ -15,6 +15,7 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.server_weights import RollingWeights, TogetherWeights
 from megatron_minpro.registry import PlugInError, PlugIns
 from parallel.capabilities import detect
+from rollout.routes import route_to_others
 from rollout.weights.collective import CollectiveWeightSync
 from rollout.weights.disk import DiskWeightSync
 from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
@@ -87,7 +88,8 @@ def _collective_options(context: WeightSyncContext) -> dict[str, Any]:
     return {
         "tp": context.config.rollout.tp,
         "backend": detect().backend,
-        "master_address": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        # Of this machine, the address on the way to the servers: its own name may mean 127.0.1.1 here.
+        "master_address": route_to_others(urlsplit(endpoint).hostname or "" for endpoint in context.endpoints).address,
         **_common_options(context),
     }
 

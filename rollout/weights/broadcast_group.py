@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rollout.loopback import LOOPBACK_INTERFACE
+from rollout.loopback import is_loopback
 
 Backend = Literal["gloo", "nccl"]
 _DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
@@ -33,9 +33,9 @@ class _Broadcaster(Protocol):
 class BroadcastGroup:
     """Rank 0 of a group of 1 + (servers x tp) members. Make it, tell the servers its `port`, then `join`.
 
-    master_address: this host, as the servers reach it; the store listens there and nowhere else, so a name must mean the same address
-    here as for the servers. A loopback address keeps gloo's connections on the loopback interface too.
-    timeout_s: of joining and of every broadcast. Raises ValueError for an address that is not this host's.
+    master_address: this host, as the servers reach it (rollout.routes finds it); store and gloo listen there and nowhere else.
+    timeout_s: of joining and of every broadcast. Raises ValueError for an address that is not this host's, and for a name that means a
+    loopback address here: for the servers it means another one.
     """
 
     def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float) -> None:
@@ -48,7 +48,7 @@ class BroadcastGroup:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         # A socket of our own: by itself the store would listen on every interface, and whoever reaches it could read and write in it.
         listener = _listen(master_address)
-        self._is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        self._address: str = listener.getsockname()[0]
         # Not waiting: the servers do not know the port yet. The store closes the socket at its own end.
         self._master: dist.TCPStore | None = dist.TCPStore(
             master_address,
@@ -84,7 +84,8 @@ class BroadcastGroup:
             gloo: Any = dist.ProcessGroupGloo  # torch's stubs know neither its _Options nor the constructor that takes them
             gloo_options = gloo._Options()
             gloo_options._timeout = self._timeout
-            gloo_options._devices = [gloo.create_device(interface=LOOPBACK_INTERFACE) if self._is_local else gloo.create_default_device()]
+            # By itself gloo listens at the address of this machine's name, which may be a loopback address that servers cannot reach.
+            gloo_options._devices = [gloo.create_device(hostname=self._address)]
             self._group = gloo(self._store, 0, self.world_size, gloo_options)
         else:
             options = dist.ProcessGroupNCCL.Options()
@@ -116,6 +117,11 @@ def _listen(address: str) -> socket.socket:
     """A listening socket at one address of this host. Port 0: the system chooses one, so there is no race for it."""
     try:
         family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(where[0]).is_loopback and not is_loopback(address):
+            raise ValueError(
+                f"weight sync master address {address!r}: means {where[0]} on this host, which servers on others cannot reach; expected an "
+                f"address of this host"
+            )
         listener = socket.socket(family)
         try:
             listener.bind(where)

@@ -21,7 +21,7 @@ def test_ranks_and_servers_get_the_same_nccl_variables(own: str | None, monkeypa
         monkeypatch.delenv(name)
     if own is not None:  # the user's, for the whole job
         monkeypatch.setenv("NCCL_CUMEM_ENABLE", own)
-    server = server_environment(device="cuda", num_threads=1, packages=tmp_path)
+    server = server_environment(tmp_path / "bin/python", device="cuda", num_threads=1, packages=tmp_path)
     set_environment(load_config(Path(__file__).resolve().parents[3] / "configs/tiny_moe_cpu.yaml", []))
     assert {name: os.environ[name] for name in NAMES} == {name: server[name] for name in NAMES}
     assert os.environ["NCCL_CUMEM_ENABLE"] == (own or "0") and os.environ["NCCL_NVLS_ENABLE"] == "0"
