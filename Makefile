@@ -12,6 +12,8 @@ WORKERS ?= 3
 TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
 OVERLAY := .venv/megatron_core_0.19.2/.complete
+SGLANG := sglang==0.5.23
+GPU := rollout/requirements_gpu.txt
 # Several processes share the tests; tests/conftest.py says which belong together and which begin first.
 PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 SOURCES := megatron_minpro parallel rollout checkpoints_convert
@@ -20,10 +22,10 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report plan-rehearsed rehearse clean
+.PHONY: help setup setup-gpu transformer-engine without-transformer-engine train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report plan-rehearsed rehearse clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=2 make test: in two processes, not three"
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
@@ -31,13 +33,40 @@ help: ## what can be made
 
 setup: $(TRAINER) $(SERVER) ## both environments: .venv (trainer, the minpro command) and .venv-sglang (rollout servers)
 
-setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (needs nvcc for TransformerEngine)
+# Trainer and servers share one torch, one NCCL and one CUDA toolkit: both installs take the same file.
+setup-gpu: ## both environments for NVIDIA GPUs, in place of setup (10 GB to download, 16 GB on disk)
+	$(CHECK_PYTHON)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet torch==2.13.0
-	.venv/bin/pip install --quiet -e '.[gpu,dev]'
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet -r $(GPU) -e '.[dev]'
 	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
-	.venv-sglang/bin/pip install --quiet sglang==0.5.23
-	touch $(TRAINER) $(SERVER)
+	.venv-sglang/bin/pip install --quiet --upgrade pip
+	.venv-sglang/bin/pip install --quiet -r $(GPU) $(SGLANG)
+	$(call link_toolkit,.venv)
+	$(call link_toolkit,.venv-sglang)
+	touch .venv/.gpu .venv-sglang/.gpu $(TRAINER) $(SERVER)
+	.venv/bin/minpro doctor
+
+# The compilers of both look for lib64 and for libraries without a version in their names; the toolkit's packages have neither.
+define link_toolkit
+	cu=$$($(1)/bin/python -c 'import nvidia.cu13; print(nvidia.cu13.__path__[0])') && ln -sfn lib "$$cu/lib64" && \
+		ln -sfn libcudart.so.13 "$$cu/lib/libcudart.so" && ln -sfn libnvrtc.so.13 "$$cu/lib/libnvrtc.so"
+endef
+
+# Its part for torch must be compiled against the torch that it runs on: not in pip's build environment, nor taken from pip's cache. The
+# wheel is kept, and is installed on the next call and on other machines. Half of it installed is worse than none.
+transformer-engine: ## fused layers for the trainer on GPUs, optional: one wheel in wheels/ (an hour of one core; 3 GB for each of MAX_JOBS)
+	test -e .venv/.gpu || { echo "make transformer-engine: .venv is not for GPUs, expected make setup-gpu first"; exit 2; }
+	.venv/bin/pip install --quiet -r $(GPU) -e '.[transformer-engine]' setuptools wheel packaging ninja pybind11 && \
+		part="transformer-engine-torch==$$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("transformer-engine"))')" && \
+		wheels="wheels/torch-$$(sed -n 's/^torch==//p' $(GPU))" && mkdir -p "$$wheels" && \
+		PATH="$$PWD/.venv/bin:$$PATH" NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$${MAX_JOBS:-4} \
+			.venv/bin/pip wheel --no-build-isolation --no-cache-dir --no-deps --find-links "$$wheels" --wheel-dir "$$wheels" "$$part" && \
+		.venv/bin/pip install --quiet -r $(GPU) --only-binary transformer-engine-torch --find-links "$$wheels" "$$part" || \
+		{ $(MAKE) without-transformer-engine; echo "make transformer-engine: failed and removed again; the local layers are used"; exit 1; }
+
+without-transformer-engine: ## remove it
+	.venv/bin/pip uninstall --yes transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
 
 train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)
@@ -89,13 +118,21 @@ plan-rehearsed: $(TRAINER) ## the planner's memory beside rehearsed peaks of all
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
-# torch first: the CPU build satisfies every later requirement, and nothing heavier is fetched in its place.
-$(TRAINER): pyproject.toml
+define CHECK_PYTHON
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and f"{sys.executable} is Python {sys.version.split()[0]}; expected 3.11 or 3.12: make setup PYTHON=...")'
+endef
+
+# An environment for GPUs is not made one for CPUs because a file is newer.
+define not_for_gpus
+	test ! -e $(1)/.gpu || { echo "$(1) is for GPUs and older than $<, expected make setup-gpu"; exit 2; }
+endef
+
+$(TRAINER): pyproject.toml
+	$(CHECK_PYTHON)
+	$(call not_for_gpus,.venv)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
-	.venv/bin/pip install --quiet torch==2.13.0
-	.venv/bin/pip install --quiet -e '.[dev]'
+	.venv/bin/pip install --quiet -e '.[cpu,dev]'
 	touch $@
 
 # It declares Python 3.12 and runs on 3.11. --no-deps: everything it needs is in .venv.
@@ -105,8 +142,9 @@ $(OVERLAY): $(TRAINER)
 
 # --no-deps: SGLang's own requirements ask for CUDA packages, and for a newer torch than its CPU engine needs.
 $(SERVER): rollout/requirements_cpu.txt
+	$(call not_for_gpus,.venv-sglang)
 	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
 	.venv-sglang/bin/pip install --quiet --upgrade pip
 	.venv-sglang/bin/pip install --quiet -r rollout/requirements_cpu.txt
-	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.23
+	.venv-sglang/bin/pip install --quiet --no-deps $(SGLANG)
 	touch $@

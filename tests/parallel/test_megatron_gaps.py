@@ -10,11 +10,12 @@ import pytest
 # As much of a machine with CUDA as importing takes: Megatron-Core is then loaded as shipped, without the CPU hook.
 PROGRAM = """
 import torch
-torch.cuda.is_available = lambda: True
+really_available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
 from types import SimpleNamespace
 import parallel.mcore
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
+torch.cuda.is_available = really_available  # torch built for CUDA would now ask the driver
 
 x = torch.tensor([[1.0, 2.0]], requires_grad=True)
 print(router_gating_linear(x, torch.tensor([[3.0, 4.0], [5.0, 6.0]]), None, torch.float32).tolist())
