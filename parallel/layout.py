@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from checkpoints_convert.hf_config import Architecture
+from parallel.stages import Pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelLayout:
+class ParallelLayout(Pipeline):
     """Sizes of every axis. Construction refuses what no model could run; `check_model` refuses what this model cannot.
 
     Raises ValueError naming the rule, before any process group exists.
@@ -39,8 +40,6 @@ class ParallelLayout:
 
     world_size: int
     tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
     cp: int = 1
     ep: int = 1
     etp: int = 1
@@ -63,6 +62,9 @@ class ParallelLayout:
         _require(self.vpp is None or self.vpp >= 2, f"vpp={self.vpp} must be null or at least 2")
         _require(self.vpp is None or self.pp >= 2, f"vpp={self.vpp} needs pp >= 2, not pp={self.pp}")
         _require(not self.sequence_parallel or self.tp > 1, f"sequence_parallel=true needs tp > 1, not tp={self.tp}")
+        if self.layers_per_stage is not None:
+            object.__setattr__(self, "layers_per_stage", tuple(self.layers_per_stage))  # a list where it was read from JSON
+        self.check_stages()
 
     @property
     def dp(self) -> int:
@@ -87,8 +89,7 @@ class ParallelLayout:
     def check_model(self, architecture: Architecture) -> None:
         """Raise ValueError naming the first rule that this model breaks on this layout."""
         a = architecture
-        chunks = self.pp * (self.vpp or 1)
-        _require(a.num_hidden_layers % chunks == 0, f"pp*vpp={chunks} does not divide {a.num_hidden_layers} layers")
+        self.chunks(a.num_hidden_layers)
         _require(a.num_attention_heads % self.tp == 0, f"tp={self.tp} does not divide {a.num_attention_heads} attention heads")
         _require(a.num_key_value_heads % self.tp == 0, f"tp={self.tp} does not divide {a.num_key_value_heads} key-value heads")
         _require(a.vocab_size % self.tp == 0, f"tp={self.tp} does not divide the vocabulary of {a.vocab_size}")

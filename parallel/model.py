@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ from parallel.mcore import (
     gather_from_sequence_parallel_region,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-    get_num_layers_to_build,
     parallel_state,
 )
 from parallel.megatron_options import check_machine_options, check_options
+from parallel.stages import Chunk
 
 # What Qwen3 does not have. Each of these makes another model, and this project's layers would silently ignore some of them.
 ABSENT_FROM_QWEN3: Mapping[str, Any] = {
@@ -105,6 +105,12 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "account_for_embedding_in_pipeline_split": layout.count_embedding_as_layer,
+        "account_for_loss_in_pipeline_split": layout.count_loss_as_layer,
+        # Sizes of the ends are handed over as a list: 0.16.1 divides by zero where virtual stages have no rank between the ends.
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "pipeline_model_parallel_layout": _listed(layout.chunks(a.num_hidden_layers)) if layout.names_sizes else None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
@@ -177,6 +183,11 @@ def engine_kernels(architecture: Architecture, capabilities: Capabilities) -> di
     return {"apply_rope_fusion": True} | ({"moe_permute_fusion": True} if architecture.is_moe else {})
 
 
+def _listed(chunks: Sequence[Chunk]) -> list[list[str]]:
+    """Megatron-Core's list of what every chunk holds."""
+    return [["embedding"] * chunk.embeds + ["decoder"] * chunk.num_layers + ["loss"] * chunk.ends for chunk in chunks]
+
+
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns the output layer's input: [T/(tp if sequence parallel), 1, hidden]."""
 
@@ -245,22 +256,23 @@ def build_model_chunks(
         layer_spec = _transformer_engine_layer_spec(architecture)
     else:
         layer_spec = _local_layer_spec(architecture, capabilities, dtype=config.params_dtype)
-    for index in range(layout.vpp or 1):
+    for index, part in enumerate(layout.chunks_of_rank(architecture.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank())):
         vp_stage = index if layout.vpp is not None else None
-        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         chunk = HiddenStateModel(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * part.num_layers, layer_norm=RMSNorm),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=part.embeds,
+            post_process=part.ends,
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="rope" if with_engine else "none",  # `PackedAttention` applies it itself
             rotary_base=architecture.rope_theta,
             vp_stage=vp_stage,
         )
+        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        assert numbers == list(range(part.first, part.last)), f"Megatron-Core numbers its layers {numbers}, expected {part}"
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
                 # 0.16.1 reduces expert gradients as dense ones when ep=1 and etp != tp: right logits, wrong gradients.

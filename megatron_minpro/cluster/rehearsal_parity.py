@@ -7,7 +7,7 @@ more than 3% above a peak or more than 1% below it. Models have few layers: what
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,21 @@ _OPTIMIZER = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, 
 _OBJECTIVE = {"name": "minpro", "options": {"clip_low": 1.0, "clip_high": 4.0, "aggregation": "token_mean"}}
 _TOKENS = 22528  # of a sequence: 2,048 of the prompt, 20,480 of the response
 _RECOMPUTES = ("full", "selective", "none")
-_MOE_LAYOUTS: tuple[dict[str, int], ...] = (
+_MOE_LAYOUTS: tuple[Mapping[str, Any], ...] = (
     {"world_size": 16, "tp": 2, "cp": 4, "ep": 8},
     {"world_size": 16, "ep": 16},
     {"world_size": 16, "cp": 4, "ep": 4},
     {"world_size": 16, "tp": 2, "etp": 2, "ep": 4},
     {"world_size": 16, "tp": 2, "pp": 2, "cp": 2, "ep": 8},
     {"world_size": 16, "pp": 2, "vpp": 2, "cp": 2, "ep": 8},
+    {"world_size": 16, "pp": 2, "cp": 2, "ep": 8, "layers_in_first_stage": 3},
 )
-_DENSE_LAYOUTS: tuple[dict[str, int], ...] = (
+_DENSE_LAYOUTS: tuple[Mapping[str, Any], ...] = (
     {"world_size": 8, "tp": 4, "cp": 2},
     {"world_size": 8, "cp": 4},
     {"world_size": 8, "tp": 2, "pp": 2, "cp": 2},
 )
-_MODELS = {
+_MODELS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "qwen3_30b_a3b": _MOE_LAYOUTS,
     "qwen3_235b_a22b": ({"world_size": 128, "tp": 4, "cp": 4, "ep": 32},),
     "qwen3_8b": _DENSE_LAYOUTS,

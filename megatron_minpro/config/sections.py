@@ -349,6 +349,15 @@ class ParallelConfig(Section):
     tp: int = Field(default=1, ge=1, description="tensor parallelism")
     pp: int = Field(default=1, ge=1, description="pipeline stages")
     vpp: int | None = Field(default=None, ge=2, description="virtual stages per pipeline rank; null: none")
+    count_embedding_as_layer: bool = Field(default=False, description="stages are even with the embedding as a layer of the first one")
+    count_loss_as_layer: bool = Field(default=False, description="stages are even with the head and the loss as a layer of the last one")
+    layers_in_first_stage: int | None = Field(
+        default=None, ge=1, description="over all virtual stages of the first pipeline rank; the other ranks share the rest evenly"
+    )
+    layers_in_last_stage: int | None = Field(default=None, ge=1, description="over all virtual stages of the last pipeline rank")
+    layers_per_stage: tuple[int, ...] | None = Field(
+        default=None, strict=False, description="pp * vpp numbers, in the model's order; null: as the keys above say, else all alike"
+    )
     cp: int = Field(default=1, ge=1, description="context parallelism")
     ep: int = Field(default=1, ge=1, description="expert parallelism")
     etp: int = Field(default=1, ge=1, description="tensor parallelism inside an expert")

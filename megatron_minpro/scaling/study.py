@@ -13,7 +13,7 @@ from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config, flatten_differences, load_config
 from parallel.layout import ParallelLayout
 from parallel.planner.shape import ModelShape
-from parallel.planner.stages import check_layout, is_even
+from parallel.planner.stages import check_layout
 
 Scaling = Literal["strong", "weak"]
 Routing = Literal["real", "forced"]
@@ -92,11 +92,8 @@ def _make_case(base: ParallelLayout, shape: ModelShape, world_size: int, ep: int
         check_layout(shape, layout)
     except ValueError as error:
         problem = str(error)
-    if layout is not None and problem is None:
-        if not is_even(shape, layout):
-            problem = f"parallel: pp*vpp={layout.pp * (layout.vpp or 1)} does not divide {shape.num_layers} layers"
-        elif sequences < layout.dp:
-            problem = f"{sequences} sequences leave some of {layout.dp} replicas without one"
+    if layout is not None and problem is None and sequences < layout.dp:
+        problem = f"{sequences} sequences leave some of {layout.dp} replicas without one"
     return Case(ep=ep, world_size=world_size, sequences=sequences, scalings=scalings, layout=layout, problem=problem)
 
 

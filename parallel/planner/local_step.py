@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from parallel.layout import ParallelLayout
 from parallel.planner.local_layers import ACTIVATIONS, CONTEXT, DISPATCH, EXPONENTIALS, LOGITS, RECOMPUTED, TEMPORARY, LocalLayer
 from parallel.planner.shape import ModelShape
-from parallel.planner.stages import Chunk, chunks_of_rank, largest_gradient
+from parallel.planner.stages import chunks_of_rank, largest_gradient
 from parallel.planner.tape import Tape
 from parallel.planner.training import Batch, Training
+from parallel.stages import Chunk
 
 _MICRO_BATCH_BYTES = 48  # of a token: ids, labels, positions, masks, streams
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallel.layout import ParallelLayout
@@ -14,7 +14,7 @@ from parallel.planner.rl import GlobalStep, Schedule, schedules, server_bytes, s
 from parallel.planner.rollout_server import rollout_server
 from parallel.planner.sampling import Rollouts, simulate_sampling
 from parallel.planner.shape import ModelShape
-from parallel.planner.stages import check_layout, is_even, stage_parameters
+from parallel.planner.stages import check_layout, stage_parameters
 from parallel.planner.step import StepTime, forward_seconds, step_time
 from parallel.planner.training import Batch, Training
 
@@ -162,11 +162,6 @@ def _changes(plan: Plan) -> Iterator[tuple[str, ParallelLayout, Training, Work]]
 def notes(plan: Plan) -> list[str]:
     """What the numbers rest on that the command line does not show."""
     found = []
-    if not is_even(plan.shape, plan.layout):
-        found.append(
-            f"{plan.shape.num_layers} layers on {plan.layout.pp * (plan.layout.vpp or 1)} chunks: embedding and head count as layers; "
-            "Megatron-Core can do that, this project's actor trains equal chunks only"
-        )
     if plan.work.rollouts is not None:
         lengths, prompt = plan.work.rollouts.lengths, plan.work.rollouts.prompt_tokens
         if plan.work.mean_tokens == plan.work.max_tokens:
@@ -185,7 +180,7 @@ def notes(plan: Plan) -> list[str]:
 def as_json(plan: Plan) -> dict[str, Any]:
     """For programs. GB are 1e9 bytes; seconds are of one optimizer step, and of one global step under rl."""
     layout, work, step = plan.layout, plan.work, plan.global_step
-    axes = ("world_size", "tp", "pp", "vpp", "cp", "ep", "etp", "dp", "edp")
+    axes = (*(field.name for field in fields(ParallelLayout)), "dp", "edp")
     result: dict[str, Any] = {
         "model": plan.shape.name,
         "parameters": plan.shape.total_parameters,
@@ -209,6 +204,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory_gb": [
             {
                 "stage": stage,
+                "layers": [chunk.num_layers for chunk in layout.chunks_of_rank(plan.shape.num_layers, stage)],
                 "parameters_per_gpu": stage_parameters(plan.shape, layout, stage).numel,
                 "total": memory.total / GB,
                 "largest": memory.largest,

@@ -58,17 +58,28 @@ def read_rows() -> list[Row]:
     return [_row(values) for values in yaml.safe_load(ROWS.read_text())["rows"]]
 
 
+def pipeline_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `parallel.stages.Pipeline` that a row names."""
+    counted = values.get("ends_count", False)
+    return {
+        "pp": values.get("pp", 1),
+        "vpp": values.get("vpp"),
+        "count_embedding_as_layer": counted,
+        "count_loss_as_layer": counted,
+        "layers_per_stage": values.get("layers_per_stage"),
+    }
+
+
 def _row(values: dict[str, Any]) -> Row:
     shape = shape_of(values["model"])
     tp, cp, sequence = values.get("tp", 1), values.get("cp", 1), values.get("sequence", 4096)
     layout = ParallelLayout(
         world_size=values["gpus"],
         tp=tp,
-        pp=values.get("pp", 1),
-        vpp=values.get("vpp"),
         cp=cp,
         ep=values.get("ep", 1),
         sequence_parallel=tp > 1,
+        **pipeline_of(values),
     )
     check_layout(shape, layout)
     training = Training(

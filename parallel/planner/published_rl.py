@@ -11,7 +11,7 @@ from parallel.layout import ParallelLayout
 from parallel.planner.hardware import read_hardware
 from parallel.planner.lengths import exponential
 from parallel.planner.plan import Work, make_plan
-from parallel.planner.published import ROWS, shape_of
+from parallel.planner.published import ROWS, pipeline_of, shape_of
 from parallel.planner.rl import GlobalStep
 from parallel.planner.rollout_server import RolloutServer, rollout_server
 from parallel.planner.sampling import Rollouts
@@ -58,10 +58,10 @@ def _row(values: dict[str, Any]) -> RlRow:
     layout = ParallelLayout(
         world_size=values["gpus"] - (0 if colocated else values["sampling_gpus"]),
         tp=tp,
-        pp=values.get("pp", 1),
         cp=values.get("cp", 1),
         ep=values["ep"],
         sequence_parallel=tp > 1,
+        **pipeline_of(values),
     )
     rollouts = Rollouts(
         sequences=values["sequences"],

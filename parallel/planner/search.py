@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
 from parallel.planner.plan import Plan, Work, make_plan
 from parallel.planner.shape import ModelShape
-from parallel.planner.stages import check_layout, is_even
+from parallel.planner.stages import check_layout
 from parallel.planner.training import Training
+from parallel.stages import COUNTED, Pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +23,10 @@ class Search:
 
 
 def legal_layouts(shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[ParallelLayout]:
-    """Layouts that this project's actor trains: equal stages, tensor parallelism within NVLink, at most two virtual stages."""
+    """Layouts that the actor trains: tensor parallelism within NVLink, up to four virtual stages (more of them win little)."""
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     expert_sizes = divisors if shape.is_moe else [1]
+    pipelines = {pp: list(_pipelines(shape.num_layers, pp)) for pp in divisors}
     for tp in divisors:
         if tp > hardware.nvlink_domain:
             continue
@@ -35,10 +37,20 @@ def legal_layouts(shape: ModelShape, world_size: int, hardware: Hardware) -> Ite
                 for ep in expert_sizes:
                     if world_size % (ep * pp):
                         continue
-                    for vpp in (None, 2) if pp > 1 else (None,):
-                        layout = ParallelLayout(world_size=world_size, tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, sequence_parallel=tp > 1)
+                    for pipeline in pipelines[pp]:
+                        layout = ParallelLayout(world_size=world_size, tp=tp, cp=cp, ep=ep, sequence_parallel=tp > 1, **asdict(pipeline))
                         if _is_legal(shape, layout):
                             yield layout
+
+
+def _pipelines(num_layers: int, pp: int) -> Iterator[Pipeline]:
+    """Without and with virtual stages: even ones, or else the first way to make them even with embedding and loss as layers."""
+    for vpp in (None, 2, 3, 4) if pp > 1 else (None,):
+        for settings in ({}, *COUNTED):
+            pipeline = Pipeline(pp=pp, vpp=vpp, **settings)
+            if pipeline.fits(num_layers):
+                yield pipeline
+                break
 
 
 def _is_legal(shape: ModelShape, layout: ParallelLayout) -> bool:
@@ -46,7 +58,7 @@ def _is_legal(shape: ModelShape, layout: ParallelLayout) -> bool:
         check_layout(shape, layout)
     except ValueError:
         return False
-    return is_even(shape, layout)
+    return True
 
 
 def search(

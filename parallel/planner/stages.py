@@ -1,32 +1,19 @@
-"""Which layers and parameters each pipeline rank holds, and how Megatron's flat buffers pack and shard them."""
+"""Which parameters each pipeline rank holds, and how Megatron's flat buffers pack and shard them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from parallel.layout import ParallelLayout
 from parallel.planner.shape import ModelShape
+from parallel.stages import Chunk
 
 # Megatron's _ParamAndGradBuffer: every parameter starts at a multiple of 64 elements, every bucket ends at one of lcm(ranks, 128).
 _PARAMETER_ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """A consecutive range of layers, [first, last), with what stands at the model's ends."""
-
-    first: int
-    last: int
-    embeds: bool
-    ends: bool  # final norm, head and extra-token layers
-
-    @property
-    def num_layers(self) -> int:
-        return self.last - self.first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +35,9 @@ class StageParameters:
 
 
 def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
-    """Raise ValueError naming the first rule that this model breaks on this layout: those of ParallelLayout.check_model.
-
-    One is wider: where pp*vpp does not divide the layers but divides layers + 2, embedding and head count as a layer each.
-    """
-    chunks = layout.pp * (layout.vpp or 1)
+    """Raise ValueError naming the first rule that this model breaks on this layout: those of ParallelLayout.check_model."""
+    chunks_of_rank(shape, layout, 0)
     rules = [
-        (_layers_per_chunk(shape, chunks) is not None, f"pp*vpp={chunks} does not divide {shape.num_layers} layers"),
         (shape.num_heads % layout.tp == 0, f"tp={layout.tp} does not divide {shape.num_heads} attention heads"),
         (shape.num_kv_heads % layout.tp == 0, f"tp={layout.tp} does not divide {shape.num_kv_heads} key-value heads"),
         (shape.vocab_size % layout.tp == 0, f"tp={layout.tp} does not divide the vocabulary of {shape.vocab_size}"),
@@ -83,44 +66,26 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
             raise ValueError(f"parallel: {message}")
 
 
-def is_even(shape: ModelShape, layout: ParallelLayout) -> bool:
-    """Whether every chunk has as many layers; this project's actor trains only such."""
-    return shape.num_layers % (layout.pp * (layout.vpp or 1)) == 0
-
-
-def _layers_per_chunk(shape: ModelShape, chunks: int) -> tuple[int, ...] | None:
-    """Layers of every chunk in order; None where no rule gives an assignment."""
-    layers = shape.num_layers
-    if layers % chunks == 0:
-        return (layers // chunks,) * chunks
-    if (layers + 2) % chunks == 0 and (layers + 2) // chunks >= 2:
-        middle = (layers + 2) // chunks
-        return (middle - 1, *(middle,) * (chunks - 2), middle - 1)
-    if shape.mtp_layers and chunks > 1:
-        # DeepSeek-V3's recipes fill chunks from the front; the last has fewer layers, the extra-token layer and the heads.
-        full = -(-layers // chunks)
-        if layers > full * (chunks - 1):
-            return (*(full,) * (chunks - 1), layers - full * (chunks - 1))
-    return None
-
-
 def chunks_of_rank(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> tuple[Chunk, ...]:
-    """The chunks of pipeline rank pp_rank, one per virtual stage: chunks pp_rank, pp_rank + pp, ... of the model."""
-    count = layout.pp * (layout.vpp or 1)
-    sizes = _layers_per_chunk(shape, count)
-    assert sizes is not None, "check_layout comes first"
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return tuple(
-        Chunk(first=starts[index], last=starts[index] + sizes[index], embeds=index == 0, ends=index == count - 1)
-        for index in range(pp_rank, count, layout.pp)
-    )
+    """The chunks of one pipeline rank, one per virtual stage."""
+    return layout.chunks_of_rank(shape.num_layers, pp_rank)
 
 
-def _tensors(shape: ModelShape, layout: ParallelLayout, chunk: Chunk) -> Iterator[tuple[int, bool, bool]]:
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What a layout makes of tensors. staged: several pipeline ranks, so a tied head has a copy of its own."""
+
+    tp: int
+    ep: int
+    etp: int
+    staged: bool
+
+
+def _tensors(shape: ModelShape, cut: _Cut, chunk: Chunk) -> Iterator[tuple[int, bool, bool]]:
     """Elements of this rank's shard, whether it is an expert's, whether it is a tied embedding; in the order of the module."""
     hidden = shape.hidden_size
-    vocabulary = shape.vocab_size // layout.tp * hidden
-    tied_copy = shape.tied and layout.pp > 1
+    vocabulary = shape.vocab_size // cut.tp * hidden
+    tied_copy = shape.tied and cut.staged
     if chunk.embeds:
         yield vocabulary, False, tied_copy
     layers = list(range(chunk.first, chunk.last))
@@ -129,24 +94,24 @@ def _tensors(shape: ModelShape, layout: ParallelLayout, chunk: Chunk) -> Iterato
     for layer in layers:
         yield hidden, False, False
         for weight in shape.attention:
-            yield weight.numel // (layout.tp if weight.split else 1), False, False
+            yield weight.numel // (cut.tp if weight.split else 1), False, False
         yield hidden, False, False
         if layer < shape.num_dense_layers:
-            yield 2 * shape.dense_ffn // layout.tp * hidden, False, False
-            yield hidden * shape.dense_ffn // layout.tp, False, False
+            yield 2 * shape.dense_ffn // cut.tp * hidden, False, False
+            yield hidden * shape.dense_ffn // cut.tp, False, False
             continue
         yield shape.num_experts * hidden, False, False
-        for _ in range(shape.num_experts // layout.ep):
-            yield 2 * shape.expert_ffn // layout.etp * hidden, True, False
-            yield hidden * shape.expert_ffn // layout.etp, True, False
+        for _ in range(shape.num_experts // cut.ep):
+            yield 2 * shape.expert_ffn // cut.etp * hidden, True, False
+            yield hidden * shape.expert_ffn // cut.etp, True, False
         if shape.shared_ffn:
-            yield 2 * shape.shared_ffn // layout.tp * hidden, False, False
-            yield hidden * shape.shared_ffn // layout.tp, False, False
+            yield 2 * shape.shared_ffn // cut.tp * hidden, False, False
+            yield hidden * shape.shared_ffn // cut.tp, False, False
     if chunk.ends:
         for _ in range(shape.mtp_layers):
-            yield 2 * hidden * hidden // layout.tp + 3 * hidden, False, False
+            yield 2 * hidden * hidden // cut.tp + 3 * hidden, False, False
         yield hidden, False, False
-        if not shape.tied or layout.pp > 1:
+        if not shape.tied or cut.staged:
             yield vocabulary, False, tied_copy
 
 
@@ -156,6 +121,8 @@ class _Buffer:
 
     parameters: tuple[tuple[int, int], ...]
     buckets: tuple[tuple[int, int], ...]
+
+    held: int  # elements of all parameters
 
     @property
     def numel(self) -> int:
@@ -186,34 +153,44 @@ def _pack(tensors: Sequence[tuple[int, bool]], ranks: int) -> _Buffer:
             filled = False
     if filled:
         close(position)
-    return _Buffer(tuple(parameters), tuple(buckets))
+    return _Buffer(tuple(parameters), tuple(buckets), sum(numel for numel, _ in tensors))
 
 
 @lru_cache(maxsize=4096)
+def _chunk_buffers(
+    shape: ModelShape, cut: _Cut, chunk: Chunk, dense_ranks: int, expert_ranks: int
+) -> tuple[_Buffer | None, _Buffer | None]:
+    """The dense and the expert buffer of one chunk; None without such parameters."""
+    tensors = list(_tensors(shape, cut, chunk))
+    dense = [(numel, tied) for numel, of_expert, tied in tensors if not of_expert]
+    expert = [(numel, tied) for numel, of_expert, tied in tensors if of_expert]
+    return _pack(dense, dense_ranks) if dense else None, _pack(expert, expert_ranks) if expert else None
+
+
 def _buffers(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> tuple[tuple[_Buffer, ...], tuple[_Buffer, ...]]:
     """Dense and expert buffers, one each per chunk that has such parameters."""
-    dense: list[_Buffer] = []
-    expert: list[_Buffer] = []
-    for chunk in chunks_of_rank(shape, layout, pp_rank):
-        tensors = list(_tensors(shape, layout, chunk))
-        for found, is_expert, ranks in ((dense, False, layout.dp * layout.cp), (expert, True, layout.edp)):
-            mine = [(numel, tied) for numel, of_expert, tied in tensors if of_expert == is_expert]
-            if mine:
-                found.append(_pack(mine, ranks))
-    return tuple(dense), tuple(expert)
+    cut = _Cut(layout.tp, layout.ep, layout.etp, layout.pp > 1)
+    found = [
+        _chunk_buffers(shape, cut, _first_alike(shape, chunk), layout.dp * layout.cp, layout.edp)
+        for chunk in chunks_of_rank(shape, layout, pp_rank)
+    ]
+    return tuple(dense for dense, _ in found if dense is not None), tuple(expert for _, expert in found if expert is not None)
+
+
+def _first_alike(shape: ModelShape, chunk: Chunk) -> Chunk:
+    """One chunk for all that hold as many dense layers and as many others: they have the same tensors."""
+    dense = max(0, min(chunk.last, shape.num_dense_layers) - chunk.first)
+    first = shape.num_dense_layers - dense
+    return replace(chunk, first=first, last=first + chunk.num_layers)
 
 
 @lru_cache(maxsize=65536)
 def stage_parameters(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> StageParameters:
     """Counts of one pipeline rank's parameters and of the flat buffers that hold them."""
     dense, expert = _buffers(shape, layout, pp_rank)
-
-    def numel(buffers: tuple[_Buffer, ...]) -> int:
-        return sum(end - start for buffer in buffers for start, end in buffer.parameters)
-
     return StageParameters(
-        dense=numel(dense),
-        expert=numel(expert),
+        dense=sum(buffer.held for buffer in dense),
+        expert=sum(buffer.held for buffer in expert),
         dense_buffer=sum(buffer.numel for buffer in dense),
         expert_buffer=sum(buffer.numel for buffer in expert),
     )

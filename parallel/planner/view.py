@@ -31,6 +31,12 @@ def layout_text(layout: ParallelLayout) -> str:
     return ", ".join([*parts, f"dp {layout.dp}"])
 
 
+def stage_layers(plan: Plan) -> list[int]:
+    """Layers of every pipeline rank, over its virtual stages."""
+    ranks = (plan.layout.chunks_of_rank(plan.shape.num_layers, rank) for rank in range(plan.layout.pp))
+    return [sum(chunk.num_layers for chunk in chunks) for chunks in ranks]
+
+
 def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]], splits: Sequence[Plan]) -> RenderableType:
     """One plan on one screen. splits: the same GPUs shared otherwise between training and sampling, fastest first."""
     training, batch = plan.training, batch_of(plan.work, plan.layout)
@@ -47,6 +53,9 @@ def describe(plan: Plan, remedies: Sequence[tuple[str, Plan]], splits: Sequence[
     head.append(
         f"{', '.join(switches)}; {batch.num_micro_batches} micro-batches of {batch.micro_batch_tokens:,} tokens a replica and update"
     )
+    stages = stage_layers(plan)
+    if len(set(stages)) > 1:
+        head.append(f"\nlayers per stage: {', '.join(map(str, stages))}")
     parts: list[RenderableType] = [head, _memory_table(plan), _verdict(plan), _time_table(plan)]
     if plan.global_step is not None:
         parts += [_global_step_line(plan), *_schedule_lines(plan.global_step)]
@@ -173,7 +182,7 @@ def describe_search(found: Search, front: Sequence[Plan], *, top: int) -> Render
     first = found.fitting[0]
     where = f"{first.shape.name} on {first.layout.world_size} x {first.hardware.name}"
     title = f"{where}: {len(found.fitting)} layouts fit, {len(found.failing)} do not"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "tp", "pp", "vpp", "cp", "ep", "dp", "GB", "step s", "tok/s/GPU", "waits for"):
         table.add_column(name, justify="left" if name in ("", "waits for") else "right", no_wrap=True)
     for plan in found.fitting[:top]:
@@ -181,18 +190,34 @@ def describe_search(found: Search, front: Sequence[Plan], *, top: int) -> Render
         waits = {name: value for name, value in time.parts.items() if name not in _COMPUTE}
         longest = max(waits, key=lambda name: waits[name])
         axes = [layout.tp, layout.pp, layout.vpp or 1, layout.cp, layout.ep, layout.dp]
+        shown = [str(size) if size > 1 else "-" for size in axes]
+        shown[1] += _counted(layout)
         table.add_row(
             "*" if plan in front else "",
-            *(str(size) if size > 1 else "-" for size in axes),
+            *shown,
             f"{plan.fullest.total / GB:.1f}",
             f"{time.step_s:.2f}",
             f"{time.tokens_per_s_per_gpu:,.0f}",
             f"{longest} {waits[longest] / time.step_s:.0%}",
         )
-    return Group(
-        table,
-        Text(f"* on the front of memory and throughput ({len(front)} layouts); of {first.hardware.usable_bytes / GB:.0f} GB", style="dim"),
-    )
+    front_line = f"* on the front of memory and throughput ({len(front)} layouts); of {first.hardware.usable_bytes / GB:.0f} GB"
+    marks = {_counted(plan.layout) for plan in found.fitting[:top]} - {""}
+    legend = [Text(f"{mark.strip()}: with {_COUNTED[mark]}", style="dim") for mark in _COUNTED if mark in marks]
+    return Group(table, Text(front_line, style="dim"), *legend)
+
+
+# What a layout needs whose stages are even with the embedding, the loss or both counted as layers.
+_COUNTED = {
+    " e+l": "parallel.count_embedding_as_layer=true parallel.count_loss_as_layer=true",
+    " +l": "parallel.count_loss_as_layer=true",
+    " +e": "parallel.count_embedding_as_layer=true",
+}
+
+
+def _counted(layout: ParallelLayout) -> str:
+    """The key of `_COUNTED`; empty for stages of layers alone."""
+    marks = {(True, True): " e+l", (False, True): " +l", (True, False): " +e", (False, False): ""}
+    return marks[layout.count_embedding_as_layer, layout.count_loss_as_layer]
 
 
 _COMPUTE = ("projections", "attention", "experts", "feed-forward", "element-wise", "vocabulary head", "optimizer")

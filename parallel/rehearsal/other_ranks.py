@@ -19,10 +19,10 @@ def answer_of(obj: Any, rank: int, *, me: int, architecture: Architecture, layou
         return obj
     here, there = layout.coordinates(me), layout.coordinates(rank)
     expert_offset = (there.ep - here.ep) * (architecture.num_experts // layout.ep) if architecture.num_experts is not None else 0
-    layers_per_chunk = architecture.num_hidden_layers // (layout.pp * (layout.vpp or 1))
-    layer_offset = layers_per_chunk * (there.pp - here.pp)
-    names = [name for name in obj if _LAYER.search(name)]
-    names = [_LAYER.sub(lambda match: f"layers.{int(match[1]) + layer_offset}.", name) for name in names]
+    chunks = layout.chunks_of_rank(architecture.num_hidden_layers, there.pp)
+    one = min(int(match[1]) for match in map(_LAYER.search, obj) if match)  # all layers hold the same
+    names = [name for name in obj if (match := _LAYER.search(name)) and int(match[1]) == one]
+    names = [_LAYER.sub(f"layers.{layer}.", name) for chunk in chunks for layer in range(chunk.first, chunk.last) for name in names]
     names = [_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + expert_offset}.", name) for name in names]
     if there.pp == 0:
         names.append(_EMBEDDING)

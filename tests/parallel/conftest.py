@@ -22,6 +22,8 @@ LENGTHS = (19, 7, 2, 24, 13, 11, 30, 5)
 # eps near the median gradient (7e-4): with 1e-8 a gradient that cancels to 3e-9 is rounding alone, yet moves its weight by half a rate.
 ADAM: dict[str, Any] = {"weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-4, "gradient_clip": 0.5}
 LEARNING_RATE, STEPS = 1e-3, 3
+# name -> (Qwen3-MoE or dense Qwen3, tied embeddings, layers)
+FAMILIES = {"moe": (True, False, 4), "moe_5_layers": (True, False, 5), "moe_6_layers": (True, False, 6), "dense_tied": (False, True, 4)}
 BALANCE_COEFFICIENT = 0.3  # far more than anybody trains with, so that its gradient shows
 
 
@@ -41,14 +43,14 @@ class Family:
     stepped: dict[str, torch.Tensor]  # weights after them
 
 
-def _make_model(directory: Path, *, moe: bool, tied: bool) -> torch.nn.Module:
+def _make_model(directory: Path, *, moe: bool, tied: bool, layers: int) -> torch.nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     shape = {
         "vocab_size": 96,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -160,8 +162,8 @@ def _named(model: torch.nn.Module, *, gradients: bool) -> dict[str, torch.Tensor
 
 def _make_family(name: str, directory: Path) -> Family:
     torch.manual_seed(0)
-    moe = name == "moe"
-    model = _make_model(directory, moe=moe, tied=name == "dense_tied")
+    moe, tied, layers = FAMILIES[name]
+    model = _make_model(directory, moe=moe, tied=tied, layers=layers)
     sequences = _make_sequences(model, directory)
     logprobs = [_logprobs(model, sequence["token_ids"]).detach() for sequence in sequences]
     weights = _named(model, gradients=False)
@@ -203,7 +205,7 @@ def _make_family(name: str, directory: Path) -> Family:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """`moe` (Qwen3-MoE) and `dense_tied` (Qwen3 with tied embeddings), each made once."""
+    """The models of FAMILIES, each made once."""
     made: dict[str, Family] = {}
 
     def get(name: str) -> Family:

@@ -31,8 +31,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 sp etp2 ep2": {"world_size": 4, **SP, "etp": 2, "ep": 2},
     "tp2 sp cp2 pp2 ep2": {"world_size": 8, **SP, "cp": 2, "pp": 2, "ep": 2},
 }
+COUNTED = {"count_embedding_as_layer": True, "count_loss_as_layer": True}
+# Stages of other sizes than the others; under vpp 3 the first chunk is the embedding alone and the last one the head.
+LAYOUTS["pp2, 1 and 3 layers"] = {"world_size": 2, "pp": 2, "layers_in_first_stage": 1}
+LAYOUTS["pp2 vpp3, ends alone"] = {"world_size": 2, "pp": 2, "vpp": 3, **COUNTED}
 # Without experts the other layouts say nothing new; tensor without sequence parallelism exists only here (experts demand both).
 DENSE = {"one rank": LAYOUTS["one rank"], "tp2": {"world_size": 2, "tp": 2}, "tp2 sp": LAYOUTS["tp2 sp"], "pp2": LAYOUTS["pp2"]}
+DENSE |= {name: LAYOUTS[name] for name in ("pp2, 1 and 3 layers", "pp2 vpp3, ends alone")}
+FIVE = {
+    "pp2, loss counted": {"world_size": 2, "pp": 2, "count_loss_as_layer": True},
+    "pp2, 2 and 3 layers": {"world_size": 2, "pp": 2, "layers_per_stage": [2, 3]},
+}
+SIX = {
+    "pp2 vpp2, ends counted": {"world_size": 2, "pp": 2, "vpp": 2, **COUNTED},
+    "pp2 vpp2, 2 and 4 layers": {"world_size": 2, "pp": 2, "vpp": 2, "layers_in_first_stage": 2, "layers_in_last_stage": 4},
+}
+FAMILIES = {"moe": LAYOUTS, "dense_tied": DENSE, "moe_5_layers": FIVE, "moe_6_layers": SIX}
 # The same layouts with something else about them: (layout, what the runs have besides). They must equal transformers all the same.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cp2 packed": ("cp2", {"max_tokens": 400}),
@@ -80,8 +94,7 @@ def results(
     made: dict[tuple[str, int], dict[str, dict] | BaseException] = {}
 
     def jobs_of(family: str, world_size: int) -> dict[str, tuple[dict, dict]]:
-        layouts = LAYOUTS if family == "moe" else DENSE
-        jobs = {name: (layout, dict(recipes)) for name, layout in layouts.items() if layout["world_size"] == world_size}
+        jobs = {name: (layout, dict(recipes)) for name, layout in FAMILIES[family].items() if layout["world_size"] == world_size}
         if family != "moe":
             if "pp2" in jobs:  # tied embeddings on two stages
                 jobs["pp2"][1]["swapped"] = {**recipes["train"], "swap_weights": True}
@@ -119,7 +132,7 @@ def results(
         return jobs
 
     def get(family: str, layout: str) -> dict:
-        key = (family, (LAYOUTS if family == "moe" else DENSE)[layout]["world_size"])
+        key = (family, FAMILIES[family][layout]["world_size"])
         if key not in made:
             try:
                 made[key] = launch_actors(families(family).directory, tmp_path_factory.mktemp("ranks"), jobs_of(*key))
@@ -139,7 +152,7 @@ def test_one_micro_batch_of_all_sequences_needs_several_attention_grids(families
         assert len(length_classes([-(-length // multiple) * multiple for length in lengths])) > 1
 
 
-@pytest.mark.parametrize(("family", "layout"), [*(("moe", layout) for layout in LAYOUTS), *(("dense_tied", layout) for layout in DENSE)])
+@pytest.mark.parametrize(("family", "layout"), [(family, layout) for family, layouts in FAMILIES.items() for layout in layouts])
 def test_logprobs_gradients_and_steps_equal_transformers(
     family: str, layout: str, families: Callable, results: Callable, check_parity: Callable
 ) -> None:
@@ -298,7 +311,12 @@ def test_a_checkpoint_continues_exactly_and_on_another_layout_closely(
     first_half, whole = {**train, "steps": 2, "save_to": str(checkpoint)}, {**train, "steps": 4}
     runs = {"whole": whole, "reloaded": {**whole, "reload_before_step": 2}, "first half": first_half}
     second_half = {**train, "load": str(checkpoint), "first_step": 2, "steps": 2}
-    jobs = {"ep2": (LAYOUTS["ep2"], runs), "pp2": (LAYOUTS["pp2"], {"second half": second_half})}
+    jobs = {"ep2": (LAYOUTS["ep2"], runs), "pp2, 1 and 3 layers": (LAYOUTS["pp2, 1 and 3 layers"], {"second half": second_half})}
+    # The other way round: stages of other sizes save, even ones and others load.
+    uneven = tmp_path / "uneven"
+    jobs["pp2, 1 and 3 layers"][1]["first half"] = {**first_half, "save_to": str(uneven)}
+    for layout in ("pp2", "pp2 vpp3, ends alone"):
+        jobs[layout] = LAYOUTS[layout], {"second half": {**second_half, "load": str(uneven)}}
     jobs["dp2"] = LAYOUTS["dp2"], {name: runs[name] for name in ("whole", "reloaded")}
     done = launch_actors(families("moe").directory, tmp_path / "ranks", jobs)
 
@@ -308,10 +326,14 @@ def test_a_checkpoint_continues_exactly_and_on_another_layout_closely(
         assert found.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
 
-    found, halfway = done["pp2"]["second half"], done["ep2"]["first half"].weights("after")
-    assert all(torch.equal(found.weights("before")[name], halfway[name]) for name in halfway)
-    assert [report["policy_version"] for report in found.reports] == [3, 4]
-    for key in ("loss", "grad_norm"):
-        assert [report[key] for report in found.reports] == pytest.approx([report[key] for report in expected.reports[2:]], rel=1e-5)
-    for name, weight in expected.weights("after").items():
-        torch.testing.assert_close(found.weights("after")[name], weight, rtol=0, atol=2e-6)
+    expected, halfway = done["ep2"]["whole"], done["ep2"]["first half"].weights("after")
+    for layout in ("pp2, 1 and 3 layers", "pp2", "pp2 vpp3, ends alone"):
+        found = done[layout]["second half"]
+        for name, weight in halfway.items():
+            torch.testing.assert_close(found.weights("before")[name], weight, rtol=0, atol=0 if layout == "pp2, 1 and 3 layers" else 2e-6)
+        assert [report["policy_version"] for report in found.reports] == [3, 4]
+        for key in ("loss", "grad_norm"):
+            expected_values = [report[key] for report in expected.reports[2:]]
+            assert [report[key] for report in found.reports] == pytest.approx(expected_values, rel=1e-5)
+        for name, weight in expected.weights("after").items():
+            torch.testing.assert_close(found.weights("after")[name], weight, rtol=0, atol=2e-6)

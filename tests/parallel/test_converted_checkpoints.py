@@ -19,7 +19,7 @@ from tests.rank_pool import RankPool
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"world_size": 2, "tp": 2, "sequence_parallel": True},
     "ep2": {"world_size": 2, "ep": 2},
-    "pp2": {"world_size": 2, "pp": 2},
+    "pp2": {"world_size": 2, "pp": 2, "layers_per_stage": [1, 2]},
     "tp2_ep2_etp1": {"world_size": 2, "tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1},
 }
 LENGTHS = (19, 7, 24, 13)
@@ -35,7 +35,7 @@ def family(request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: py
         "vocab_size": 96,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,

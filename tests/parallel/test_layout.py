@@ -69,8 +69,12 @@ def test_a_layout_that_no_model_could_run_is_refused_with_its_rule(sizes: dict, 
 @pytest.mark.parametrize(
     ("sizes", "architecture", "message"),
     [
-        ({"world_size": 5, "pp": 5}, MOE, "parallel: pp*vpp=5 does not divide 12 layers"),
-        ({"world_size": 4, "pp": 4, "vpp": 2}, MOE, "parallel: pp*vpp=8 does not divide 12 layers"),
+        ({"world_size": 5, "pp": 5}, MOE, "parallel: pp=5 does not divide 12 layers; set parallel.layers_per_stage=[2,3,3,2,2]"),
+        (
+            {"world_size": 4, "pp": 4, "vpp": 2},
+            MOE,
+            "parallel: pp*vpp=8 does not divide 12 layers; set parallel.layers_per_stage=[1,1,2,2,2,2,1,1]",
+        ),
         ({"world_size": 3, "tp": 3, "sequence_parallel": True}, MOE, "parallel: tp=3 does not divide 8 attention heads"),
         ({"world_size": 8, "tp": 8, "sequence_parallel": True}, MOE, "parallel: tp=8 does not divide 4 key-value heads"),
         (

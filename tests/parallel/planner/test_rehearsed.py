@@ -14,6 +14,7 @@ from tests.parallel.rehearsal.tiny import DENSE, MOE, TIED, request
 # Wide enough that tensors outweigh the rounding of small blocks; as many micro-batches as a pipeline holds at once.
 WIDE = {"vocab_size": 2048, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 64, "intermediate_size": 1536}
 EXPERTS = {"num_experts": 8, "moe_intermediate_size": 256}
+FOUR, FIVE = (MOE | {"num_hidden_layers": layers} for layers in (4, 5))
 SEQUENCES = 8  # of 512 tokens; 2,048 tokens a micro-batch
 
 
@@ -31,7 +32,9 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "etp, selective": wide(MOE, world_size=4, tp=2, etp=2, ep=2, recompute="selective", kept_weights="device"),
     "pp first": wide(MOE, sequences=16, world_size=4, pp=2, ep=2, recompute="none"),
     "pp last": wide(MOE, rank=2, world_size=4, pp=2, ep=2),
-    "vpp last": wide(MOE | {"num_hidden_layers": 4}, sequences=16, rank=1, world_size=2, pp=2, vpp=2),
+    "vpp last": wide(FOUR, sequences=16, rank=1, world_size=2, pp=2, vpp=2),
+    "uneven first": wide(FIVE, sequences=16, world_size=4, pp=2, ep=2, recompute="none", count_loss_as_layer=True),
+    "uneven last": wide(FIVE, rank=2, world_size=4, pp=2, ep=2, count_loss_as_layer=True),
     "dense": wide(DENSE, world_size=2, tp=2),
     "tied, cp": wide(TIED, world_size=2, cp=2, recompute="none"),
 }

@@ -17,6 +17,7 @@ from parallel.planner.rollout_server import rollout_server
 from parallel.planner.sampling import Rollouts, Sampling, simulate_sampling
 from parallel.planner.search import legal_layouts, pareto_front, search
 from parallel.planner.split import splits
+from parallel.stages import COUNTED
 
 SHAPE = shape_of("qwen3_30b_a3b")
 H100 = read_hardware("h100")
@@ -42,6 +43,15 @@ def test_the_search_is_sorted_and_holds_every_legal_layout_once() -> None:
     layouts = [plan.layout for plan in (*found.fitting, *found.failing)]
     assert len(set(layouts)) == len(layouts) == len(list(legal_layouts(SHAPE, 16, H100)))
     assert ParallelLayout(world_size=16, ep=16) in layouts
+
+
+def test_the_search_finds_published_layouts_that_layers_do_not_divide() -> None:
+    found = list(legal_layouts(shape_of("qwen3_235b_a22b"), 256, H100))
+    for axes in ({"tp": 4, "pp": 8, "vpp": 4}, {"pp": 32, "vpp": 3}):
+        layout = ParallelLayout(world_size=256, ep=8, sequence_parallel="tp" in axes, **COUNTED[0], **axes)
+        assert layout in found
+    assert all(layout.chunks(94)[-1].last == 94 for layout in found)
+    assert not any(layout.count_loss_as_layer for layout in found if 94 % layout.num_chunks == 0)
 
 
 def test_the_front_holds_exactly_the_plans_that_no_other_beats_in_both() -> None:

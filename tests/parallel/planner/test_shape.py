@@ -14,6 +14,7 @@ from parallel.planner.models import FOLDER, find_shape, known_models
 from parallel.planner.published import shape_of
 from parallel.planner.shape import from_config
 from parallel.planner.stages import check_layout, chunks_of_rank, stage_parameters
+from parallel.stages import COUNTED
 
 QWEN = [name for name in known_models() if name.startswith("qwen3")]
 
@@ -70,8 +71,8 @@ def test_layouts_are_refused_in_the_words_of_the_layout_itself(name: str, axes: 
         check_layout(shape_of(name), layout)
 
 
-def test_94_layers_on_32_chunks_count_embedding_and_head_as_layers() -> None:
-    layout = ParallelLayout(world_size=256, tp=2, pp=8, vpp=4, ep=32, sequence_parallel=True)
+def test_94_layers_on_32_chunks_are_even_with_embedding_and_loss_as_layers() -> None:
+    layout = ParallelLayout(world_size=256, tp=2, pp=8, vpp=4, ep=32, sequence_parallel=True, **COUNTED[0])
     stages = [chunks_of_rank(shape_of("qwen3_235b_a22b"), layout, stage) for stage in range(8)]
     assert [sum(chunk.num_layers for chunk in stage) for stage in stages] == [11, 12, 12, 12, 12, 12, 12, 11]
     assert stages[0][0].embeds and stages[7][3].ends

@@ -18,6 +18,7 @@ from parallel.rehearsal.launch import rehearse
 from parallel.rehearsal.ledger_kinds import KINDS
 from parallel.rehearsal.request import PHASES, RehearsalRequest
 from parallel.rehearsal.result import RehearsalResult
+from parallel.stages import COUNTED
 from tests.parallel.rehearsal.tiny import DEEP, DENSE, MOE, TIED, request
 
 # Of the last rank but one where ranks differ. Both ends of a pipeline.
@@ -30,6 +31,8 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "pp of four, inner": request(DEEP, rank=4, world_size=8, pp=4, ep=2),
     "vpp first": request(DEEP, world_size=8, pp=2, vpp=2, cp=2, ep=2),
     "vpp last": request(DEEP, rank=4, world_size=8, pp=2, vpp=2, cp=2, ep=2),
+    "vpp, embedding alone": request(DEEP, world_size=2, pp=2, vpp=3, **COUNTED[0]),
+    "vpp, head alone": request(DEEP, rank=1, world_size=2, pp=2, vpp=3, **COUNTED[0]),
     "dense": request(DENSE, world_size=4, tp=2, recompute="none"),
     "dense, selective": request(DENSE, world_size=2, cp=2, recompute="selective"),
     "recomputed modules": request(
@@ -76,7 +79,7 @@ def test_state_after_building_weighs_what_the_planner_counts(name: str, results:
     asked = REQUESTS[name]
     shape = from_config(asked.model, name="tiny", source="tiny")
     run = load_config("qwen3_30b_a3b")
-    training = training_of(run, read_hardware("h100"), TrainingChoice(), plain=False)
+    training = training_of(run, read_hardware("h100"), TrainingChoice())
     stage = results[name].stage
     held = results[name].phase("build").by_kind
     assert held["parameters"] == pytest.approx(parameter_bytes(shape, asked.layout, stage, training), abs=4 * _PAGE)
@@ -104,7 +107,8 @@ def test_state_of_a_dense_model_weighs_what_a_hand_counts(results: dict[str, Reh
 @pytest.mark.parametrize("name", [name for name in REQUESTS if name != "offloaded optimizer"])  # it waits for copies to the host
 def test_the_host_seldom_waits_for_the_device(name: str, results: dict[str, RehearsalResult]) -> None:
     asked, result = REQUESTS[name], results[name]
-    moe_layers = asked.model["num_hidden_layers"] // asked.layout.pp if "num_experts" in asked.model else 0
+    chunks = asked.layout.chunks_of_rank(asked.model["num_hidden_layers"], result.stage)
+    moe_layers = sum(chunk.num_layers for chunk in chunks) if "num_experts" in asked.model else 0
     for phase, passes, once in (("score", 1, 2), ("update", 2 if asked.recompute == "full" else 1, 3)):
         waits = results[name].phase(phase).waits
         of_layers = [wait for wait in waits if "moe/" in wait.site or "token_permutation" in wait.site]

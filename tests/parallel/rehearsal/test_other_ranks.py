@@ -12,13 +12,13 @@ from parallel.layout import ParallelLayout
 from parallel.rehearsal.other_ranks import answer_of
 from tests.parallel.rehearsal.tiny import DEEP, TIED
 
-_LAYOUT = ParallelLayout(world_size=8, pp=2, cp=2, ep=2)
+_LAYOUT = ParallelLayout(world_size=8, pp=2, cp=2, ep=2, layers_in_last_stage=1)
+STAGES = ({0, 1, 2}, {3})
 
 
 def held(architecture: Architecture, layout: ParallelLayout, rank: int) -> set[str]:
     """Names of a rank's parameters, from the table of all parameters."""
     place = layout.coordinates(rank)
-    layers = architecture.num_hidden_layers // layout.pp
     found = set()
     for parameter in parameters(architecture):
         name = parameter.megatron_name
@@ -27,7 +27,7 @@ def held(architecture: Architecture, layout: ParallelLayout, rank: int) -> set[s
             stage = 0 if name.startswith("embedding") else layout.pp - 1
             mine = place.pp == stage
         else:
-            mine = layer // layers == place.pp
+            mine = layer in STAGES[place.pp]
         if expert is not None:
             assert architecture.num_experts is not None
             mine &= int(expert[1]) // (architecture.num_experts // layout.ep) == place.ep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ LENGTHS = (200, 180, 150, 290)  # packed into micro-batches of different lengths
 
 def request(model: dict[str, Any], *, rank: int = 0, **changes: Any) -> RehearsalRequest:
     """A rank of a small run. changes: axes of the layout, and fields of the request."""
-    axes = {name: changes.pop(name) for name in ("world_size", "tp", "pp", "vpp", "cp", "ep", "etp") if name in changes}
+    axes = {field.name: changes.pop(field.name) for field in fields(ParallelLayout) if field.name in changes}
     values: dict[str, Any] = {
         "model": model,
         "model_name": "tiny",
