@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
@@ -18,7 +18,13 @@ from parallel.planner.shape import ModelShape
 from parallel.planner.training import CUDA_GRAPHS, DISPATCHERS, PRECISIONS, RECOMPUTES, SPECS, Training
 
 # What --search finds, with the values from which it starts.
-SEARCHED = {f"parallel.{axis}": "1" for axis in ("tp", "pp", "cp", "ep", "etp")} | {"parallel.vpp": "null", "parallel.dp": "null"}
+SEARCHED = {
+    **{f"parallel.{axis}": "1" for axis in ("tp", "pp", "cp", "ep", "etp")},
+    **{f"parallel.{key}": "null" for key in ("vpp", "dp", "layers_in_first_stage", "layers_in_last_stage", "layers_per_stage")},
+    **{f"parallel.{key}": "false" for key in ("count_embedding_as_layer", "count_loss_as_layer")},
+}
+Recipe = Literal["run", "fastest"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 
 def check_used(used: bool, options: Mapping[str, object | None], why: str) -> None:
@@ -28,19 +34,27 @@ def check_used(used: bool, options: Mapping[str, object | None], why: str) -> No
             raise ValueError(f"{name} {why}")
 
 
+def recipe_of(name: str | None) -> Recipe:
+    """The recipe that --recipe names. Raises ValueError for another word."""
+    for recipe in RECIPES:
+        if name in (None, recipe):
+            return recipe
+    raise ValueError(f"--recipe: {name!r} is not known; {nearest(str(name), RECIPES)}")
+
+
 def shape_of(run: RunConfig) -> ModelShape:
     """The configured model's sizes. Raises ValueError when they are neither on this machine nor shipped."""
     return find_shape(run.model.path, architecture=None if run.model.warm_up is None else run.model.warm_up.architecture)
 
 
-def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, plain: bool) -> Training:
-    """The configuration's way of training.
+def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, recipe: Recipe = "run") -> Training:
+    """The configuration's way of training, or that of published pretraining.
 
     Args:
         run: the configuration.
         machine: whose GPUs train.
         choice: what is not as the configuration says.
-        plain: train as published tables do, and not as this project does reinforcement learning.
+        recipe: run: as the configuration says. fastest: with the switches of the fastest published steps.
 
     Raises:
         ValueError: for a name that is not known.
@@ -50,7 +64,8 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
     if chosen["precision"] is None:
         low = "mxfp8" if options.get("fp8_recipe") == "mxfp8" else "fp8"
         chosen["precision"] = low if options.get("fp8") else {"float32": "fp32", "bfloat16": "bf16"}[run.model.dtype]
-    if plain:
+    fastest = recipe == "fastest"
+    if fastest:
         graphs = "full" if chosen["precision"] == "mxfp8" else "partial"
         defaults: dict[str, Any] = {
             "dispatcher": "hybridep",
@@ -68,7 +83,7 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
             "cuda_graphs": "none",
             "fp8_attention": False,
         }
-    defaults |= {"spec": "local" if machine.measured or (run.actor.layers == "local" and not plain) else "fused"}
+    defaults |= {"spec": "local" if machine.measured or (run.actor.layers == "local" and not fastest) else "fused"}
     chosen = {**defaults, **{key: value for key, value in chosen.items() if value is not None}}
     known: dict[str, tuple[str, ...]] = {
         "precision": PRECISIONS,
@@ -84,8 +99,8 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, pl
     return Training(
         **chosen,
         on_cpu=machine.measured,
-        gradient_bytes=2 if plain and chosen["precision"] != "fp32" else 4,
-        chunk_tokens=None if plain else run.actor.logprob_chunk_tokens,
+        gradient_bytes=2 if fastest and chosen["precision"] != "fp32" else 4,
+        chunk_tokens=None if fastest else run.actor.logprob_chunk_tokens,
     )
 
 

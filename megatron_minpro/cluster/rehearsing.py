@@ -113,7 +113,7 @@ def plan_of(run: RunConfig, model: FoundConfig, machine: Hardware, *, layers: in
     shape = from_config(model.values, name=str(model.name), source=model.source)
     if layers is not None:
         shape = replace(shape, num_layers=layers)
-    training = planning.training_of(run, machine, TrainingChoice(spec="local"), plain=False)
+    training = planning.training_of(run, machine, TrainingChoice(spec="local"))
     return make_plan(shape, run.layout, training, machine, planning.reinforcement_work(run, mean_tokens=None, colocated=False))
 
 

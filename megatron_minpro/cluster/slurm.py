@@ -109,7 +109,7 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
     shape = planning.shape_of(config)
     work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
     planning.check_length(shape, work)
-    plan = make_plan(shape, config.layout, planning.training_of(config, machine, TrainingChoice(), plain=False), machine, work)
+    plan = make_plan(shape, config.layout, planning.training_of(config, machine, TrainingChoice()), machine, work)
     _refuse_what_does_not_fit(plan)
     ranks, servers = config.world_size, config.rollout.servers
     lines = [

@@ -47,6 +47,10 @@ class PlanOptions:
         None
     )
     micro_batch: Annotated[int | None, Option("with --global-batch: sequences of a micro-batch; default: 1", minimum=1)] = None
+    recipe: Annotated[
+        str | None,
+        Option("with --global-batch: run, train as the configuration says, or fastest, as the fastest published steps; default: run"),
+    ] = None
     search: Annotated[bool, Option("all legal layouts of the GPU count, those that fit, fastest first")] = False
     plot: Annotated[Path | None, Option("with --search: the front of memory and throughput as a PNG")] = None
     top: Annotated[int | None, Option(f"with --search: rows to show; default: {_SEARCH_ROWS}", minimum=1)] = None
@@ -58,8 +62,8 @@ class PlanOptions:
 def plan(options: PlanOptions) -> None:
     """Predict memory per GPU and time of a layout, before a cluster is spent. Neither weights nor GPUs are needed.
 
-    With --global-batch the defaults are those of the fastest published recipes: hybridep, overlap, no recomputation, bf16 gradients,
-    whole logits; graphs of the full iteration and fp8 attention for mxfp8, partial graphs otherwise.
+    With --recipe fastest the defaults are those of the fastest published steps: hybridep, overlap, no recomputation, bf16 gradients, whole
+    logits; graphs of the full iteration and fp8 attention for mxfp8, partial graphs otherwise. Most layouts were never run like that.
 
     \b
     Example:
@@ -68,7 +72,7 @@ def plan(options: PlanOptions) -> None:
       minpro plan configs/qwen3_30b_a3b.yaml --world-size 32 --hardware h200 parallel.ep=16 parallel.cp=2
       minpro plan configs/qwen3_235b_a22b.yaml --search --world-size 128 --plot front.png
       minpro plan configs/qwen3_30b_a3b.yaml --world-size 16 parallel.tp=1 parallel.cp=1 parallel.ep=16 \\
-          --global-batch 1024
+          --global-batch 1024 --recipe fastest
       minpro plan --calibrate
     """
     from rich.console import Console
@@ -95,7 +99,7 @@ def plan(options: PlanOptions) -> None:
     machine = read_hardware(options.hardware)
     run = _configured(options, options.config)
     shape = planning.shape_of(run) if options.model_config is None else read_shape(options.model_config)
-    training = planning.training_of(run, machine, options.training, plain=plain)
+    training = planning.training_of(run, machine, options.training, recipe=planning.recipe_of(options.recipe))
     micro_batch = options.micro_batch or 1
     if options.global_batch is None:
         lengths = None if options.lengths is None else read_lengths(options.lengths, longest=run.rollout.max_new_tokens)
@@ -127,13 +131,17 @@ def _check_used(options: PlanOptions) -> None:
 
     plain = options.global_batch is not None
     check_used(options.search, {"--plot": options.plot, "--top": options.top}, "needs --search")
-    check_used(plain, {"--sequence-length": options.sequence_length, "--micro-batch": options.micro_batch}, "needs --global-batch")
+    check_used(plain, _plain_options(options), "needs --global-batch")
     sampled = {"--mean-tokens": options.mean_tokens, "--lengths": options.lengths, "--colocated": options.colocated or None}
     check_used(not plain, sampled, "is about sampling, of which --global-batch has none")
     check_used(options.lengths is None, {"--mean-tokens": options.mean_tokens}, "says what --lengths says; leave one out")
     if options.search:
         pinned = {text: text for text in options.overrides if text.partition("=")[0] in SEARCHED}
         check_used(False, pinned, "says what --search is to find; leave it out")
+
+
+def _plain_options(options: PlanOptions) -> dict[str, object | None]:
+    return {"--sequence-length": options.sequence_length, "--micro-batch": options.micro_batch, "--recipe": options.recipe}
 
 
 def _configured(options: PlanOptions, path: Path) -> RunConfig:

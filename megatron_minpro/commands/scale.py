@@ -115,7 +115,7 @@ def scale(options: ScaleOptions) -> None:
     hardware = options.hardware or (hardware_of_device(capabilities.device_name) if options.measure else "h100")
     machine = read_hardware(hardware)
     folder = Path(run.output_dir) / f"scale_{run.name}" if options.out is None else options.out
-    training = planning.training_of(run, machine, TrainingChoice(imbalance=options.imbalance), plain=False)
+    training = planning.training_of(run, machine, TrainingChoice(imbalance=options.imbalance))
     work = planning.reinforcement_work(run, mean_tokens=options.mean_tokens, colocated=False)
     shape = planning.shape_of(run)
     planning.check_length(shape, work)

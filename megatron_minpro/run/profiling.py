@@ -100,7 +100,7 @@ def predict_phases(config: RunConfig, hardware: str, *, mean_tokens: int | None)
     """The planner's seconds of a global step by phase. Sampling on a CPU is left out: the planner knows servers on GPUs alone."""
     machine = read_hardware(hardware)
     work = planning.reinforcement_work(config, mean_tokens=mean_tokens, colocated=False)
-    training = planning.training_of(config, machine, TrainingChoice(), plain=False)
+    training = planning.training_of(config, machine, TrainingChoice())
     step = make_plan(planning.shape_of(config), config.layout, training, machine, work).global_step
     assert step is not None
     found = {"score": step.logprobs_s, "update": step.updates_s, "sync": step.sync_s}

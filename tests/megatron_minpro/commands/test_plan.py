@@ -14,6 +14,8 @@ PUBLISHED = [
     *("parallel.tp=1", "parallel.cp=1", "parallel.ep=16"),
     *("--world-size", "16", "--global-batch", "1024"),
 ]
+FASTEST = [*PUBLISHED, "--recipe", "fastest"]
+QWEN_235B = ["configs/qwen3_235b_a22b.yaml", "--global-batch", "2048", "parallel.cp=1", "parallel.ep=8"]
 
 
 def plan(*arguments: str) -> int:
@@ -21,7 +23,7 @@ def plan(*arguments: str) -> int:
 
 
 def test_json_holds_the_published_step_of_qwen3_30b(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(*PUBLISHED, "--json") == 0
+    assert plan(*FASTEST, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step_s"] == pytest.approx(20.147, rel=0.10)
     assert found["tokens_per_s_per_gpu"] == pytest.approx(13011, rel=0.10)
@@ -34,6 +36,22 @@ def test_json_holds_the_published_step_of_qwen3_30b(capsys: pytest.CaptureFixtur
     )
     assert sum(stage[part] for part in parts) == pytest.approx(stage["total"])
     assert found["fits"]
+
+
+def test_a_plain_step_is_planned_as_the_configuration_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    """The layout was published with 167 TFLOP/s, by a recipe without the newest switches."""
+    tflops = {}
+    for recipe in ("run", "fastest"):
+        assert plan(*QWEN_235B, "parallel.tp=4", "parallel.pp=8", "parallel.vpp=4", "--recipe", recipe, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        tflops[recipe] = found["tflops_per_gpu"]
+        assert [sum(stage["layers"]) for stage in found["memory_gb"]] == [11, *[12] * 6, 11]
+    assert tflops["run"] == pytest.approx(167, rel=0.10)
+    assert tflops["fastest"] > 1.5 * tflops["run"]
+    assert plan(*QWEN_235B, "parallel.pp=32", "parallel.vpp=3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["layers"] for stage in found["memory_gb"]] == [[0, 1, 1], *[[1, 1, 1]] * 30, [1, 1, 0]]
+    assert (found["dispatcher"], found["recompute"], found["overlap"], found["cuda_graphs"]) == ("alltoall", "full", False, "none")
 
 
 @pytest.mark.parametrize("config", ["qwen3_30b_a3b", "qwen3_235b_a22b", "qwen3_8b", "tiny_moe_cpu"])
@@ -102,6 +120,20 @@ def test_a_search_prints_layouts_and_draws_the_front(tmp_path: Path, capsys: pyt
         (["configs/qwen3_30b_a3b.yaml", "--top", "3"], "--top needs --search"),
         (["configs/qwen3_30b_a3b.yaml", "--sequence-length", "4096"], "--sequence-length needs --global-batch"),
         (["configs/qwen3_30b_a3b.yaml", "--micro-batch", "1"], "--micro-batch needs --global-batch"),
+        (["configs/qwen3_30b_a3b.yaml", "--recipe", "fastest"], "--recipe needs --global-batch"),
+        ([*PUBLISHED, "--recipe", "fast"], "--recipe: 'fast' is not known; did you mean 'fastest'? known: run, fastest"),
+        (
+            ["configs/qwen3_235b_a22b.yaml", "parallel.pp=8", "parallel.count_embedding_as_layer=false"],
+            "parallel: pp=8 does not divide 94 layers and the loss; set parallel.count_embedding_as_layer=true parallel.count_",
+        ),
+        (
+            ["configs/qwen3_30b_a3b.yaml", "parallel.pp=2", "parallel.ep=8", "parallel.cp=1", "parallel.layers_per_stage=[20,20]"],
+            "parallel: layers_per_stage adds up to 40 layers, expected 48",
+        ),
+        (
+            ["configs/qwen3_30b_a3b.yaml", "parallel.layers_per_stage=[20,28]"],
+            "parallel: layers_per_stage=[20, 28] has 2 numbers, expected pp=1",
+        ),
         ([*PUBLISHED, "--mean-tokens", "9"], "--mean-tokens is about sampling"),
         ([*PUBLISHED, "--lengths", "x.jsonl"], "--lengths is about sampling"),
         (["configs/qwen3_30b_a3b.yaml", "--lengths", "x.jsonl", "--mean-tokens", "9"], "--mean-tokens says what --lengths says"),

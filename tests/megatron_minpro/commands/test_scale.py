@@ -74,7 +74,7 @@ def test_predictions_are_the_planners(tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "p", "predicted")
     config = load_config(path, settings)
     machine = read_hardware("h200")
-    training = planning.training_of(config, machine, TrainingChoice(), plain=False)
+    training = planning.training_of(config, machine, TrainingChoice())
     work = planning.reinforcement_work(config, mean_tokens=None, colocated=False)
     work = replace(work, keeps_weights=False)  # an optimizer step alone
     plan = make_plan(planning.shape_of(config), config.layout, training, machine, work)
