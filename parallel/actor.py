@@ -19,8 +19,9 @@ from torch import Tensor
 from checkpoints_convert.mapping import Architecture
 from parallel import actor_checkpoint
 from parallel.capabilities import Capabilities
+from parallel.expert_rows import check_shape
 from parallel.finite import FiniteWatch
-from parallel.layers.router import check_router_options
+from parallel.layers.router import check_router_options, routed_layers
 from parallel.layout import ParallelLayout
 from parallel.logprobs import token_logprobs
 from parallel.mcore import DistributedDataParallel, Float16Module, finalize_model_grads
@@ -39,6 +40,7 @@ from parallel.overlap import OVERLAP_FIELDS, connect, data_parallel_config, sett
 from parallel.packing import MicroBatch, break_even_tokens, build_micro_batch, check_sequences, common_sizes, plan_replicas
 from parallel.process_groups import ProcessGroups
 from parallel.reduction import MetricSum
+from parallel.routing_replay import RoutingCounts, RoutingPass, RowSink, check_replay
 from parallel.schedule import run_micro_batches
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
@@ -103,6 +105,7 @@ class UpdateReport:
     policy_version: int  # after the step
     num_tokens: int  # trained tokens
     metrics: Mapping[str, Tensor]  # fp64 sums over the mini-batch
+    routing: RoutingCounts | None = None  # what the routers replayed; None: nothing
 
 
 def check_option_names(options: Mapping[str, Any]) -> None:
@@ -144,6 +147,7 @@ class MegatronActor:
         self.architecture = architecture
         self.layout = layout
         self.policy_version = 0  # optimizer steps applied
+        self.routing: RoutingCounts | None = None  # what the routers replayed or recorded in the latest pass; None: nothing
         self.kept_version: int | None = None  # policy version of the weights that `keep_weights` kept last
         self._snapshot: WeightSnapshot | None = None
         self._groups = groups
@@ -154,6 +158,7 @@ class MegatronActor:
             architecture, layout, capabilities, dtype=settings.dtype, recompute=settings.recompute, options=model_options
         )
         self._modules: list[HiddenStateModel] = build_model_chunks(architecture, layout, self._config, capabilities)
+        self._routed_layers = routed_layers(self._modules)
         self._local = local_parameters(self._modules, architecture, layout, groups)
         mark_tensor_parallel(self._local, architecture)
         wrapped = [Float16Module(self._config, module) if settings.dtype == torch.bfloat16 else module for module in self._modules]
@@ -260,12 +265,18 @@ class MegatronActor:
 
     # -- forward and backward -----------------------------------------------------------------------------------------
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+    def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[Tensor]:
         """Log-probabilities under the current weights, no gradient: one fp32 CPU tensor [num_tokens - 1] per sequence.
 
-        Raises ValueError for malformed sequences, FloatingPointError for a NaN or infinity where a loss mask is True.
+        Args:
+            sequences: with rows of experts that are replayed, or without.
+            record: takes the routers' own choice; the sequences then have no rows. Every rank writes what it computed.
+
+        Raises:
+            ValueError: malformed sequences.
+            FloatingPointError: a NaN or infinity where a loss mask is True.
         """
-        watch = self._watch()
+        watch, routing = self._watch(), self._routing(sequences, record)
         scored: dict[int, Tensor] = {}
 
         def keep(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
@@ -275,8 +286,9 @@ class MegatronActor:
             return logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(self._micro_batches(sequences), keep, forward_only=True)
+            self._run(self._micro_batches(sequences, routing), keep, forward_only=True)
         watch.raise_together("nothing is scored")
+        self._end_routing(routing)
         sizes = [sequence.num_positions for sequence in sequences]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
         place = self._groups.coordinates
@@ -293,7 +305,7 @@ class MegatronActor:
         For the few objectives that must know the whole mini-batch before any gradient. statistics_fn returns one shape always.
         """
         counts = _count(minibatch)
-        watch = self._watch()
+        watch, routing = self._watch(), self._routing(minibatch)
         totals: dict[str, Tensor] = {}
 
         def add(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
@@ -302,8 +314,9 @@ class MegatronActor:
             return found.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
-            self._run(self._micro_batches(minibatch), add, forward_only=True)
+            self._run(self._micro_batches(minibatch, routing), add, forward_only=True)
         watch.raise_together(f"nothing changed, the policy stays at version {self.policy_version}")
+        self._end_routing(routing)
         return self._sum_statistics(totals if self._speaks else None)["statistics"]
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
@@ -313,7 +326,7 @@ class MegatronActor:
         rank, when one of them meets a NaN or infinity at a trained token, or the gradient is not finite: no step is taken then.
         """
         counts = _count(minibatch)
-        watch = self._watch()
+        watch, routing = self._watch(), self._routing(minibatch)
         unchanged = f"not stepped, the policy stays at version {self.policy_version}"
         totals: dict[str, Tensor] = {}
 
@@ -325,8 +338,9 @@ class MegatronActor:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        self._run(self._micro_batches(minibatch), compute_loss, forward_only=False)
+        self._run(self._micro_batches(minibatch, routing), compute_loss, forward_only=False)
         watch.raise_together(unchanged)
+        self._end_routing(routing)
         sums = self._sum_metrics(totals if self._speaks else None)
 
         set_learning_rate(self._optimizer, learning_rate, weight_decay=self.settings.optimizer.weight_decay)
@@ -343,6 +357,7 @@ class MegatronActor:
             policy_version=self.policy_version,
             num_tokens=counts.tokens,
             metrics=sums,
+            routing=self.routing,
         )
 
     @property
@@ -389,7 +404,32 @@ class MegatronActor:
         )
         return watch.screen(logprobs_T, micro_batch), entropy_T
 
-    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
+    def _routing(self, sequences: Sequence[TokenSequence], record: RowSink | None = None) -> RoutingPass | None:
+        """What this pass replays or records. None where no sequence has rows: the routers choose. A sequence without is then missing."""
+        self.routing = None
+        if record is None and all(sequence.experts is None for sequence in sequences):
+            return None
+        check_replay(self.settings.megatron_options, self.architecture)
+        for index, sequence in enumerate(sequences):
+            if sequence.experts is not None:
+                if record is not None:
+                    raise ValueError(f"sequence {index}: has rows of experts; expected none in a pass that records them")
+                check_shape(sequence.experts, self.architecture, source=f"sequence {index}")
+        assert self.architecture.num_experts is not None
+        tp = self._groups.tp
+        return RoutingPass(
+            num_experts=self.architecture.num_experts,
+            layers=self._routed_layers,
+            tp_part=(tp.rank(), tp.size()) if self.layout.sequence_parallel else (0, 1),
+            device=self._device,
+            sink=record,
+        )
+
+    def _end_routing(self, routing: RoutingPass | None) -> None:
+        if routing is not None:
+            self.routing = routing.finish()
+
+    def _micro_batches(self, sequences: Sequence[TokenSequence], routing: RoutingPass | None = None) -> list[MicroBatch]:
         check_sequences(sequences, vocab_size=self.architecture.vocab_size)
         lengths = [sequence.num_positions for sequence in sequences]
         budget = self.settings.max_tokens_per_micro_batch
@@ -398,7 +438,7 @@ class MegatronActor:
         equal = self._config.moe_token_dispatcher_type == "allgather" and self.layout.ep * self.layout.etp > 1
         sizes = common_sizes(plan, lengths, self.layout) if equal else [0] * len(plan[0])
         return [
-            build_micro_batch(sequences, indices, self.layout, cp_group=self._groups.cp, device=self._device, fill_to=size)
+            build_micro_batch(sequences, indices, self.layout, cp_group=self._groups.cp, device=self._device, fill_to=size, routing=routing)
             for indices, size in zip(plan[self._groups.coordinates.dp], sizes, strict=True)
         ]
 

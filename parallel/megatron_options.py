@@ -136,7 +136,7 @@ REASONS: Mapping[str, str] = {
     "heterogeneous_block_specs": _ANOTHER_MODEL,
     "init_method_std": "weights come from model.path",
     "is_hybrid_model": _ANOTHER_MODEL,
-    "moe_enable_routing_replay": "no routing is recorded, so none can be replayed",
+    "moe_enable_routing_replay": "Megatron-Core's own replay is not used; set actor.routing_replay instead",
     "moe_expert_capacity_factor": "which tokens are dropped would change with the way they are packed into micro-batches",
     "moe_input_jitter_eps": "the same tokens would have other log-probs in every pass",
     "moe_latent_size": _ANOTHER_MODEL,

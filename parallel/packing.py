@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoints_convert.mapping import Architecture
 from parallel.layers.attention import ShardedPackedSeqParams
 from parallel.layout import ParallelLayout
+from parallel.routing_replay import RoutingPass
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
 
@@ -153,6 +154,7 @@ def build_micro_batch(
     cp_group: dist.ProcessGroup,
     device: torch.device,
     fill_to: int = 0,
+    routing: RoutingPass | None = None,
 ) -> MicroBatch:
     """Pack the sequences at `indices` and keep what this context-parallel rank holds of them. sequences: the whole mini-batch.
 
@@ -160,6 +162,7 @@ def build_micro_batch(
 
     An empty `indices` gives a micro-batch of padding alone, so that this rank can take part in collectives.
     fill_to: add a masked sequence where there are fewer positions than this (over all context-parallel ranks).
+    routing: what the pass replays or records of the routers' choices; None: nothing.
     """
     chosen = [sequences[i] for i in indices]
     multiple = layout.sequence_multiple
@@ -174,6 +177,8 @@ def build_micro_batch(
     labels_T = shard.local([sequence.token_ids[1:] for sequence in chosen], fill=0)
     loss_mask_T = shard.local([sequence.loss_mask for sequence in chosen], fill=False)
 
+    micro_batch_routing = None if routing is None else routing.micro_batch(indices, [sequences[i].experts for i in indices], shard)
+
     def move(x_T: Tensor) -> Tensor:
         return x_T.to(device, non_blocking=True)
 
@@ -181,7 +186,7 @@ def build_micro_batch(
     return MicroBatch(
         indices=tuple(indices),
         shard=shard,
-        packed_seq_params=ShardedPackedSeqParams.from_shard(shard, sequence_weights=tuple(weights)),
+        packed_seq_params=ShardedPackedSeqParams.from_shard(shard, sequence_weights=tuple(weights), routing=micro_batch_routing),
         token_ids_T=move(token_ids_T),
         labels_T=move(labels_T),
         loss_mask_T=move(loss_mask_T),

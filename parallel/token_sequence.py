@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, Integer
 from torch import Tensor
 
 
@@ -21,6 +21,7 @@ class TokenSequence:
     token_ids: Int64[Tensor, " L"]
     loss_mask: Bool[Tensor, " L-1"]
     streams: Mapping[str, Float32[Tensor, " L-1"]]
+    experts: Integer[Tensor, "layers L-1 k"] | None = None  # rows that the routers replay (expert_rows.py); None: they choose
 
     def __post_init__(self) -> None:
         if self.token_ids.dtype != torch.int64 or self.token_ids.dim() != 1:
@@ -36,6 +37,8 @@ class TokenSequence:
         for name, stream in self.streams.items():
             if stream.dtype != torch.float32:
                 raise ValueError(f"{name}: dtype {stream.dtype}, expected torch.float32")
+        if self.experts is not None and (self.experts.dim() != 3 or self.experts.size(1) != length - 1):
+            raise ValueError(f"experts: shape {tuple(self.experts.shape)}, expected (layers, {length - 1}, k) for {length} tokens")
 
     @property
     def num_positions(self) -> int:

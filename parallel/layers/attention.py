@@ -19,6 +19,7 @@ from parallel.capabilities import AttentionProduct
 from parallel.layers.attention_grid import GridBlock, attend_in_grids, grid_blocks
 from parallel.layers.attention_varlen import VarlenPieces, attend_varlen
 from parallel.mcore import PackedSeqParams, TransformerConfig, parallel_state
+from parallel.routing_replay import MicroBatchRouting
 from parallel.sequence_shard import SequenceShard
 
 
@@ -28,12 +29,15 @@ class ShardedPackedSeqParams(PackedSeqParams):
 
     shard: SequenceShard | None = None
     sequence_weights: tuple[float, ...] = ()  # [S], in the router's balance loss; 0 for a sequence of padding
+    routing: MicroBatchRouting | None = None  # what the routers replay or record; None: nothing
     _blocks: list[GridBlock] | None = field(default=None, repr=False)
     _pieces: VarlenPieces | None = field(default=None, repr=False)
     _rotation: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_shard(cls, shard: SequenceShard, *, sequence_weights: tuple[float, ...] = ()) -> ShardedPackedSeqParams:
+    def from_shard(
+        cls, shard: SequenceShard, *, sequence_weights: tuple[float, ...] = (), routing: MicroBatchRouting | None = None
+    ) -> ShardedPackedSeqParams:
         return cls(
             qkv_format="thd",
             cu_seqlens_q=shard.cu_seqlens,
@@ -44,6 +48,7 @@ class ShardedPackedSeqParams(PackedSeqParams):
             max_seqlen_kv=shard.max_seqlen,
             shard=shard,
             sequence_weights=sequence_weights,
+            routing=routing,
         )
 
     def rotation(self, head_size: int, *, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ actor does not make (its loss carries its denominator). Here each sequence has a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,13 +85,43 @@ class SequenceBalancedRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
 
 
+class RowChoice:
+    """Which experts a router's tokens visit. Stands where Megatron-Core would put its own RouterReplay; see routing_replay.py."""
+
+    layer_number: int | None = None  # Megatron-Core's router writes it from 0.17 on
+
+    def __init__(self, router: SequenceBalancedRouter) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: Any = None, group_topk: Any = None, default_compute_topk: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and indices of the chosen experts, [T, topk] each; Megatron-Core's signature."""
+        own_scores, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        packed = self._router.packed
+        if packed is None or packed.routing is None:
+            return own_scores, own
+        layer = self._router.layer_number - 1
+        if packed.routing.records:
+            packed.routing.record(layer, own)
+            return own_scores, own
+        chosen = packed.routing.choose(layer, own)
+        return scores.gather(1, chosen), chosen
+
+
+def routed_layers(modules: Iterable[torch.nn.Module]) -> list[int]:
+    """Numbers, from 0, of the layers inside that have a router."""
+    return sorted(router.layer_number - 1 for module in modules for router in module.modules() if isinstance(router, TopKRouter))
+
+
 def follow_packing(module: torch.nn.Module) -> None:
-    """Let every balanced router inside know the micro-batch that its layer is working on, also when the layer is recomputed."""
+    """Let every router inside know the micro-batch that its layer is working on, also when the layer is recomputed."""
     for layer in module.modules():
         router = getattr(getattr(layer, "mlp", None), "router", None)
         if isinstance(router, SequenceBalancedRouter):
             layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
             layer.register_forward_hook(_take_back)
+            router.router_replay = RowChoice(router)
 
 
 def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ learning_rate, steps, and, where wanted, dtype, recompute, max_tokens, megatron 
 from, with first_step steps behind it), save_to (an absent folder for one, at the end, that names wrong settings of the optimizer),
 reload_before_step (save while another step is taken, build a new actor, load), swap_weights (score under the first weights before every
 later step), count_micro_batches (see `micro_batches_alive`), attention (another product than this machine's), poison (between scoring
-and training, see `poisoned`), refuse (see `refusals`), check_model (see `checked`), tamper (see `tampered`).
+and training, see `poisoned`), refuse (see `refusals`), check_model (see `checked`), tamper (see `tampered`), replay (the sequences and
+rows of experts of FIXTURE_DIR/replayed), record (score once more, record the experts, train with them), misroute (see `misrouted`).
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,15 +69,79 @@ def build(fixture: Path, layout: ParallelLayout, groups: process_groups.ProcessG
 
 def read_sequences(fixture: Path) -> list[TokenSequence]:
     tensors = load_file(fixture / "sequences.safetensors")
+    rows = fixture / "experts.safetensors"
+    experts = load_file(rows) if rows.exists() else {}
     count = sum(name.startswith("token_ids.") for name in tensors)
     return [
         TokenSequence(
             token_ids=tensors[f"token_ids.{i}"],
             loss_mask=tensors[f"loss_mask.{i}"],
             streams={name: tensors[f"{name}.{i}"] for name in ("behaviour_logprobs", "advantages")},
+            experts=experts.get(f"experts.{i}"),
         )
         for i in range(count)
     ]
+
+
+class Recorder:
+    """Keeps what this rank's routers chose, and puts the parts of all ranks together."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, int, int, torch.Tensor]] = []
+
+    def write(self, index: int, layer: int, position: int, rows: torch.Tensor) -> None:
+        self.parts.append((index, layer, position, rows.clone()))
+
+    def assemble(self, sequences: list[TokenSequence], actor: MegatronActor) -> list[torch.Tensor]:
+        """[layers, L - 1, k] per sequence. Every row must have been written once."""
+        everybody: list[list] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everybody, self.parts)
+        a = actor.architecture
+        whole = [torch.full((a.num_hidden_layers, s.num_positions, a.num_experts_per_tok), 255, dtype=torch.uint8) for s in sequences]
+        for index, layer, position, rows in (part for parts in everybody for part in parts):
+            target = whole[index][layer, position : position + len(rows)]
+            assert (target == 255).all(), "two ranks recorded one row"
+            target.copy_(rows)
+        assert not any((rows == 255).any() for rows in whole), "a row was recorded by no rank"
+        return whole
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """What the error says."""
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+def misrouted(actor: MegatronActor, sequences: list[TokenSequence]) -> dict:
+    """What every rank is told about rows that no router could have chosen, and which weights moved."""
+    good = sequences[0].experts
+    assert good is not None
+
+    def with_row(row: list[int]) -> torch.Tensor:
+        experts = good.clone()
+        experts[-1, -1] = torch.tensor(row, dtype=experts.dtype)
+        return experts
+
+    wrong = [torch.zeros_like(good), with_row([1, 1]), with_row([0, 4]), with_row([255, 1]), good[:-1], good[..., :1], good.short()]
+    said, before = [], exported(actor)
+    for experts in wrong:
+        batch = [dataclasses.replace(sequences[0], experts=experts), *sequences[1:]]
+        for action in (actor.logprobs, partial(actor.update, loss_fn=LOSS, learning_rate=1.0)):
+            said.append(refusal(partial(action, batch)))
+    said.append(refusal(partial(actor.logprobs, sequences, record=Recorder())))
+    if dist.get_rank() == 0:
+        router = next(module for module in actor._modules[0].modules() if isinstance(module, TopKRouter))
+        asking, router.router_replay = router.router_replay, None
+    said.append(refusal(partial(actor.logprobs, sequences)))
+    if dist.get_rank() == 0:
+        router.router_replay = asking
+    after = exported(actor)
+    everybody: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, said)
+    return {"said": everybody, "weights_moved": [name for name in before if not torch.equal(before[name], after[name])]}
 
 
 def exported(actor: MegatronActor) -> dict[str, torch.Tensor]:
@@ -114,8 +180,8 @@ def micro_batches_alive(actor: MegatronActor, sequences: list[TokenSequence]) ->
     counts: list[int] = []
     build = actor._micro_batches
 
-    def watched(sequences: list[TokenSequence]) -> list:
-        micro_batches = build(sequences)
+    def watched(*arguments: Any) -> list:
+        micro_batches = build(*arguments)
         made.extend(weakref.ref(micro_batch.packed_seq_params) for micro_batch in micro_batches)
         return micro_batches
 
@@ -225,7 +291,7 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
     first_step = run.get("first_step", 0)
     if "load" in run:
         actor.load(Path(run["load"]), policy_version=first_step)
-    sequences = read_sequences(fixture)
+    sequences = read_sequences(fixture / "replayed" if run.get("replay") else fixture)
     results = {f"before.{name}": tensor for name, tensor in exported(actor).items()}
     results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences))}
     plans = plan_replicas(
@@ -235,7 +301,19 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
         break_even=break_even_tokens(actor.architecture),
     )
     notes: dict = {"megatron_core": version, "empty_micro_batches": sum(not group for plan in plans for group in plan)}
-    if "check_model" in run:
+    if run.get("replay"):
+        total = actor.sum_statistics(sequences, lambda *, logprobs_T, shard, **unused: (logprobs_T.double() * ~shard.padding_T).sum()[None])
+        notes["statistics"] = total.tolist()
+    if run.get("misroute"):
+        notes["misroute"] = misrouted(actor, sequences)
+    if run.get("record"):
+        recorder = Recorder()
+        actor.logprobs(sequences, record=recorder)
+        recorded = recorder.assemble(sequences, actor)
+        sequences = [dataclasses.replace(sequence, experts=experts) for sequence, experts in zip(sequences, recorded, strict=True)]
+        results |= {f"recorded.{i}": experts for i, experts in enumerate(recorded)}
+        results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences))}
+    if run.get("check_model"):
         notes["model_check"] = checked(actor, groups, sequences)
     if "tamper" in run:
         notes["tampered"] = tampered(actor, groups, sequences, run)
@@ -260,6 +338,8 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
                 notes.setdefault("kept_versions", []).append(actor.policy_version)
             notes.setdefault("kept", []).append(all(torch.equal(x, y) for x, y in zip(scored, again, strict=True)))
         report = actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
+        if report.routing is not None:
+            notes["routing"] = dataclasses.asdict(report.routing)
         reports.append(
             {
                 "loss": report.loss,

@@ -28,6 +28,17 @@ BALANCE_COEFFICIENT = 0.3  # far more than anybody trains with, so that its grad
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """Sequences of equal lengths, so that no mix-up shows by a shape, with random rows of experts; some rows are missing."""
+
+    rows: list[torch.Tensor | None]  # uint8 [layers, L - 1, k]; 255 in a missing row, None: all are missing
+    logprobs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    balanced_gradients: dict[str, torch.Tensor]
+    differing: int  # rows that are not the choice of the router that meets them
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model and its sequences in a folder, and the reference for each: Hugging Face names, fp32."""
 
@@ -41,6 +52,8 @@ class Family:
     balanced_gradients: dict[str, torch.Tensor] | None  # of MinPRO plus the experts' balance loss; None for a dense model
     norms: list[float]  # before clipping, of three steps
     stepped: dict[str, torch.Tensor]  # weights after them
+    chosen: list[torch.Tensor]  # [layers, L - 1, k] ascending: the experts of the sequences; empty for a dense model
+    replayed: Replayed | None  # None for a dense model
 
 
 def _make_model(directory: Path, *, moe: bool, tied: bool, layers: int) -> torch.nn.Module:
@@ -79,10 +92,10 @@ def _make_model(directory: Path, *, moe: bool, tied: bool, layers: int) -> torch
     return model.float().train()
 
 
-def _make_sequences(model: torch.nn.Module, directory: Path) -> list[dict[str, torch.Tensor]]:
+def _make_sequences(model: torch.nn.Module, directory: Path, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     sequences = []
-    for length in LENGTHS:
+    for length in lengths:
         token_ids = torch.randint(0, 96, (length,), generator=generator)
         mask = torch.rand(length - 1, generator=generator) < 0.7
         mask[: length // 4] = False
@@ -121,10 +134,13 @@ def _minpro_loss(model: torch.nn.Module, sequences: list[dict[str, torch.Tensor]
 
 
 def _balance_loss(model: torch.nn.Module, sequences: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Experts * sum over experts of (share of choices * mean probability): sum over layers, mean over sequences; in plain loops."""
+    """Experts * sum over experts of (share of choices * mean probability): sum over layers, mean over sequences; in plain loops.
+
+    The choices are those that the router makes by itself, whatever it is told to visit.
+    """
     gates: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
-        module.register_forward_hook(lambda _, __, out: gates.append((out[0], out[2])))
+        module.register_forward_hook(lambda _, __, out: gates.append((out[0], out[0].topk(out[2].size(-1)).indices)))
         for name, module in model.named_modules()
         if name.endswith("mlp.gate")
     ]
@@ -139,6 +155,71 @@ def _balance_loss(model: torch.nn.Module, sequences: list[dict[str, torch.Tensor
             share = float((chosen == expert).sum()) / chosen.numel()
             total = total + experts * share * logits.softmax(-1)[:, expert].mean()
     return total / len(sequences)
+
+
+class _Experts:
+    """Watches the routers of a model and, where rows are given, has them visit these experts with the gates they give them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.rows: torch.Tensor | None = None  # of the sequence that comes next
+        self.own: list[torch.Tensor] = []  # what each router chose, layer by layer
+        for layer, block in enumerate(model.model.layers):
+            block.mlp.gate.register_forward_hook(lambda _, __, out, layer=layer: self._choose(layer, *out))
+
+    def _choose(self, layer: int, logits: torch.Tensor, weights: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.own.append(own.sort(-1).values)
+        if self.rows is None:
+            return logits, weights, own
+        given = self.rows[layer].long()
+        chosen = torch.where((given == 255).all(-1, keepdim=True), own, given)
+        return logits, logits.gather(1, chosen).softmax(-1), chosen
+
+    def take(self) -> torch.Tensor:
+        """[layers, L - 1, k] since the last call."""
+        own, self.own = self.own, []
+        return torch.stack(own)
+
+
+def _make_replayed(model: torch.nn.Module, experts: _Experts, directory: Path) -> Replayed:
+    directory.mkdir()
+    sequences = _make_sequences(model, directory, lengths=(13,) * 8)
+    generator = torch.Generator().manual_seed(3)
+    rows: list[torch.Tensor | None] = []
+    for number in range(len(sequences)):
+        drawn = torch.rand(4, 12, 4, generator=generator).argsort(-1)[..., :2].to(torch.uint8)
+        if number == 2:
+            drawn[:, :5] = 255
+        if number == 4:
+            drawn[1, 7] = 255
+        rows.append(None if number == 6 else drawn)
+    save_file({f"experts.{i}": x for i, x in enumerate(rows) if x is not None}, directory / "experts.safetensors")
+    experts.take()
+
+    def loss(*, balanced: bool) -> torch.Tensor:
+        total, count = torch.zeros(()), sum(int(sequence["loss_mask"].sum()) for sequence in sequences)
+        for sequence, given in zip(sequences, rows, strict=True):
+            experts.rows = given
+            total = total + _minpro_loss(model, [sequence]) * sequence["loss_mask"].sum() / count
+            if balanced:
+                total = total + BALANCE_COEFFICIENT * _balance_loss(model, [sequence]) / len(sequences)
+        return total
+
+    logprobs, differing = [], 0
+    for sequence, given in zip(sequences, rows, strict=True):
+        experts.rows = given
+        logprobs.append(_logprobs(model, sequence["token_ids"]).detach())
+        own = experts.take()
+        if given is not None:
+            known = (given != 255).all(-1)
+            differing += int(((given.long().sort(-1).values != own).any(-1) & known).sum())
+    found = []
+    for balanced in (False, True):
+        model.zero_grad()
+        loss(balanced=balanced).backward()
+        found.append(_named(model, gradients=True))
+    experts.rows = None
+    experts.take()
+    return Replayed(rows=rows, logprobs=logprobs, gradients=found[0], balanced_gradients=found[1], differing=differing)
 
 
 def _named(model: torch.nn.Module, *, gradients: bool) -> dict[str, torch.Tensor]:
@@ -170,10 +251,16 @@ def _make_family(name: str, directory: Path) -> Family:
     loss = _minpro_loss(model, sequences)
     loss.backward()
     gradients = _named(model, gradients=True)
-    balanced = None
+    balanced = replayed = None
+    chosen: list[torch.Tensor] = []
     if moe:
         (BALANCE_COEFFICIENT * _balance_loss(model, sequences)).backward()  # on top of MinPRO's
         balanced = _named(model, gradients=True)
+        experts = _Experts(model)
+        for sequence in sequences:
+            _logprobs(model, sequence["token_ids"])
+            chosen.append(experts.take())
+        replayed = _make_replayed(model, experts, directory / "replayed")
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": ADAM["weight_decay"]},
@@ -200,6 +287,8 @@ def _make_family(name: str, directory: Path) -> Family:
         balanced_gradients=balanced,
         norms=norms,
         stepped=_named(model, gradients=False),
+        chosen=chosen,
+        replayed=replayed,
     )
 
 
@@ -258,6 +347,13 @@ BALANCE = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff
 def recipes() -> dict[str, dict[str, Any]]:
     """The two runs that every layout makes: one step that reveals gradients, three ordinary ones."""
     return {"probe": PROBE, "train": TRAIN}
+
+
+@pytest.fixture(scope="session")
+def replaying_probe() -> dict[str, Any]:
+    """The probe over Family.replayed: a sequence a micro-batch, so more of them than stages, after a scoring pass; all recomputed."""
+    plain = {name: value for name, value in PROBE.items() if name != "check_model"}
+    return {**plain, "replay": True, "max_tokens": 16, "recompute": "full"}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from parallel.layers.attention_grid import length_classes
+from tests.conftest import PARITY
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the first test of a world size runs all of its layouts
 
@@ -65,6 +66,14 @@ BALANCED = ("one rank", "dp2", "ep2", "tp2 sp", "pp2", "cp2")
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 4000}  # several buckets
 OVERLAPPED = ("dp2", "ep2", "pp2", "pp2 vpp2 ep2")
 RECOMPUTED = ("full", "selective")
+# Routing replay: every layout with full recompute, and (layout, what is otherwise).
+REPLAYED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}, nothing recomputed": (name, {"recompute": "none"}) for name in ("ep2", "pp2", "cp2", "tp2 sp", "pp2 vpp2 ep2")},
+    **{f"{name}, selective recompute": (name, {"recompute": "selective"}) for name in ("ep2", "pp2")},
+    **{f"{name} allgather": (name, {"megatron": {"moe_token_dispatcher_type": "allgather"}}) for name in ("ep2", "tp2 sp ep2")},
+}
+REPLAYED_AND_BALANCED = ("tp2 sp", "cp2")
+RECORDED = ("one rank", "ep2", "tp2 sp", "pp2", "cp2", "pp2 vpp2 ep2", "tp2 sp cp2 pp2 ep2")
 POISONED = {"dp2": 1, "cp2": 1, "pp2": 1, "tp2 sp": 1}  # the one rank that meets a NaN
 POISON = 3  # token ids 3, 11, 19, ...
 SWAPPED = ("one rank", "ep2", "tp2 sp", "pp2", "pp2 vpp2 ep2", "tp2 sp cp2 pp2 ep2")
@@ -87,6 +96,7 @@ def results(
     families: Callable,
     recipes: dict[str, dict],
     balanced_probe: dict[str, Any],
+    replaying_probe: dict[str, Any],
     launch_actors: Callable,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], dict]:
@@ -104,6 +114,14 @@ def results(
             for variant, (base, change) in VARIANTS.items():
                 if base == name:
                     runs |= {f"{variant}/probe": {**probe, **change}, f"{variant}/train": {**train, **change}}
+            runs["replay"] = replaying_probe
+            if name in RECORDED:
+                runs["recorded"] = {**probe, "record": True, "check_model": False}
+            runs |= {f"replay, {variant}": {**replaying_probe, **change} for variant, (base, change) in REPLAYED.items() if base == name}
+            if name in REPLAYED_AND_BALANCED:
+                runs["replay, balanced"] = {**replaying_probe, "megatron": balanced_probe["megatron"]}
+            if name in ("dp2", "pp2"):
+                runs["misrouted"] = {**replaying_probe, "misroute": True}
             if name in BALANCED:
                 runs["balanced"] = balanced_probe
             if name in OVERLAPPED:
@@ -122,7 +140,12 @@ def results(
                 runs |= {f"recompute {kind}": {**train, "recompute": kind} for kind in RECOMPUTED}
                 runs["recompute full, balanced"] = {**balanced_probe, "recompute": "full"}
             if name == "cp2":
-                runs["counting"] = {**balanced_probe, "count_micro_batches": True}
+                runs["counting"] = {
+                    **replaying_probe,
+                    "recompute": "none",
+                    "megatron": balanced_probe["megatron"],
+                    "count_micro_batches": True,
+                }
             if name in TAMPERED:
                 runs |= {
                     f"tampered {dtype}": {**probe, "dtype": dtype, "tamper": list(TAMPER.values())} for dtype in ("float32", "bfloat16")
@@ -298,6 +321,69 @@ def test_bad_mini_batches_are_refused_before_anything_is_exchanged(families: Cal
         f"sequence 1: behaviour_logprobs is nan at position {trained}, where loss_mask is True",
         f"sequence 1: advantages is -inf at position {trained}, where loss_mask is True",
     ]
+
+
+# -- routing replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "run"), [*((x, "replay") for x in LAYOUTS), *((x, f"replay, {v}") for v, (x, _) in REPLAYED.items())])
+def test_given_experts_are_visited_on_every_layout(
+    layout: str, run: str, families: Callable, results: Callable, relative_error: Callable, request: pytest.FixtureRequest
+) -> None:
+    expected, found = families("moe").replayed, results("moe", layout)[run]
+    logprobs = {f"logprobs.{i}": x for i, x in enumerate(expected.logprobs)}
+    logprob_error, sequence = relative_error({name: found.tensors[name] for name in logprobs}, logprobs)
+    gradient_error, weight = relative_error(found.gradients(), expected.gradients)
+    row = ("moe", f"{layout}, {run}" if run == "replay" else run, f"{logprob_error:.1e}", f"{gradient_error:.1e}", "", "")
+    request.node.user_properties.append((PARITY, row))
+    assert logprob_error < 1e-5, sequence
+    assert gradient_error < 1e-5, weight
+    assert found.notes["statistics"] == pytest.approx([float(torch.cat(expected.logprobs).double().sum())], rel=1e-6)
+    missing = sum(48 if rows is None else int((rows == 255).all(-1).sum()) for rows in expected.rows)
+    assert found.notes["routing"] == {"replayed": 8 * 48 - missing, "missing": missing, "differing": expected.differing}
+    assert missing == 48 + 4 * 5 + 1 and expected.differing > 200  # of 315: five of six random pairs are others
+
+
+@pytest.mark.parametrize("layout", REPLAYED_AND_BALANCED)
+def test_the_balance_loss_speaks_of_the_routers_own_choice_under_replay(
+    layout: str, families: Callable, results: Callable, relative_error: Callable
+) -> None:
+    expected = families("moe").replayed
+    assert relative_error(expected.gradients, expected.balanced_gradients)[0] > 0.1  # it shows
+    error, worst = relative_error(results("moe", layout)["replay, balanced"].gradients(), expected.balanced_gradients)
+    assert error < 1e-5, worst
+
+
+@pytest.mark.parametrize("layout", RECORDED)
+def test_replaying_the_recorded_choice_changes_no_number(layout: str, families: Callable, results: Callable) -> None:
+    recorded, live = (results("moe", layout)[name] for name in ("recorded", "probe"))
+    for number, chosen in enumerate(families("moe").chosen):
+        assert torch.equal(recorded.tensors[f"recorded.{number}"].sort(-1).values, chosen.float())
+    assert recorded.reports == live.reports
+    assert all(torch.equal(recorded.tensors[name], expected) for name, expected in live.tensors.items())
+    rows = sum(chosen[..., 0].numel() for chosen in families("moe").chosen)
+    assert recorded.notes["routing"] == {"replayed": rows, "missing": 0, "differing": 0}
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_rows_that_no_router_chose_stop_all_ranks_and_move_no_weight(layout: str, results: Callable) -> None:
+    found = results("moe", layout)["misrouted"].notes["misroute"]
+    assert found["said"][0] == found["said"][1]
+    *wrong, recording, unasked = found["said"][0]
+    one = "experts: 1 of 315 rows of a token and layer do not hold different ids from 0 to 3"
+    shape = "sequence 0: experts of {}; expected 4 layers, 2 a token, torch.uint8"
+    expected = [
+        "experts: 48 of 315 rows of a token and layer do not hold different ids from 0 to 3",
+        *[one] * 3,
+        shape.format("3 layers, 2 a token, torch.uint8"),
+        shape.format("4 layers, 1 a token, torch.uint8"),
+        shape.format("4 layers, 2 a token, torch.int16"),
+    ]
+    assert wrong == [message for message in expected for _ in range(2)]  # scoring and update
+    assert recording == "sequence 0: has rows of experts; expected none in a pass that records them"
+    asked = 48 if layout == "dp2" else 96  # of one layer, by the one rank whose first router does not ask
+    assert unasked == f"experts: {asked} rows of a token and layer were not asked for by their routers"
+    assert found["weights_moved"] == []
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
