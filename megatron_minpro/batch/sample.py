@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_minpro.batch.routing_file import RoutingFile
 from parallel.token_sequence import TokenSequence
 from rollout.records import VersionSpan
 
@@ -72,12 +73,15 @@ class Sample:
         """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [L - 1] on logit positions."""
         return replace(self, behaviour_logprobs=logprobs[self._scored_positions()])
 
-    def sequence(self) -> TokenSequence:
-        """The sequence alone, for scoring."""
-        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._scored_positions(), streams={})
+    def sequence(self, experts: Tensor | None = None) -> TokenSequence:
+        """The sequence alone, for scoring. experts: rows that the routers replay."""
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._scored_positions(), streams={}, experts=experts)
 
-    def training_sequence(self) -> TokenSequence:
-        """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler)."""
+    def training_sequence(self, experts: Tensor | None = None) -> TokenSequence:
+        """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler).
+
+        experts: rows that the routers replay.
+        """
         if self.behaviour_logprobs is None:
             raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
         mask = self._scored_positions()
@@ -88,7 +92,7 @@ class Sample:
         if self.correction_weights is not None:
             streams["correction_weights"] = torch.zeros(len(mask), dtype=torch.float32)
             streams["correction_weights"][mask] = self.correction_weights
-        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams)
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams, experts=experts)
 
     def _scored_positions(self) -> Tensor:
         # Logit position p scores token p + 1, so the first token of an answer is scored by the position before it.
@@ -103,6 +107,7 @@ class RolloutBatch:
     policy_version: int  # optimizer steps behind the weights that sampled it
     group_size: int
     samples: tuple[Sample, ...]
+    routing: RoutingFile | None = None  # the experts that its tokens visited, where they are replayed
 
     def __post_init__(self) -> None:
         if len(self.samples) % self.group_size:

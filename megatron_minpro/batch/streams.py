@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_minpro.batch.routing_file import RoutingFile
 from megatron_minpro.batch.sample import SEQUENCE_STREAMS, STREAMS, RolloutBatch, Sample
 from rollout.records import VersionSpan
 
@@ -43,6 +44,8 @@ def pack(batch: RolloutBatch) -> PackedBatch:
         "streams": present,
         "samples": [_record(sample) for sample in batch.samples],
     }
+    if batch.routing is not None:
+        record["routing"] = asdict(batch.routing)
     return PackedBatch(record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present})
 
 
@@ -81,6 +84,7 @@ def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutB
         policy_version=record["policy_version"],
         group_size=record["group_size"],
         samples=tuple(map(sample, range(len(samples)))),
+        routing=RoutingFile.from_record(record["routing"]) if "routing" in record else None,
     )
 
 

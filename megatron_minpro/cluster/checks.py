@@ -27,6 +27,7 @@ from megatron_minpro.loop.held_out import held_out_prompts
 from megatron_minpro.registry import nearest
 from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
+from parallel.routing_replay import check_replay
 from rollout.ports import check_port_free
 from rollout.sglang.environment import default_server_python
 from rollout.sglang.server import check_options, read_key
@@ -50,12 +51,24 @@ def check_architecture(config: RunConfig, architecture: Architecture) -> None:
     refuse_tied_experts(architecture, source=f"model.path {config.model.path}")
     config.layout.check_model(architecture)
     check_effect(config.megatron, architecture, recompute=config.actor.recompute)
+    check_routing_replay(config, architecture)
     prompt = max(prompts.max_prompt_tokens for prompts in config.prompt_sections.values())
     if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
         raise ValueError(
             f"rollout.max_new_tokens: responses of {config.rollout.max_new_tokens} after prompts of up to {prompt} "
             f"tokens exceed the model's {architecture.max_position_embeddings} positions"
         )
+
+
+def check_routing_replay(config: RunConfig, architecture: Architecture) -> None:
+    """Experts that could not be replayed in every pass."""
+    replay = config.actor.routing_replay
+    if replay == "none":
+        return
+    try:
+        check_replay(config.megatron, architecture)
+    except ValueError as error:
+        raise ValueError(f"actor.routing_replay = {replay!r}: {error}") from error
 
 
 def check_model(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from megatron_minpro.batch import streams as batch_streams
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.logprob_gap import check_every_token, check_gap
 from megatron_minpro.loop.phase_timer import PhaseTimer
+from megatron_minpro.loop.routing import score_with_experts
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives.corrections import correct
@@ -42,7 +43,8 @@ def score(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dic
             f"scored by version {run.actor.policy_version}"
         )
     with timer("score"):
-        scored = batch.scored_with(run.actor.logprobs([sample.sequence() for sample in batch.samples]))
+        logprobs, batch = score_with_experts(run, batch)
+        scored = batch.scored_with(logprobs)
     engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
     trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])
     gap = (engine - trainer).abs()

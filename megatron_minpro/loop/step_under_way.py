@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from megatron_minpro.loop.counters import BatchState, UnfinishedStep
 from megatron_minpro.loop.phase_timer import PhaseTimer
 from parallel.actor import UpdateReport
+from parallel.routing_replay import RoutingCounts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,9 +63,11 @@ def continued(record: UnfinishedStep, *, step: int, timer: PhaseTimer) -> StepUn
 
 def _as_json(report: UpdateReport) -> dict[str, Any]:
     values = {one.name: getattr(report, one.name) for one in fields(UpdateReport)}
-    return {**values, "metrics": {name: sums.tolist() for name, sums in report.metrics.items()}}
+    routing = None if report.routing is None else asdict(report.routing)
+    return {**values, "metrics": {name: sums.tolist() for name, sums in report.metrics.items()}, "routing": routing}
 
 
 def _from_json(values: Mapping[str, Any]) -> UpdateReport:
     metrics = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in values["metrics"].items()}
-    return UpdateReport(**{**values, "metrics": metrics})
+    routing = None if values["routing"] is None else RoutingCounts(**values["routing"])
+    return UpdateReport(**{**values, "metrics": metrics, "routing": routing})

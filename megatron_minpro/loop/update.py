@@ -10,6 +10,7 @@ import torch
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import expected_lag
 from megatron_minpro.loop.learning_rate import training_rate
+from megatron_minpro.loop.routing import experts_of, forget_experts, trained_metrics
 from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
@@ -28,11 +29,12 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     batch = None if under_way.updates == updates else run.buffer.due(under_way.step)
     if batch is None:
         return
+    experts = experts_of(run, batch)
     for samples in batch.mini_batches(num_mini_batches=updates, seed=run.config.seed)[under_way.updates :]:
         obey(run)
         with under_way.timer("update"):
             lag = run.actor.policy_version - batch.policy_version
-            sequences = [sample.training_sequence() for sample in samples]
+            sequences = [sample.training_sequence(experts[sample.sample_id]) for sample in samples]
             rate = training_rate(run.config.actor, run.actor.policy_version)
             report = train_mini_batch(run.actor, sequences, run.objective, learning_rate=rate)
         under_way.updates += 1
@@ -55,7 +57,9 @@ def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) ->
     counters.trained_batches += 1
     counters.rollouts_trained += len(batch.samples)
     counters.tokens_trained += tokens
+    forget_experts(run, batch)
     under_way.metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
+    under_way.metrics |= trained_metrics([report.routing for report in reports])
     under_way.metrics |= {
         "loss/total": sum(report.loss for report in reports) / len(reports),
         "update/grad_norm": sum(report.grad_norm for report in reports) / len(reports),

@@ -17,11 +17,13 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from checkpoints_convert.atomic_directory import fsync_tree
+from checkpoints_convert.atomic_directory import fsync_path, fsync_tree
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.batch.routing_file import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
+from megatron_minpro.run.routing_links import keep_experts, routing_names
 from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
@@ -45,15 +47,19 @@ class CheckpointWriter:
     `save` and `wait` are collective: all ranks call them in the same order, and on failure all of them raise.
     """
 
-    def __init__(self, directory: Path, *, keep: int, control_group: dist.ProcessGroup, saving_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, directory: Path, *, routing: Path, keep: int, control_group: dist.ProcessGroup, saving_group: dist.ProcessGroup
+    ) -> None:
         """
         Args:
             directory: holds the checkpoints.
+            routing: holds the experts of batches that wait, see batch/routing_file.py.
             keep: how many checkpoints stay, and beside them the one in which sampling ends.
             control_group: gloo over all ranks.
             saving_group: gloo over all ranks, used by the writing threads alone.
         """
         self._directory = directory
+        self._routing = routing
         self._keep = keep
         self._control_group = control_group
         self._saving_group = saving_group
@@ -86,7 +92,7 @@ class CheckpointWriter:
         keeps = unfinished is not None and unfinished.batch == "missing"
         partial = self._directory / f".{name}.partial"
         folders = [ACTOR_FOLDER, KEPT_FOLDER] if keeps else [ACTOR_FOLDER]
-        if not self._on_first_rank(lambda: self._make_room(name, partial, folders=folders)):
+        if not self._on_first_rank(lambda: self._make_room(name, partial, folders=folders, waiting=waiting)):
             return
         writers = [actor.capture(partial / ACTOR_FOLDER)]
         if keeps:
@@ -104,6 +110,8 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
+                for file in routing_names(batches):
+                    fsync_path(partial / ROUTING_FOLDER / file)  # on every rank: each may have written some of it
                 for write_part in writers:
                     write_part(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
@@ -148,7 +156,7 @@ class CheckpointWriter:
             raise outcome[0]
         return outcome[0]
 
-    def _make_room(self, name: str, partial: Path, *, folders: Sequence[str]) -> bool:
+    def _make_room(self, name: str, partial: Path, *, folders: Sequence[str], waiting: Sequence[RolloutBatch]) -> bool:
         latest = self._directory / LATEST_FILE
         if latest.exists() and latest.read_text().strip() == name:
             return False
@@ -156,6 +164,7 @@ class CheckpointWriter:
             shutil.rmtree(unfinished)
         for folder in folders:
             (partial / folder).mkdir(parents=True)
+        keep_experts(self._routing, partial, waiting)  # now: a batch that is trained meanwhile drops its file
         return True
 
     def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch], *, end_of_sampling: str) -> None:

@@ -4,6 +4,7 @@ checkpoints/step_000020/actor/              Megatron torch_dist: model and optim
                         run.json            counters, prompt cursor, policy version; the size of every other file
                         sampling_weights/   only inside a step whose batch is missing: the weights that are to sample it
                         waiting.safetensors the batches that are sampled but not trained to the end yet
+                        routing/            with actor.routing_replay: the experts that their tokens visited
 checkpoints/latest                          name of the newest complete directory
 
 A checkpoint inside a global step says how many updates of it are done, and whether the batch that the step samples is in it:

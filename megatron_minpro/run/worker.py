@@ -23,6 +23,7 @@ from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
+from megatron_minpro.batch.routing_file import ROUTING_FOLDER
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import schedule
@@ -38,6 +39,7 @@ from megatron_minpro.run.finished import summarise
 from megatron_minpro.run.last_words import last_words
 from megatron_minpro.run.process_settings import configure_process
 from megatron_minpro.run.profiling import StepProfiler
+from megatron_minpro.run.routing_links import restore_experts
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -110,9 +112,17 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         saved = run_state.load(checkpoint, actor=actor, config=config)
         counters, cursor_state, unfinished = saved.counters, saved.cursor, saved.unfinished
         buffer.restore(saved.waiting)
+        if first:
+            restore_experts(checkpoint, run_dir / ROUTING_FOLDER, saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
     driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling, unfinished=unfinished)
-    writer = CheckpointWriter(checkpoints, keep=config.checkpoint.keep, control_group=groups.control, saving_group=groups.saving)
+    writer = CheckpointWriter(
+        checkpoints,
+        routing=run_dir / ROUTING_FOLDER,
+        keep=config.checkpoint.keep,
+        control_group=groups.control,
+        saving_group=groups.saving,
+    )
 
     profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
     run = TrainingRun(

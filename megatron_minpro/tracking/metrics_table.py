@@ -63,6 +63,7 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
 _SAMPLED = "loop/sampled_batch.py"
 _SCORING = "loop/scoring.py"
 _UPDATE = "loop/update.py"
+_ROUTING = "loop/routing.py"
 _FINISH = "loop/finish_step.py"
 _OBJECTIVES = "objectives/metrics.py"
 _CORRECTIONS = "objectives/corrections.py"
@@ -125,6 +126,23 @@ METRICS: tuple[Metric, ...] = (
     _metric("batch/sampled_at_step", "step", Combined.NOW, _UPDATE, "global step in which the batch trained now was sampled"),
     _metric("batch/tokens", "tokens", Combined.BATCH_SUM, _UPDATE, "response tokens trained in this step"),
     _metric("batch/waiting", "batches", Combined.NOW, _FINISH, "batches that are sampled and not trained yet"),
+    _metric(
+        "routing/differing",
+        "fraction",
+        Combined.BATCH_MEAN,
+        _ROUTING,
+        "under actor.routing_replay: (token, layer) pairs of the batch trained now whose router, as it is in the update, would choose "
+        "another set of experts than the one that is replayed",
+    ),
+    _metric("routing/differing_lag_min", "fraction", Combined.BATCH_MEAN, _ROUTING, "the same in the first mini-batch, at batch/lag_min"),
+    _metric("routing/differing_lag_max", "fraction", Combined.BATCH_MEAN, _ROUTING, "the same in the last mini-batch, at batch/lag_max"),
+    _metric(
+        "routing/missing",
+        "fraction",
+        Combined.BATCH_MEAN,
+        _ROUTING,
+        "(token, layer) pairs of the batch trained now without a row of experts: their router chooses for itself",
+    ),
     _metric("ratio/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "rho = pi_theta / pi_old of a trained token"),
     _metric("ratio/unit", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens with |log rho| <= 1e-5; 1 at a lag is an error"),
     _metric("log_ratio/mean", "nats", Combined.TOKEN_MEAN, _OBJECTIVES, "log rho"),

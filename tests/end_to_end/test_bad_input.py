@@ -38,6 +38,11 @@ CASES = {
     "truncated sampling": (["rollout.top_p=0.9"], ["top_p"]),
     "open address without keys": (["rollout.host=0.0.0.0"], ["host", "key"]),
     "unknown Megatron option": (["megatron.moe_ruter_topk=2"], ["moe_ruter_topk", "moe_router_topk"]),
+    "Megatron's own replay": (["megatron.moe_enable_routing_replay=true"], ["moe_enable_routing_replay", "actor.routing_replay"]),
+    "replay of a recomputed router": (
+        ["actor.routing_replay=trainer", "actor.recompute=selective", "megatron.recompute_modules=[moe]"],
+        ["actor.routing_replay = 'trainer'", "recompute_modules"],
+    ),
     "unknown SGLang option": (["sglang.mem_fraction_sttic=0.5"], ["mem_fraction_sttic", "mem_fraction_static"]),
     "unknown prompt generator option": (["prompts.options.modulos=7"], ["modulos"]),
 }

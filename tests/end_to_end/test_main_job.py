@@ -41,7 +41,7 @@ def test_each_batch_is_trained_exactly_n_steps_after_it_was_sampled(finished_run
 
 def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> None:
     logged = {name for row in finished_run["metrics"] for name in row} - {"global_step"}
-    only_with_options = ("correction/", "time/evaluate", "rollout/rounds", "rollout/equal_groups", "rollout/dropped")
+    only_with_options = ("correction/", "routing/", "time/evaluate", "rollout/rounds", "rollout/equal_groups", "rollout/dropped")
     assert logged == {metric.name for metric in METRICS if not metric.name.startswith(only_with_options)}
 
 

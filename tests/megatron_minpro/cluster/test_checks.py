@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.cluster import checks
 from megatron_minpro.config import RunConfig, load_config
 from parallel.capabilities import detect
@@ -16,6 +17,17 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [f"model.path={folder}/model", "prompts.max_prompt_tokens=64", *overrides])
+
+
+def test_replay_without_experts_is_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "actor.routing_replay=trainer", "parallel.ep=1")
+    assert config.model.warm_up is not None
+    shape = {**config.model.warm_up.architecture, "vocab_size": 32}
+    checks.check_architecture(config, Architecture.from_config(shape, source="test"))
+    of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
+    dense = {"model_type": "qwen3", **{key: value for key, value in shape.items() if key not in (*of_experts, "model_type")}}
+    with pytest.raises(ValueError, match=r"^actor\.routing_replay = 'trainer': the model has no experts; expected none$"):
+        checks.check_architecture(config, Architecture.from_config(dense, source="test"))
 
 
 def test_too_few_gpus_for_servers_and_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

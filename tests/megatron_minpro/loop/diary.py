@@ -20,6 +20,7 @@ from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
 from parallel.actor import UpdateReport
+from parallel.routing_replay import RowSink
 from parallel.token_sequence import TokenSequence
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -53,7 +54,7 @@ class FakeActor:
         self.corrections: list[float] = []
         self.unit_ratios = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+    def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[torch.Tensor]:
         self.diary.append(("score", self.policy_version))
         return [torch.full((sequence.num_positions,), -(self.policy_version + 1) / 8) for sequence in sequences]
 

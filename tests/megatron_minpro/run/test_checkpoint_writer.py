@@ -60,7 +60,9 @@ def _rank(rank: int, folder: str) -> None:
 def _write_three_times(rank: int, folder: str) -> None:
     assert dist.group.WORLD is not None
     directory = Path(folder) / "checkpoints"
-    writer = CheckpointWriter(directory, keep=2, control_group=dist.group.WORLD, saving_group=dist.new_group(backend="gloo"))
+    writer = CheckpointWriter(
+        directory, routing=directory / "routing", keep=2, control_group=dist.group.WORLD, saving_group=dist.new_group(backend="gloo")
+    )
     actor, config = Actor(), load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [])
     said = []
     for step in (1, 2, 3):
