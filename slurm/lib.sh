@@ -14,6 +14,14 @@ fail() {
 # Host names of the allocation, one per line.
 job_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
+# GPUs of a node: GPUS_PER_NODE, else what Slurm counts, else (where it gives whole nodes without counting) what the first node shows.
+gpus_per_node() {
+  local count="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}"
+  [[ -n $count ]] || count="$(srun --nodes=1 --ntasks=1 nvidia-smi -L | grep -c '^GPU ')" ||
+    fail "GPUS_PER_NODE: not set, Slurm counts no GPUs here (SLURM_GPUS_ON_NODE), and nvidia-smi shows none; expected the GPUs of a node"
+  echo "$count"
+}
+
 # A port of this job's own, below the ephemeral range: jobs on shared nodes, and quick requeues, do not collide.
 job_port() { echo $((20000 + SLURM_JOB_ID % 10000)); }
 
@@ -51,14 +59,17 @@ ours() {
 }
 
 # step LOG "n0 n1 ..." COMMAND...: one task on each of these nodes, output in RUN_DIR/logs/LOG-ATTEMPT-NODE.log; a task that fails ends all.
+# gloo and NCCL listen on the interface that leads to the job's other nodes.
 step() {
-  local name="$1" nodes options
+  local name="$1" nodes options peers
   read -ra nodes <<<"$2"
   shift 2
   mapfile -t options < <(container_options)
+  mapfile -t peers < <(job_nodes)
   # exec, so that the process in the background is srun itself, and can be waited for and ended
   exec srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --nodelist="$(join , "${nodes[@]}")" --kill-on-bad-exit=1 \
-    --output="$RUN_DIR/logs/$name-${SLURM_RESTART_COUNT:-0}-%N.log" "${options[@]}" "$@"
+    --output="$RUN_DIR/logs/$name-${SLURM_RESTART_COUNT:-0}-%N.log" "${options[@]}" \
+    .venv/bin/python -m megatron_minpro.cluster.interfaces "$(join , "${peers[@]}")" "$@"
 }
 
 # What a step of that name said was wrong, in this attempt.

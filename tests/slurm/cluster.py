@@ -3,7 +3,8 @@
 Needs root and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2; neither systemd nor cgroups nor a database.
 
 Two kinds. With `namespaces` every node has a network, a host name and a port space of its own, so jobs on several nodes behave as on
-several machines. Without, nodes are ports on 127.0.1.x: cheap enough for 64 of them, and enough for `sbatch --test-only`.
+several machines; its own name means 127.0.1.1 there, as on Debian. Without, nodes are ports on 127.0.1.x: cheap enough for 64 of them, and
+enough for `sbatch --test-only`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _RUNNING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED
 _CONTROLLER_ADDRESS = "10.77.0.254"
 _CONTROLLER_PORT = 16817
 _START_TIMEOUT_S = 300.0  # 64 daemons on a busy machine
-# The cluster's own /etc/hosts, seen by this process alone; then its host name, where it has one; then the program, under the same pid.
+# An /etc/hosts of its own, seen by this process alone; then its host name, where it has one; then the program, under the same pid.
 _ENTER = 'mount --make-rprivate /; mount --bind "$1" /etc/hosts; [ -z "$2" ] || hostname "$2"; shift 2; exec "$@"'
 
 
@@ -220,7 +221,7 @@ class SlurmCluster:
         host = host if self.namespaces else ""
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [*prefix, *unshare, "bash", "-ec", _ENTER, "_", str(self.root / "hosts"), host, *command],
+                [*prefix, *unshare, "bash", "-ec", _ENTER, "_", str(self.root / f"hosts-{host}"), host, *command],
                 env={**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -271,9 +272,10 @@ class SlurmCluster:
         host = "login" if self.namespaces else os.uname().nodename
         address = _CONTROLLER_ADDRESS if self.namespaces else "127.0.0.1"
         names = [self.node_name(index) for index in range(self.num_nodes)]
-        hosts = [f"127.0.0.1 localhost\n{address} {host}\n"]
-        hosts += [f"{self._address(index)} {name}\n" for index, name in enumerate(names)]
-        (self.root / "hosts").write_text("".join(hosts))
+        addresses = {host: address} | {name: self._address(index) for index, name in enumerate(names)}
+        for reader in ("", host, *names):  # "": of daemons without a host name of their own
+            lines = [f"{'127.0.1.1' if name == reader != host else where} {name}\n" for name, where in addresses.items()]
+            (self.root / f"hosts-{reader}").write_text("".join(["127.0.0.1 localhost\n", *lines]))
         nodes = "".join(
             f"NodeName={name} NodeHostname={name if self.namespaces else host} NodeAddr={self._address(index)} "
             f"Port={16818 if self.namespaces else 16830 + index}\n"

@@ -16,7 +16,7 @@ import pytest
 from tests.slurm.conftest import ROOT
 
 SRUN = """#!/usr/bin/env bash
-PLACE=node nodes=(n0)
+PLACE=node nodes=(localhost)
 while [[ $1 == --* ]]; do
   case "$1" in
     --container-image=/image.sqsh) PLACE=container ;;
@@ -33,6 +33,7 @@ done
 """
 MINPRO = """#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || { echo "$0 $1 runs in the $PLACE" >&2; exit 97; }
+echo "minpro $*" >>"$STEPS.commands"
 case "$1" in
   train) echo '{"job": "7", "attempt": 0, "event": "began", "checkpoint": "", "policy_version": 0}' >"$RUN_DIR/attempts.jsonl" ;;
   serve) mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json" && exec sleep 600 ;;
@@ -42,6 +43,7 @@ echo "minpro $1"
 """
 TORCHRUN = """#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || exit 97
+echo "torchrun $*" >>"$STEPS.commands"
 echo '{"complete": true}' >"$RUN_DIR/result.json"
 """
 PYTHON = f"""#!/usr/bin/env bash
@@ -59,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for name, text in {
         "bin/srun": SRUN,
-        "bin/scontrol": '#!/bin/sh\n[ "$1" = show ] && printf "n0\\nn1\\n"\n',
+        "bin/scontrol": '#!/bin/sh\n[ "$1" = show ] && printf "localhost\\n127.0.0.2\\n"\n',
         "bin/python": PYTHON,
         "bin/python3": PYTHON,
         ".venv/bin/minpro": MINPRO,
@@ -72,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, script: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run(folder: Path, script: str, *, unset: str = "", **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What the script said, and one line for each srun: its log file and whether it was in a container."""
     usual = {
         "PATH": f"{folder}/bin:/usr/bin:/bin",
@@ -94,7 +96,7 @@ def run(folder: Path, script: str, **environment: str) -> tuple[subprocess.Compl
     done = subprocess.run(
         ["bash", f"slurm/{script}.sbatch"],
         cwd=folder,
-        env={**usual, **environment},
+        env={name: value for name, value in {**usual, **environment}.items() if name != unset},
         capture_output=True,
         text=True,
         check=False,
@@ -122,6 +124,25 @@ def test_a_command_of_ours_on_a_node_without_python_ends_the_job(folder: Path) -
     assert "minpro train runs in the node" in done.stderr
 
 
+@pytest.mark.parametrize(("shown", "named", "expected"), [("GPU 0: H100\nGPU 1: H100\nGPU 2: H100\n", "", 3), ("", "4", 4)])
+def test_whole_nodes_without_a_count_of_gpus_are_asked(folder: Path, shown: str, named: str, expected: int) -> None:
+    (folder / "bin/nvidia-smi").write_text(f"#!/bin/sh\n[ $PLACE = node ] && printf '{shown}'\n")
+    (folder / "bin/nvidia-smi").chmod(0o755)
+    variables = {"GPUS_PER_NODE": named} if named else {}
+    done, _ = run(folder, "qwen3_30b_a3b", unset="SLURM_GPUS_ON_NODE", ALLOWED="node", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train, doctor, *_, ranks, _ = (folder / "steps.commands").read_text().splitlines()
+    assert f"world_size={expected} " in train and f"--gpus {expected} " in doctor
+    assert ranks.startswith("torchrun") and f"--nproc-per-node={expected} " in ranks
+
+
+def test_whole_nodes_whose_gpus_cannot_be_counted_end_the_job(folder: Path) -> None:
+    done, _ = run(folder, "qwen3_30b_a3b", unset="SLURM_GPUS_ON_NODE", ALLOWED="node")
+    assert done.returncode == 1 and "unbound variable" not in done.stderr
+    assert "error: GPUS_PER_NODE: not set, Slurm counts no GPUs here" in done.stderr
+    assert not (folder / "steps.commands").exists()
+
+
 def test_the_servers_addresses_are_json_without_a_python(folder: Path) -> None:
     run(folder, "qwen3_30b_a3b", CONTAINER_IMAGE="/image.sqsh", SERVERS_PER_NODE="2")
-    assert (folder / "run" / "endpoints.json").read_text() == '["http://n1:21007","http://n1:21008"]\n'
+    assert (folder / "run" / "endpoints.json").read_text() == '["http://127.0.0.2:21007","http://127.0.0.2:21008"]\n'
