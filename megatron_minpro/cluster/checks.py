@@ -6,10 +6,8 @@ checks a run passes, and in which order.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from checkpoints_convert.hf_config import Architecture, known_keys
 from checkpoints_convert.mapping import check_hf_tensors
 from checkpoints_convert.safetensors_io import SafetensorsReader
 from checkpoints_convert.servable import refuse_tied_experts
-from megatron_minpro.cluster.facts import Finding, NodeReport
+from megatron_minpro.cluster.facts import Finding
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
@@ -31,9 +29,6 @@ from parallel.routing_replay import check_replay
 from rollout.ports import check_port_free
 from rollout.sglang.environment import default_server_python
 from rollout.sglang.server import check_options, read_key
-
-MAX_CLOCK_DIFFERENCE_S = 5.0
-MIN_FREE_GIB = 1.0
 
 
 def check_passed_options(config: RunConfig, *, device: Any) -> None:
@@ -212,11 +207,11 @@ def examine_config(config: RunConfig) -> list[Finding]:
 
 
 def missing_paths(config: RunConfig) -> list[str]:
-    """`key: path` for every file or folder that the run needs and this machine does not have, or may not write to."""
+    """`key: path` for every file or folder that the run needs and this machine does not have, cannot read, or may not write to."""
     needed = [("model.path", config.model.path)] if config.model.warm_up is None else []
     needed += [(f"{section}.source", prompts.source) for section, prompts in config.prompt_sections.items() if is_file(prompts.source)]
     needed += list(key_files(config).items())
-    absent = [f"{name}: {path} does not exist" for name, path in needed if not Path(path).exists()]
+    absent = [f"{name}: {path} {fault}" for name, path in needed if (fault := _cannot_be_read(Path(path))) is not None]
     try:
         check_output_folder(config)
     except ValueError as error:
@@ -224,46 +219,15 @@ def missing_paths(config: RunConfig) -> list[str]:
     return absent
 
 
-def problems(
-    reports: Mapping[str, NodeReport | None], *, gpus_per_node: int, arrival_s: Mapping[str, float], roles: Mapping[str, str]
-) -> dict[str, list[str]]:
-    """What is wrong with each node.
-
-    Args:
-        reports: by node; None for one that sent none in time.
-        gpus_per_node: what each must have; 0 on machines without.
-        arrival_s: when each report arrived, on one clock.
-        roles: trainer or server. Versions are compared among the nodes of a role, with what most of them have.
-
-    Returns:
-        Node -> lines; without the nodes that are fit.
-    """
-    found: dict[str, list[str]] = {node: [] for node in reports}
-    skews = {node: report.clock_s - arrival_s[node] for node, report in reports.items() if report is not None}
-    usual_clock = statistics.median(skews.values()) if skews else 0.0
-    for node, report in reports.items():
-        if report is None:
-            found[node].append("sent no report: unreachable, or its Python did not start (see its log)")
-            continue
-        found[node] += report.missing
-        if report.gpus != gpus_per_node:
-            found[node].append(f"{report.gpus} GPUs, expected {gpus_per_node}")
-        if report.free_gib < MIN_FREE_GIB:
-            found[node].append(f"{report.free_gib:.2f} GiB free for the run folder, expected at least {MIN_FREE_GIB:g}")
-        if abs(skews[node] - usual_clock) > MAX_CLOCK_DIFFERENCE_S:
-            found[node].append(f"its clock is {skews[node] - usual_clock:+.0f} s off the others'")
-        present = [other for other in reports.values() if other is not None and roles[other.node] == roles[node]]
-        found[node] += _odd_versions(report, present)
-    return {node: lines for node, lines in found.items() if lines}
-
-
-def _odd_versions(report: NodeReport, others: Sequence[NodeReport]) -> list[str]:
-    lines = []
-    for name, version in report.versions.items():
-        counts = Counter(other.versions.get(name, "absent") for other in others)
-        most = max(counts.values())
-        usual = [value for value, count in counts.items() if count == most]
-        if usual != [version]:  # a tie makes both suspicious
-            rivals = ", ".join(value for value in usual if value != version)
-            lines.append(f"{name} {version}, {'most nodes have' if most > 1 else 'another node has'} {rivals}")
-    return lines
+def _cannot_be_read(path: Path) -> str | None:
+    """Why not, of a file or of one of a folder's files; a byte of each is read."""
+    if not path.exists():
+        return "does not exist"
+    try:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if not file.is_dir():
+                with file.open("rb") as opened:
+                    opened.read(1)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None

@@ -1,16 +1,14 @@
-"""What this machine is: what is installed, what will be used, what is missing; and what each node of a job reports of itself."""
+"""What this machine is: what is installed, what will be used, what is missing."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_minpro.cluster.installation import Installation, Role, broken, differences, examine_all, faults, notes, rows
-from megatron_minpro.config import RunConfig
 from parallel.engine_import import EngineImport
 
 Verdict = Literal["ok", "absent", "missing"]
@@ -187,58 +184,3 @@ def as_json(found: Examination) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in found.findings],
         "installations": {each.role: each.as_json() for each in found.installations},
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeReport:
-    """One node's facts. clock_s: seconds since the epoch when it was made. missing: what the run needs and this node lacks."""
-
-    node: str
-    gpus: int
-    gpu_memory_gib: float
-    free_gib: float  # where the run folder lies
-    clock_s: float
-    versions: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> NodeReport:
-        values = json.loads(text)
-        return cls(**{**values, "missing": tuple(values["missing"])})
-
-
-def describe_node(config: RunConfig, *, node: str, serves: bool, missing: Sequence[str]) -> NodeReport:
-    """This machine as the run of `config` sees it.
-
-    Args:
-        config: the run.
-        node: this machine's name in the job.
-        serves: it will run rollout servers and must have their environment.
-        missing: what the run needs and this machine lacks, as checks.missing_paths says it.
-    """
-    import torch
-
-    from rollout.sglang.environment import default_server_python
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    memory = [torch.cuda.get_device_properties(index).total_memory for index in range(gpus)]
-    versions = {"python": platform.python_version()}
-    versions |= {name: distribution_version(name) or "absent" for name, _ in REQUIRED}
-    absent = list(missing)
-    if serves:
-        try:
-            versions["sglang"] = server_packages(default_server_python()).get("sglang", "absent")
-        except ValueError as error:
-            absent.append(str(error))
-    return NodeReport(
-        node=node,
-        gpus=gpus,
-        gpu_memory_gib=min(memory, default=0) / 2**30,
-        free_gib=shutil.disk_usage(config.run_dir).free / 2**30 if config.run_dir.exists() else 0.0,
-        clock_s=time.time(),
-        versions=versions,
-        missing=tuple(absent),
-    )

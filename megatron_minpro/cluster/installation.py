@@ -99,6 +99,17 @@ class Installation:
         return cls(**{**values, **packages, "caches": tuple(CacheFolder(**each) for each in values["caches"])})
 
 
+def probe_command(role: Role, *, import_engine: bool) -> list[str]:
+    """The program that describes the environment of the Python that runs it, and its arguments.
+
+    Args:
+        role: whose environment it is.
+        import_engine: see whether SGLang or TransformerEngine imports, which takes seconds to a minute. Else it is only looked up.
+    """
+    engine, *others = _TRAINER if role == "trainer" else _SERVERS
+    return [str(_PROBE), engine if import_engine else "", *others]
+
+
 def examine(role: Role, *, timeout_s: float = _TIMEOUT_S) -> Installation:
     """Start the role's Python and let it describe itself. Takes seconds: it imports torch, and SGLang or TransformerEngine.
 
@@ -108,13 +119,18 @@ def examine(role: Role, *, timeout_s: float = _TIMEOUT_S) -> Installation:
     python = Path(sys.executable) if role == "trainer" else default_server_python()
     with tempfile.TemporaryDirectory(prefix="minpro_installation_") as folder:
         if role == "trainer":
-            environment, arguments = child_environment(), _TRAINER
+            environment = child_environment()
         else:
             packages = link_packages(Path(folder))
-            environment, arguments = server_environment(python, device="cuda", num_threads=1, packages=packages), _SERVERS
+            environment = server_environment(python, device="cuda", num_threads=1, packages=packages)
         try:
             done = subprocess.run(
-                [str(python), str(_PROBE), *arguments], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+                [str(python), *probe_command(role, import_engine=True)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise ValueError(f"{role}: {python} did not describe itself within {timeout_s:.0f} s") from None

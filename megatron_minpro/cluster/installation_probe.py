@@ -147,21 +147,29 @@ def cache_folder(variable: str, default: str) -> dict[str, Any]:
     return found
 
 
+def installed(distribution: str) -> dict[str, str | None]:
+    """As `imported`, from metadata alone."""
+    try:
+        return {"version": importlib.metadata.version(distribution), "error": None}
+    except importlib.metadata.PackageNotFoundError:
+        return {"version": None, "error": None}
+
+
 def describe(engine: str, distribution: str, caches: Sequence[str]) -> dict[str, Any]:
     """
     Args:
-        engine: the module that the role computes with.
+        engine: the module that the role computes with; "": it is looked up and not imported.
         distribution: what it is installed as.
         caches: variables that name cache folders, each with its default: NAME=FOLDER.
     """
     torch = imported("torch", "torch")
     cuda = sys.modules["torch"].version.cuda if torch["error"] is None and torch["version"] else None
-    if distribution == "sglang" and cuda is None:
+    if engine == "sglang" and cuda is None:
         # SGLang does not import beside a CPU build of torch as it is; rollout's servers there use this entry.
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         importlib.import_module("rollout.sglang.cpu").install()
-    found = imported(engine, distribution)
-    if distribution == "sglang" and cuda is not None and found["error"] is None and driver_cuda() is not None:
+    found = imported(engine, distribution) if engine else installed(distribution)
+    if engine == "sglang" and cuda is not None and found["error"] is None and driver_cuda() is not None:
         found["error"] = imported("sgl_kernel", "sglang-kernel")["error"]  # its libraries need the driver's
     home = cuda_home()
     return {

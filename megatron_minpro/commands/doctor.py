@@ -38,7 +38,8 @@ def doctor(options: DoctorOptions) -> None:
     The trainer's and the servers' environments stand side by side: what each of them imports and loads. Where there are GPUs both need the
     same torch, CUDA and NCCL.
 
-    With --peers the nodes of a job compare GPUs, packages, clocks, disk and paths, and add up a number over the trainers' network.
+    With --peers the nodes of a job compare what they have, try every GPU and every connection, add up numbers over all trainer ranks and
+    broadcast from the first of them to the servers' GPUs.
 
     \b
     Example:
@@ -55,7 +56,8 @@ def doctor(options: DoctorOptions) -> None:
 def _examine_nodes(options: DoctorOptions) -> None:
     if options.config is None:
         raise ValueError("--peers: the nodes look at a run together, expected its CONFIG as well")
-    from megatron_minpro.cluster.nodes import Membership, check_cluster
+    from megatron_minpro.cluster.nodes.check import check_cluster
+    from megatron_minpro.cluster.nodes.membership import Membership
     from megatron_minpro.config import load_config
 
     membership = Membership(

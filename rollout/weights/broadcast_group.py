@@ -20,7 +20,7 @@ from torch import Tensor
 from rollout.loopback import is_loopback
 
 Backend = Literal["gloo", "nccl"]
-_DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
+DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
 
 
 class _Broadcaster(Protocol):
@@ -39,7 +39,7 @@ class BroadcastGroup:
     """
 
     def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float) -> None:
-        if backend not in _DEVICE_TYPE:
+        if backend not in DEVICE_TYPE:
             raise ValueError(f"weight sync backend is {backend!r}, expected gloo or nccl")
         self.name = name
         self.world_size = world_size
@@ -79,7 +79,7 @@ class BroadcastGroup:
             self.master_address, self.port, self.world_size, False, self._timeout, wait_for_workers=True, multi_tenant=True
         )
         store = dist.PrefixStore(self.name, counted)
-        self._store = dist.PrefixStore(f"{_DEVICE_TYPE[self.backend]}/", dist.PrefixStore(f"{self.name}/", store))
+        self._store = dist.PrefixStore(f"{DEVICE_TYPE[self.backend]}/", dist.PrefixStore(f"{self.name}/", store))
         if self.backend == "gloo":
             gloo: Any = dist.ProcessGroupGloo  # torch's stubs know neither its _Options nor the constructor that takes them
             gloo_options = gloo._Options()

@@ -13,12 +13,17 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_minpro.cluster.nodes.check import read_reports
+from megatron_minpro.cluster.nodes.needs import needs_of
+from megatron_minpro.config import load_config
 from megatron_minpro.run.attempts import Place
 from megatron_minpro.run.run_folder import ATTEMPTS_FILE, LOST_FILE
 from tests.end_to_end.conftest import without_times
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import GLOBAL_STEPS, RESPONSES, Jobs
+from tests.slurm.conftest import GLOBAL_STEPS, RESPONSES, ROOT, Jobs
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
@@ -39,6 +44,10 @@ def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
         assert (run_dir / "keys" / key).read_text() not in "".join(path.read_text() for path in (run_dir / "logs").iterdir())
     preflight = json.loads((run_dir / "preflight.json").read_text())
     assert preflight["problems"] == {} and set(preflight["nodes"]) == {"n0", "n1", "n2", "n3"}
+    for index, (name, node) in enumerate(preflight["nodes"].items()):  # Debian's /etc/hosts: a loopback address for one's own name
+        assert node["means"][name] == "127.0.1.1" and node["address"] == f"10.77.1.{index + 1}"
+        assert node["variables"]["GLOO_SOCKET_IFNAME"] == node["interface"] == "eth0"
+    assert "names that mean a loopback address on their own node, which is not used: n0, n1, n2, n3" in jobs.output("undisturbed")
     assert all(len(jobs.cluster.pids_on(index)) == 1 for index in range(4))  # Slurm's own daemon alone: no process of the job is left
 
 
@@ -229,16 +238,25 @@ def test_a_job_that_cannot_work_ends_at_once_and_says_why(
     assert "training" not in re.sub(r"trainers|refused_\S+", "", said)  # nothing was started
 
 
-def test_a_dead_node_is_named_by_the_others(jobs: Jobs, cluster: SlurmCluster) -> None:
-    """One of three nodes never runs the check: the first names it, and the second is told."""
-    from megatron_minpro.cluster.nodes import read_reports
+def test_a_checkpoint_has_the_size_that_the_preflight_wants_room_for(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
+    run_dir = jobs.run_dir("undisturbed")
+    tensors = FileSystemReader(run_dir / f"checkpoints/step_{GLOBAL_STEPS + 2:06d}/actor").read_metadata().state_dict_metadata.values()
+    saved = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in tensors if isinstance(tensor, TensorStorageMetadata))
+    assert needs_of(load_config(run_dir / "config.yaml", []), trainers=2).checkpoint == saved
 
-    config = jobs.folder / "undisturbed/config.yaml"
-    command = f".venv/bin/minpro doctor {config} --peers n0,n1,n2 --trainers 2 --gpus 0 --port 23456 --timeout-s 12"
-    done = cluster.client("srun", "--nodes=2", "--nodelist=n0,n1", "--kill-on-bad-exit=0", "bash", "-c", command)
+
+def test_a_dead_node_and_mixed_versions_are_named_by_the_others(jobs: Jobs, cluster: SlurmCluster) -> None:
+    """One of four nodes never runs the check, another has an older package."""
+    config, old = jobs.folder / "undisturbed/config.yaml", jobs.folder / "old/math_verify-0.0.1.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: math-verify\nVersion: 0.0.1\n")
+    command = f".venv/bin/minpro doctor {config} --peers n0,n1,n2,n3 --trainers 4 --gpus 0 --port 23456 --timeout-s 60"
+    command = f'[ "$SLURMD_NODENAME" != n1 ] || export PYTHONPATH={old.parent}:$PYTHONPATH; {command}'
+    done = cluster.client("srun", "--nodes=3", "--nodelist=n0,n1,n2", "--kill-on-bad-exit=0", "bash", "-c", command, cwd=ROOT)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("minpro: error: ")]
-    assert len(lines) == 2
-    assert all("n2: sent no report" in line and line.endswith("Submit again with --exclude=n2, or repair") for line in lines)
+    assert len(lines) == 3 and len(set(lines)) == 1, done.stderr
+    assert "preflight: n1: math-verify 0.0.1, most nodes have " in lines[0] and "; n3: sent no report" in lines[0]
+    assert lines[0].endswith("Submit again with --exclude=n1,n3, or repair")
     reports = read_reports(jobs.folder / "undisturbed/preflight.json")
-    assert reports["n2"] is None and reports["n1"] is not None
+    assert reports["n3"] is None and reports["n1"] is not None
