@@ -374,6 +374,11 @@ class CheckpointConfig(Section):
     """When the run's whole state is saved."""
 
     every: int = Field(default=10, ge=1, description="global steps between checkpoints; the last step always has one")
+    every_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="most minutes between checkpoints, beside every: also written between two updates of a global step; null: no limit",
+    )
     keep: int = Field(
         default=2,
         ge=1,

@@ -30,7 +30,7 @@ from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.scoring import score, take_in
 from megatron_minpro.loop.servers import ask_servers, evaluate, publish, weights_of
 from megatron_minpro.loop.step_under_way import StepUnderWay
-from megatron_minpro.loop.training_run import Driver, StopRequested, TrainingRun, save, stop_requested
+from megatron_minpro.loop.training_run import Driver, StopRequested, TrainingRun, look, save
 from megatron_minpro.loop.update import update
 from rollout.background import in_background
 
@@ -67,9 +67,14 @@ class SamplingTask:
     def join(self, run: TrainingRun) -> SampledBatch | None:
         """Collective. The batch on rank 0, None elsewhere. Publishes the sampling weights again where they are missing.
 
-        Raises ServersFailed.
+        Raises ServersFailed, StopRequested.
         """
         return ask_servers(run, self._ask, policy_version=self.policy_version)
+
+    def wait_until_measured(self, run: TrainingRun) -> None:
+        """Collective. Returns when the held-out measurement that is due before the batch is over. Raises StopRequested."""
+        if run.evaluation_label(self.step) is not None:
+            ask_servers(run, lambda driver: self._measured.wait(), policy_version=self.policy_version)
 
     def _begin(self, driver: Driver) -> Future[SampledBatch]:
         self._future = in_background(lambda: self._work(driver), name=f"sampling of step {self.step}")
@@ -111,11 +116,13 @@ def train_overlapped(run: TrainingRun) -> None:
     while True:
         finished = run.under_way  # all but scoring its batch
         step = run.counters.next_step if finished is None else finished.step + 1
-        done, stopping = step == run.last_step, stop_requested(run)
+        done, stopping = step == run.last_step, look(run).stop
         timer = run.timer()
         if not (done or stopping):
             run.at_step(step)
         before, task = task, None
+        if run.is_rolling and before is not None:
+            before.wait_until_measured(run)
         if step < run.config.num_global_steps and not stopping:
             task = SamplingTask(run, step, policy_version=run.actor.policy_version, before=before)
         if finished is not None:
@@ -142,6 +149,8 @@ def train_and_sample(run: TrainingRun, under_way: StepUnderWay, task: SamplingTa
     if task is not None and under_way.updates == 0:  # else they are kept already
         run.actor.keep_weights(place=run.config.actor.kept_weights)
     update(run, under_way)
+    if task is not None and look(run).save:  # now rather than during the long wait
+        save(run)
     if not run.is_rolling:
         receive(run, under_way, task, under_way.timer)
     if under_way.updates and run.needs_publish(under_way.step):

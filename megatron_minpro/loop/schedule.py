@@ -9,7 +9,7 @@ from types import MappingProxyType
 from megatron_minpro.loop.counters import UnfinishedStep
 from megatron_minpro.loop.overlapped import train_overlapped
 from megatron_minpro.loop.serial import train_serially
-from megatron_minpro.loop.servers import ServersFailed
+from megatron_minpro.loop.servers import ServersFailed, evaluate
 from megatron_minpro.loop.step_under_way import continued
 from megatron_minpro.loop.training_run import StopRequested, TrainingRun, save
 
@@ -20,12 +20,13 @@ Schedule = Callable[[TrainingRun], None]
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType({"serial": train_serially, "overlapped": train_overlapped})
 
 
-def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None) -> bool:
+def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None, measure: tuple[str, ...] = ()) -> bool:
     """Train by the schedule of the configuration. True when all batches are trained, False after a stop. Checkpoints are then on disk.
 
     Args:
         run: the run, its servers holding the weights that are to sample next.
         unfinished: the part of a global step that an earlier attempt has done.
+        measure: which held-out measurements to make: before, after.
 
     Raises:
         ServersFailed: with a checkpoint on disk from which the run continues to the same numbers.
@@ -33,7 +34,12 @@ def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None) -> bool
     if unfinished is not None:
         run.under_way = continued(unfinished, step=run.counters.next_step, timer=run.timer(unfinished))
     try:
+        if "before" in measure:
+            evaluate(run, "before")
         SCHEDULES[run.config.effective_schedule](run)
+        run.checkpoints.wait()
+        if "after" in measure:
+            evaluate(run, "after")
     except (StopRequested, ServersFailed) as reason:
         save(run)
         run.checkpoints.wait()
@@ -41,11 +47,11 @@ def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None) -> bool
             raise
         log.warning("stopped %s, checkpoint written", _where(run))
         return False
-    run.checkpoints.wait()
     return True
 
 
 def _where(run: TrainingRun) -> str:
+    """What a log line says of a stop."""
     if run.under_way is None or run.under_way.record() is None:
         return f"before global step {run.counters.next_step}"
     return f"in global step {run.under_way.step}, after {run.under_way.updates} of {run.config.actor.updates_per_step} updates"

@@ -6,7 +6,7 @@ from megatron_minpro.loop.finish_step import finish_step
 from megatron_minpro.loop.scoring import score, take_in
 from megatron_minpro.loop.servers import ask_servers, evaluate, publish, weights_of
 from megatron_minpro.loop.step_under_way import StepUnderWay
-from megatron_minpro.loop.training_run import StopRequested, TrainingRun, save, stop_requested
+from megatron_minpro.loop.training_run import StopRequested, TrainingRun, look, save
 from megatron_minpro.loop.update import update
 
 
@@ -31,9 +31,10 @@ def train_serially(run: TrainingRun) -> None:
                 publish(run)
         counters.next_step = step + 1
         finish_step(run, under_way)
-        if stop_requested(run) and counters.next_step < run.last_step:
+        wishes = look(run)
+        if wishes.stop and counters.next_step < run.last_step:
             raise StopRequested
-        if run.checkpoint_is_due(counters.next_step):
+        if wishes.save or run.checkpoint_is_due(counters.next_step):
             save(run)
 
 

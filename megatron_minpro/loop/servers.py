@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
-from megatron_minpro.loop.training_run import Driver, TrainingRun, share
+from megatron_minpro.loop.training_run import Driver, StopRequested, TrainingRun, share
 from parallel.weights import take_part
+from rollout.background import in_background
 from rollout.client import RolloutFailed, WeightsMissing
 
+_LOOK_S = 0.5  # how often rank 0 looks for a stop while it waits
 _MOST_FAILED_PUBLISHES = 3  # in a row; then the run stops, because the cause is not temporary
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -44,30 +48,36 @@ def publish(run: TrainingRun) -> str | None:
 def ask_servers(run: TrainingRun, ask: Callable[[Driver], T], *, policy_version: int | None = None) -> T | None:
     """Collective. `ask(driver)` on rank 0, None on the others.
 
-    Where no server holds the wanted weights (all were restarted since), all ranks publish them and rank 0 asks again.
+    Where no server holds the wanted weights (all were restarted since), all ranks publish them and rank 0 asks again. A stop ends the
+    waiting: then `ask` goes on in its thread and nobody takes the answer.
 
     Args:
         run: the run.
-        ask: called on rank 0, again after each publish.
+        ask: called on rank 0 in a thread, again after each publish.
         policy_version: of the weights that are asked: the actor's, or the kept ones; None: the actor's.
 
     Raises:
         ServersFailed: on all ranks, when there is no answer, or when the weights cannot be published.
+        StopRequested: on all ranks, when rank 0 was asked to stop and the answer is not here.
     """
     failed_publishes = 0
     while True:
         answer, trouble = None, None
         if run.driver is not None:
             try:
-                answer = ask(run.driver)
+                answer = _answer(run, in_background(partial(ask, run.driver), name="question to the servers"))
             except WeightsMissing as missing:
                 trouble = ("publish again", str(missing))
             except RolloutFailed as failed:
                 trouble = ("give up", str(failed))
+            except StopRequested:
+                trouble = ("stop", "")
         trouble = share(run, trouble)
         if trouble is None:
             return answer
         remedy, reason = trouble
+        if remedy == "stop":
+            raise StopRequested
         log.warning("%s: %s", remedy, reason)
         if remedy == "give up":
             raise ServersFailed(reason)
@@ -76,6 +86,14 @@ def ask_servers(run: TrainingRun, ask: Callable[[Driver], T], *, policy_version:
         failed_publishes = 0 if failure is None else failed_publishes + 1
         if failure is not None and failed_publishes == _MOST_FAILED_PUBLISHES:
             raise ServersFailed(failure)
+
+
+def _answer(run: TrainingRun, future: Future[T]) -> T:
+    """On rank 0: what the future holds. Raises StopRequested when that is not there and the run was asked to stop."""
+    while not wait((future,), timeout=_LOOK_S).done:
+        if run.stop_requested():
+            raise StopRequested
+    return future.result()
 
 
 @contextmanager
@@ -93,7 +111,7 @@ def weights_of(run: TrainingRun, policy_version: int) -> Iterator[None]:
 
 
 def evaluate(run: TrainingRun, label: str) -> None:
-    """Held-out measurement on rank 0 while the others wait. Raises ServersFailed."""
+    """Held-out measurement on rank 0 while the others wait. Raises ServersFailed, StopRequested."""
     start = time.perf_counter()
     if run.driver is not None:
         run.driver.heartbeat(f"evaluation {label}")

@@ -63,6 +63,8 @@ class TrainingRun:
     checkpoints: Checkpoints
     at_step: Callable[[int], None] = lambda step: None  # called when a global step begins
     under_way: StepUnderWay | None = None  # None between two global steps
+    now: Callable[[], float] = time.monotonic  # asked on rank 0
+    saved_at: float | None = None  # by `now`; None before the first question
     reported: set[str] = field(default_factory=set)  # kinds of warnings that were given; each is given once
 
     @property
@@ -109,18 +111,29 @@ class TrainingRun:
         return step + 1 < self.config.num_global_steps or step + 1 == self.last_step or self.evaluation_label(step + 1) is not None
 
 
-def stop_requested(run: TrainingRun) -> bool:
-    """Collective. Whether rank 0 was asked to stop. Raises RuntimeError on all ranks when a checkpoint could not be written."""
-    stopping, failure = share(run, (run.stop_requested(), run.checkpoints.failure()) if run.driver else None)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What rank 0 was asked for. Equal on all ranks."""
+
+    stop: bool
+    save: bool  # checkpoint.every_minutes are over
+
+
+def look(run: TrainingRun) -> Wishes:
+    """Collective. Raises RuntimeError on all ranks when a checkpoint could not be written."""
+    wishes, failure = share(run, (_wishes(run), run.checkpoints.failure()) if run.driver else None)
     if failure is not None:
         raise RuntimeError(failure)
-    return stopping
+    return wishes
 
 
 def obey(run: TrainingRun) -> None:
-    """Collective, between two optimizer steps. Raises StopRequested when rank 0 was asked to stop, else as `stop_requested`."""
-    if stop_requested(run):
+    """Collective, between two optimizer steps: save if it is time to. Raises StopRequested when rank 0 was asked to stop."""
+    wishes = look(run)
+    if wishes.stop:
         raise StopRequested
+    if wishes.save:
+        save(run)
 
 
 def save(run: TrainingRun) -> None:
@@ -128,6 +141,14 @@ def save(run: TrainingRun) -> None:
     start = time.perf_counter()
     run.checkpoints.save(None if run.under_way is None else run.under_way.record())
     run.counters.add_seconds("checkpoint", time.perf_counter() - start)
+    run.saved_at = run.now()
+
+
+def _wishes(run: TrainingRun) -> Wishes:
+    if run.saved_at is None:
+        run.saved_at = run.now()
+    minutes = run.config.checkpoint.every_minutes
+    return Wishes(stop=run.stop_requested(), save=minutes is not None and run.now() - run.saved_at >= 60 * minutes)
 
 
 def share(run: TrainingRun, value: T | None) -> Any:

@@ -30,7 +30,7 @@ from megatron_minpro.loop import schedule
 from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.loop.driver import RunDriver
 from megatron_minpro.loop.server_weights import RollingWeights
-from megatron_minpro.loop.servers import evaluate, publish, weights_of
+from megatron_minpro.loop.servers import publish, weights_of
 from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run import base_model, run_state
@@ -142,20 +142,18 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
     # The servers' weights are those that sample next from the first request on, resumed or not.
     with weights_of(run, actor.policy_version if actor.kept_version is None else actor.kept_version):
         publish(run)
+    measure: tuple[str, ...] = ()
     if config.evaluation is not None:
         measured = share(run, (run_dir / "evaluation_before.json").exists())  # rank 0's view: file systems may lag
-        if not measured and checkpoint is not None:
+        if not measured and actor.policy_version > 0:
             raise ValueError(f"{run_dir / 'evaluation_before.json'}: is gone, and the policy was trained since; it cannot be measured now")
-        if not measured:
-            evaluate(run, "before")
+        measure = ("after",) if measured else ("before", "after")
     try:
-        complete = schedule.train(run, unfinished=unfinished)
+        complete = schedule.train(run, unfinished=unfinished, measure=measure)
     finally:
         writer.join()  # what was captured is complete, whatever ends this
     profiler.close()
     if complete:
-        if config.evaluation is not None:
-            evaluate(run, "after")
         tensors = actor.export_weights()
         if driver is not None:
             driver.heartbeat("export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,17 +104,44 @@ def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(
     assert command.survivors() == []
 
 
-def test_a_run_whose_schedule_changes_at_every_stop_has_the_same_numbers(
+def test_a_run_killed_inside_steps_continues_by_any_schedule(
     minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path]
 ) -> None:
+    """kill -9 behind a checkpoint that was written between two updates, then a stop: another schedule continues each time."""
     settings, serial = on_two_servers
     run_dir = serial.parent / "changing"
+    latest = run_dir / "checkpoints/latest"
+    every_update = "checkpoint.every_minutes=0.0001"
+    inside = re.compile(r"step_\d{6}_update_000[1-3](_sampled)?")
+    names = []
+
+    def stands_inside(command: Command) -> bool:
+        """Whether the newest checkpoint is one of this attempt, inside a global step. If so the ranks stand still."""
+        ranks = command.ranks()
+        for rank in ranks:
+            rank.suspend()
+        if latest.exists() and inside.fullmatch(latest.read_text()) and latest.read_text() not in names:
+            return True
+        for rank in ranks:
+            rank.resume()
+        return False
+
     for how in ("schedule=overlapped", "schedule=serial", "rollout.publish=rolling"):
-        lines = len(metrics_of(run_dir))
-        command = minpro("train", *settings, "name=changing", how)
-        if how != "rollout.publish=rolling":
-            wait_for(lambda: len(metrics_of(run_dir)) > lines, command)  # noqa: B023  used within the iteration
-            interrupt(command)
-        code, _, err = command.wait()
-        assert code == (0 if how == "rollout.publish=rolling" else 1), err
-    assert_equal_runs(serial, run_dir)
+        command = minpro("train", *settings, "name=changing", how, every_update)
+        wait_for(lambda: stands_inside(command), command)  # noqa: B023  used within the iteration
+        names.append(latest.read_text())
+        command.kill_everything()
+        command.process.wait()
+    assert [name.endswith("_sampled") for name in names] == [False, True, False] and names == sorted(names)
+    lines = len(metrics_of(run_dir))
+    command = minpro("train", *settings, "name=changing", "schedule=overlapped")
+    wait_for(lambda: len(metrics_of(run_dir)) > lines, command)
+    interrupt(command)
+    code, _, err = command.wait()
+    assert code in (0, 1), err  # it may have been in its last step
+    if code:
+        train(minpro, settings, "changing", "schedule=serial")
+    lost = ("total/rollouts_sampled",)
+    assert without_times(metrics_of(run_dir), but=lost) == without_times(metrics_of(serial), but=lost)
+    ours, theirs = (load_file(run / "policy/model.safetensors") for run in (run_dir, serial))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -21,11 +22,14 @@ from megatron_minpro.cluster.nodes.needs import needs_of
 from megatron_minpro.config import load_config
 from megatron_minpro.run.attempts import Place
 from megatron_minpro.run.run_folder import ATTEMPTS_FILE, LOST_FILE
+from megatron_minpro.tracking.progress import Progress, read_progress
 from tests.end_to_end.conftest import without_times
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import GLOBAL_STEPS, RESPONSES, ROOT, Jobs
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
+
+Found = TypeVar("Found")
 
 
 def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
@@ -62,9 +66,12 @@ class Disturbed:
     lost_before_the_limit: int
     said_at_the_limit: str
     steps_at_the_limit: int
-    saved_at_the_limit: int
+    updating_at_the_limit: int
+    saved_at_the_limit: str
     urgent_state: str
     said_while_urgent: str
+    sampling_while_urgent: int
+    saved_while_urgent: str
     restarts_before_the_death: int
     lost_before_the_death: int
     restarts: int
@@ -85,14 +92,59 @@ def standing_still(jobs: Jobs) -> Iterator[None]:
             rank.resume()
 
 
+def global_step(checkpoint: str) -> int:
+    """step_000007_update_0003: 7."""
+    return int(checkpoint.removeprefix("step_").partition("_")[0])
+
+
+@contextmanager
+def standing_still_when(jobs: Jobs, condition: Callable[[], Found], what: str) -> Iterator[Found]:
+    """As standing_still, at a moment at which the condition is true. Gives what it found."""
+    deadline = time.monotonic() + 360
+    while True:
+        assert time.monotonic() < deadline, f"never {what}"
+        if condition():
+            with standing_still(jobs):
+                if found := condition():  # still, now that nothing goes on
+                    yield found
+                    return
+        time.sleep(0.01)
+
+
+@contextmanager
+def without_answers(jobs: Jobs, name: str) -> Iterator[None]:
+    """The trainer waits for a batch, and the servers stand still: no response arrives inside the block."""
+    done = False
+    while not done:
+        jobs.cluster.until(lambda: progress(jobs, name).beside == "sample", "sampling", timeout_s=360)
+        servers = [process for index in (2, 3) for process in jobs.processes_on(index, "rollout.sglang.cpu")]
+        for server in servers:
+            server.suspend()
+        # If the batch was complete already, the trainer goes on to the weight sync.
+        jobs.cluster.until(lambda: progress(jobs, name).phase in ("wait", "sync"), "the end of an update", timeout_s=360)
+        time.sleep(0.5)
+        if done := progress(jobs, name).phase == "wait":
+            yield
+        for server in servers:
+            with suppress(psutil.NoSuchProcess):
+                server.resume()
+
+
+def progress(jobs: Jobs, name: str) -> Progress:
+    """What goes on in the job."""
+    found = read_progress(jobs.run_dir(name))
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
     """One job for all these tests: a job spends most of its time in starting."""
     name = "disturbed"
     cluster, run_dir, job_id = jobs.cluster, jobs.run_dir(name), jobs.submit(name)
 
-    def saved() -> int:
-        return int((run_dir / "checkpoints/latest").read_text().removeprefix("step_"))
+    def saved() -> str:
+        return (run_dir / "checkpoints/latest").read_text()
 
     jobs.wait_for_steps(name, job_id, 3)
     min(jobs.processes_on(3, "rollout.sglang.cpu"), key=lambda process: process.create_time()).kill()
@@ -100,7 +152,7 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
         cluster.until(lambda: "runs again" in (run_dir / "logs/serve-0-n3.log").read_text(), "a new server", timeout_s=360)
     jobs.wait_for_steps(name, job_id, 4)
     with standing_still(jobs):
-        restarts_before_the_failure, saved_before_the_failure = cluster.job(job_id).restarts, saved()
+        restarts_before_the_failure, saved_before_the_failure = cluster.job(job_id).restarts, global_step(saved())
         jobs.kill_ranks(1)
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_failure + 1, "the requeue", timeout_s=360)
     said_at_the_failure = jobs.output(name)
@@ -108,22 +160,27 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
     restarts_before_the_limit, lost_before_the_limit = cluster.job(job_id).restarts, int((run_dir / LOST_FILE).read_text())
 
     minutes = int(cluster.job(job_id).fields["RunTime"].split(":")[1])
-    with standing_still(jobs):  # less than --signal's half hour is left then: Slurm sends USR1 when it next looks, within half a minute
+    # Less than --signal's half hour is left then: Slurm sends USR1 when it next looks, within half a minute.
+    with standing_still_when(jobs, lambda: progress(jobs, name).phase == "update", "in an update"):
+        updating_at_the_limit = len(jobs.metrics(name))
         cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + 2}")
         cluster.until(lambda: "USR1: time is nearly up" in jobs.output(name), "USR1", timeout_s=360)
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_limit + 1, "the requeue", timeout_s=360)
     cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-0")  # the next attempt has a day again
     said_at_the_limit, steps_at_the_limit, saved_at_the_limit = jobs.output(name), len(jobs.metrics(name)), saved()
 
-    jobs.wait_for_steps(name, job_id, saved_at_the_limit + 2)
-    with standing_still(jobs):
+    jobs.wait_for_steps(name, job_id, global_step(saved_at_the_limit) + 2)
+    with without_answers(jobs, name):
+        sampling_while_urgent = len(jobs.metrics(name))
         options = ("--partition=urgent", "--nodes=4", "--exclusive", f"--output={jobs.folder}/urgent.out", "--wrap=hostname")
         urgent = cluster.submit(*options, cwd=jobs.folder)
         cluster.until(lambda: "USR1: time is nearly up" in jobs.output(name)[len(said_at_the_limit) :], "USR1", timeout_s=360)
+        cluster.until(lambda: "_update_" in saved() and global_step(saved()) == sampling_while_urgent, "the checkpoint", timeout_s=360)
+        saved_while_urgent = saved()
     urgent_state = cluster.wait(urgent, timeout_s=360).state
     said_while_urgent = jobs.output(name)[len(said_at_the_limit) :]
 
-    jobs.wait_for_steps(name, job_id, saved() + 1)
+    jobs.wait_for_steps(name, job_id, global_step(saved()) + 1)
     with standing_still(jobs):
         restarts_before_the_death = cluster.job(job_id).restarts
         lost_before_the_death = int((run_dir / LOST_FILE).read_text())
@@ -138,9 +195,12 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
         lost_before_the_limit=lost_before_the_limit,
         said_at_the_limit=said_at_the_limit,
         steps_at_the_limit=steps_at_the_limit,
+        updating_at_the_limit=updating_at_the_limit,
         saved_at_the_limit=saved_at_the_limit,
         urgent_state=urgent_state,
         said_while_urgent=said_while_urgent,
+        sampling_while_urgent=sampling_while_urgent,
+        saved_while_urgent=saved_while_urgent,
         restarts_before_the_death=restarts_before_the_death,
         lost_before_the_death=lost_before_the_death,
         restarts=jobs.finish(name, job_id).restarts,
@@ -166,7 +226,9 @@ def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(distur
 def test_the_time_limit_makes_it_save_requeue_and_continue_exactly(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
     assert "USR1: time is nearly up" in disturbed.said_at_the_limit
     assert "stopped with a checkpoint; requeued" in disturbed.said_at_the_limit
-    assert disturbed.saved_at_the_limit == disturbed.steps_at_the_limit >= 6  # nothing was done after the checkpoint
+    # The update that the signal met was not finished: the checkpoint is of the same global step.
+    assert re.fullmatch(rf"step_{disturbed.updating_at_the_limit:06d}_update_\d{{4}}", disturbed.saved_at_the_limit)
+    assert disturbed.updating_at_the_limit == disturbed.steps_at_the_limit >= 6  # nothing was done after the checkpoint
     assert_equal_but_for_the_lost(disturbed, undisturbed)
     assert disturbed.lost_before_the_death == disturbed.lost_before_the_limit
     assert {"train-1-n0.log", "train-2-n0.log"} <= disturbed.logs
@@ -183,6 +245,8 @@ def test_an_urgent_job_preempts_it_and_it_continues_to_the_same_numbers(disturbe
     assert disturbed.urgent_state == "COMPLETED"
     assert disturbed.restarts_before_the_death == disturbed.restarts_before_the_limit + 2  # the first for the time limit
     assert "USR1: time is nearly up" in disturbed.said_while_urgent
+    # No server answered from the signal to the checkpoint: the stop did not wait for the batch.
+    assert disturbed.saved_while_urgent == f"step_{disturbed.sampling_while_urgent:06d}_update_0016"
     assert_equal_but_for_the_lost(disturbed, undisturbed)
     assert disturbed.lost_before_the_death == disturbed.lost_before_the_limit
 
@@ -208,6 +272,26 @@ def test_a_second_failure_at_the_same_place_ends_the_job(jobs: Jobs, undisturbed
     lines = [json.loads(line) for line in (jobs.run_dir(name) / ATTEMPTS_FILE).read_text().splitlines()]
     assert [(line["attempt"], line["event"]) for line in lines] == [(0, "began"), (0, "failed"), (1, "began"), (1, "failed")]
     assert [line["then"].split()[0] for line in lines[1::2]] == ["requeue", "stop"] and failed in lines[3]["reason"]
+
+
+def test_a_stop_lets_a_save_end_and_is_requeued_only_so_often(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
+    checkpoints = jobs.run_dir("capped") / "checkpoints"
+
+    def being_written() -> str | None:
+        found = [path.name for path in checkpoints.glob(".step_*.partial")]
+        return found[0].removeprefix(".").removesuffix(".partial") if found else None
+
+    job_id = jobs.submit("capped", "checkpoint.every=1", MAX_REQUEUES="0")
+    jobs.wait_for_steps("capped", job_id, 1)
+    with standing_still_when(jobs, being_written, "saving") as name:
+        jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job_id))
+        jobs.cluster.until(lambda: "USR1: time is nearly up" in jobs.output("capped"), "USR1", timeout_s=360)
+    job = jobs.cluster.wait(job_id, timeout_s=360)
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 1, 0)
+    assert "stopped with a checkpoint; not requeued: that was done 0 times (MAX_REQUEUES)" in jobs.output("capped")
+    latest = (checkpoints / "latest").read_text()
+    assert (checkpoints / name / "run.json").is_file() and latest >= name and not list(checkpoints.glob(".step_*"))
+    assert global_step(latest) <= global_step(name) + 1, "it was not trained on"
 
 
 @pytest.mark.parametrize(

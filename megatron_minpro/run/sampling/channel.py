@@ -92,6 +92,12 @@ class Channel:
         """Call a function of the other side and wait. Raises what it raises, or ChannelClosed."""
         return self.begin(function, *arguments, **options).result()
 
+    @property
+    def awaits_answers(self) -> bool:
+        """Whether calls of this side are under way."""
+        with self._state:
+            return bool(self._waiting)
+
     def close(self) -> None:
         """End the connection. Calls under way raise ChannelClosed, on both sides."""
         with suppress(OSError):  # the other side has closed it already

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from megatron_minpro.data.sources import load_prompts
 from megatron_minpro.run.run_folder import CONFIG_FILE
 from megatron_minpro.run.sampling.channel import ChannelClosed
 from megatron_minpro.run.sampling.process import SamplingProcess
+from rollout.background import in_background
 from rollout.client import RolloutFailed
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -113,6 +115,22 @@ def test_a_killed_one_is_named_by_every_call(run_dir: Path) -> None:
     for _ in range(2):
         with pytest.raises(ChannelClosed, match=rf"^the sampling process \(pid {process.pid}\) was ended by SIGKILL$"):
             process.collect(0, policy_version=0)
+
+
+def test_it_ends_with_a_batch_under_way_and_its_requests_end_too(run_dir: Path) -> None:
+    process = SamplingProcess(run_dir)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process.start(cursor=None, **(START | {"endpoints": [f"http://127.0.0.1:{silent.getsockname()[1]}"]}))
+        batch = in_background(lambda: process.collect(0, policy_version=0), name="batch")
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(65536)
+            process.close()
+            assert not psutil.pid_exists(process.pid)
+            connection.settimeout(20)
+            assert connection.recv(65536) == b"", "the server is told that nobody waits for its answer"
+    with pytest.raises(ChannelClosed):
+        batch.result(timeout=20)
 
 
 def test_it_ends_at_once_with_rank_0(run_dir: Path) -> None:
