@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron_minpro.cluster import planning
+from megatron_minpro.cluster.planned_stop import PlannedStop, planned_stop
 from megatron_minpro.cluster.training_choice import TrainingChoice
 from megatron_minpro.config import RunConfig
 from megatron_minpro.config.shipped import find_config
@@ -61,7 +62,7 @@ def split_nodes(config: RunConfig, *, gpus_per_node: int) -> NodeSplit:
     return NodeSplit(trainers=world_size // gpus_per_node, servers=nodes, servers_per_node=servers // nodes, gpus_per_node=gpus_per_node)
 
 
-def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit) -> str:
+def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit, stop: PlannedStop) -> str:
     """The command that submits the job.
 
     Args:
@@ -69,6 +70,7 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
         overrides: key=value settings. Those that the script sets from its variables are left out.
         run_dir: the run folder.
         split: who gets which nodes.
+        stop: what the job needs between the signal and its time limit.
 
     Returns:
         One line for a shell.
@@ -80,9 +82,11 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
         "SERVERS_PER_NODE": str(split.servers_per_node),
     }
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value != _USUAL[name]]
+    words += stop.variables
     words += ["sbatch", f"--nodes={split.nodes}"] if split.nodes != _USUAL_NODES else ["sbatch"]
     if split.gpus_per_node != _USUAL_GPUS:
         words.append(f"--gpus-per-node={split.gpus_per_node}")
+    words += stop.options
     settings = [shlex.quote(each) for each in overrides if each.partition("=")[0] not in _SET_BY_SCRIPT]
     return " ".join([*words, SCRIPT, *settings])
 
@@ -111,14 +115,16 @@ def describe(path: Path, overrides: Sequence[str], config: RunConfig, *, hardwar
     planning.check_length(shape, work)
     plan = make_plan(shape, config.layout, planning.training_of(config, machine, TrainingChoice()), machine, work)
     _refuse_what_does_not_fit(plan)
+    stop = planned_stop(plan)
     ranks, servers = config.world_size, config.rollout.servers
     lines = [
         f"nodes 1 to {split.trainers} train: {ranks} ranks, {split.gpus_per_node} a node",
         f"nodes {split.trainers + 1} to {split.nodes} serve: {servers} SGLang servers of {config.rollout.tp} GPUs, "
         f"{split.servers_per_node} a node",
+        stop.line(),
         f"before the first submission: {shlex.join(['minpro', 'rehearse', str(path), '--hardware', hardware, *overrides])}",
     ]
-    command = sbatch_command(path, overrides, config.run_dir, split)
+    command = sbatch_command(path, overrides, config.run_dir, split, stop)
     return command, Group(*map(Text, lines), view.describe(plan, [], []))
 
 

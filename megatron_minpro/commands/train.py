@@ -80,10 +80,12 @@ def train(options: TrainOptions) -> None:
     elif options.prepare:
         from rich.console import Console
 
-        from megatron_minpro.run.preflight import prepare
+        from megatron_minpro.run.preflight import measured_stop, prepare
 
         with Console(stderr=True).status("checking model and prompts"):
             run_dir = prepare(config, attempt=options.attempt)
+        if (warning := measured_stop(config)) is not None:
+            typer.echo(f"minpro: {warning}", err=True)
         typer.echo(run_dir)
     else:
         _train(options, config)

@@ -379,6 +379,12 @@ class CheckpointConfig(Section):
         gt=0,
         description="most minutes between checkpoints, beside every: also written between two updates of a global step; null: no limit",
     )
+    stop_within_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds that a stop may take until its checkpoint is on disk: a run that needs more says so; null: no limit. The job "
+        "script sets it to STOP_WITHIN",
+    )
     keep: int = Field(
         default=2,
         ge=1,

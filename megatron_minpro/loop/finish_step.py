@@ -7,6 +7,7 @@ import logging
 from megatron_minpro.loop.idle import idle_metrics
 from megatron_minpro.loop.logprob_gap import gap_warning
 from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.stop_time import CHECKPOINT, stop_warning
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives.idle_clip import idle_clip
 
@@ -34,7 +35,14 @@ def finish_step(run: TrainingRun, under_way: StepUnderWay) -> None:
         "throughput/tokens_per_second": metrics.get("batch/tokens", 0.0) / seconds,
         **idle_metrics(within, wall_s=seconds, overlapped=overlapped, servers_wait_s=servers_wait_s),
     }
-    for kind, warning in (("idle clip", idle_clip(metrics)), ("log-prob gap", gap_warning(metrics, run.config))):
+    if (written_s := run.checkpoints.seconds()) is not None:
+        metrics[CHECKPOINT] = written_s
+    warnings = {
+        "idle clip": idle_clip(metrics),
+        "log-prob gap": gap_warning(metrics, run.config),
+        "stop": stop_warning(metrics, allowed_s=run.config.checkpoint.stop_within_s),
+    }
+    for kind, warning in warnings.items():
         if warning is not None and kind not in run.reported:
             log.warning("global step %d: %s", step, warning)
             run.reported.add(kind)

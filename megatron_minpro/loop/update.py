@@ -12,6 +12,7 @@ from megatron_minpro.batch.staleness import expected_lag
 from megatron_minpro.loop.learning_rate import training_rate
 from megatron_minpro.loop.routing import experts_of, forget_experts, trained_metrics
 from megatron_minpro.loop.step_under_way import StepUnderWay
+from megatron_minpro.loop.stop_time import LONGEST_UPDATE
 from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from parallel.actor import LossFunction, MegatronActor, UpdateReport
@@ -32,11 +33,14 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     experts = experts_of(run, batch)
     for samples in batch.mini_batches(num_mini_batches=updates, seed=run.config.seed)[under_way.updates :]:
         obey(run)
+        before_s = under_way.timer.seconds.get("update", 0.0)
         with under_way.timer("update"):
             lag = run.actor.policy_version - batch.policy_version
             sequences = [sample.training_sequence(experts[sample.sample_id]) for sample in samples]
             rate = training_rate(run.config.actor, run.actor.policy_version)
             report = train_mini_batch(run.actor, sequences, run.objective, learning_rate=rate)
+        took_s = under_way.timer.seconds["update"] - before_s
+        under_way.metrics[LONGEST_UPDATE] = max(took_s, under_way.metrics.get(LONGEST_UPDATE, 0.0))
         under_way.updates += 1
         under_way.lags.append(lag)
         under_way.reports.append(report)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +67,7 @@ class CheckpointWriter:
         self._first = dist.get_rank() == 0
         self._thread: Thread | None = None
         self._failure: str | None = None
+        self.seconds: float | None = None  # of writing the newest complete checkpoint, from its beginning
 
     def save(
         self,
@@ -85,6 +87,7 @@ class CheckpointWriter:
         is no room to begin, ValueError for a waiting batch without behaviour log-probs.
         """
         self.wait()
+        start = time.monotonic()
         for sample in (sample for batch in waiting for sample in batch.samples):
             if sample.behaviour_logprobs is None:
                 raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
@@ -116,6 +119,7 @@ class CheckpointWriter:
                     write_part(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
                     self._finish(partial, name, state, batches, end_of_sampling=f"step_{config.num_global_steps:06d}")
+                self.seconds = time.monotonic() - start
             except BaseException as error:  # without this the error would be lost
                 self._failure = (
                     f"checkpoint {name} was not written, the former ones are kept: {type(error).__name__}: {' '.join(str(error).split())}"

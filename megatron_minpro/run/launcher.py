@@ -22,6 +22,7 @@ from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import read_architecture
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.loop.logprob_gap import gap_warning
+from megatron_minpro.loop.stop_time import stop_warning
 from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
@@ -75,7 +76,11 @@ def run(config: RunConfig, *, resume: str) -> Path:
                 num_global_steps=config.num_global_steps,
                 name=config.name,
                 resumed_from=resumed,
-                alarms=(idle_clip, partial(gap_warning, config=config)),
+                alarms=(
+                    idle_clip,
+                    partial(gap_warning, config=config),
+                    partial(stop_warning, allowed_s=config.checkpoint.stop_within_s),
+                ),
             ) as console,
         ):
             with clock.phase("base_model"):

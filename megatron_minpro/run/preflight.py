@@ -10,11 +10,13 @@ from checkpoints_convert.hf_config import Architecture, read_architecture
 from megatron_minpro.cluster import checks
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.data.rows import is_file, is_source_of_rows
+from megatron_minpro.loop.stop_time import stop_warning
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempts import record_beginning
 from megatron_minpro.run.plug_ins import check_plug_ins
 from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 from parallel.capabilities import Capabilities, detect
 
 
@@ -99,6 +101,12 @@ def prepare(config: RunConfig, *, attempt: tuple[str, int] | None) -> Path:
         checkpoint = checkpoint_to_continue(config.run_dir / "checkpoints", config)
         record_beginning(config.run_dir, job=job, number=number, checkpoint=checkpoint)
     return config.run_dir
+
+
+def measured_stop(config: RunConfig) -> str | None:
+    """What to say when earlier attempts at the run show that a stop takes longer than the job gives it; None when all is well."""
+    found = [stop_warning(line, allowed_s=config.checkpoint.stop_within_s) for line in read_metrics(config.run_dir / METRICS_FILE)]
+    return next((warning for warning in reversed(found) if warning is not None), None)
 
 
 def check_run_folder(config: RunConfig, *, resume: str) -> Path | None:

@@ -217,6 +217,10 @@ class RunCheckpoints:
         """See CheckpointWriter."""
         return self.writer.failure()
 
+    def seconds(self) -> float | None:
+        """See CheckpointWriter."""
+        return self.writer.seconds
+
 
 def build_driver(
     config: RunConfig,

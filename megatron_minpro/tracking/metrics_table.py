@@ -190,6 +190,8 @@ METRICS: tuple[Metric, ...] = (
     _metric("time/score", "s", Combined.WALL, _FINISH, "log-probs under the weights that sampled, corrections included"),
     _metric("time/update", "s", Combined.WALL, _FINISH, "optimizer steps"),
     _metric("time/sync", "s", Combined.WALL, _FINISH, "new weights into the servers"),
+    _metric("time/longest_update", "s", Combined.WALL, _UPDATE, "the longest optimizer step: a stop waits for it"),
+    _metric("time/checkpoint", "s", Combined.WALL, _FINISH, "writing the newest checkpoint, from the copy to the disk"),
     _metric(
         "time/evaluate", "s", Combined.WALL, "loop/overlapped.py", "held-out measurement beside training; under schedule: overlapped alone"
     ),

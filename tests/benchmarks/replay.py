@@ -224,3 +224,7 @@ class NoCheckpoints:
     def failure(self) -> str | None:
         """None: nothing can fail."""
         return None
+
+    def seconds(self) -> float | None:
+        """None: nothing is written."""
+        return None

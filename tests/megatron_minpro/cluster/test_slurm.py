@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_minpro import cli
-from megatron_minpro.cluster.slurm import NodeSplit, sbatch_command, split_nodes
+from megatron_minpro.cluster.planned_stop import SCRIPT_SIGNAL_S, SCRIPT_STOP_WITHIN_S, PlannedStop
+from megatron_minpro.cluster.slurm import SCRIPT, NodeSplit, sbatch_command, split_nodes
 from megatron_minpro.config import load_config
 
 CONFIG = "configs/qwen3_30b_a3b.yaml"
@@ -64,19 +66,38 @@ def test_what_is_too_much_for_one_gpu_may_fit_another(capsys: pytest.CaptureFixt
 def test_the_command_says_what_differs_from_the_scripts_own_values() -> None:
     split = NodeSplit(trainers=8, servers=2, servers_per_node=3, gpus_per_node=4)
     overrides = ["world_size=32", "rollout.servers=6", "name=my run", "seed=3", "prompts.options={split: train}"]
-    command = sbatch_command(Path("configs/mine.yaml"), overrides, Path("runs/my run"), split)
+    stop = PlannedStop(piece="a mini-batch", piece_s=100.0, checkpoint_bytes=2.25e12)
+    command = sbatch_command(Path("configs/mine.yaml"), overrides, Path("runs/my run"), split, stop)
     assert shlex.split(command) == [
         "CONFIG=configs/mine.yaml",
         "RUN_DIR=runs/my run",
         "TRAINER_NODES=8",
         "SERVERS_PER_NODE=3",
+        "STOP_WITHIN=2400",
         "sbatch",
         "--nodes=10",
         "--gpus-per-node=4",
+        "--signal=B:USR1@2700",
         "slurm/qwen3_30b_a3b.sbatch",
         "seed=3",
         "prompts.options={split: train}",
     ]
+
+
+def test_the_scripts_own_times_are_those_that_a_stop_is_held_against() -> None:
+    script = Path(SCRIPT).read_text()
+    assert f'"${{STOP_WITHIN:={SCRIPT_STOP_WITHIN_S}}}"' in script and f"#SBATCH --signal=B:USR1@{SCRIPT_SIGNAL_S}\n" in script
+    enough = PlannedStop(piece="a mini-batch", piece_s=600.0, checkpoint_bytes=9e11)
+    assert (enough.seconds, enough.variables, enough.options) == (1500, (), ())
+
+
+def test_a_stop_of_the_shipped_run_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", CONFIG, "--dry-run", "--slurm"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # 30.5e9 parameters: bf16 weights, those that sample a missing batch, fp32 weights, two moments: 16 bytes each.
+    assert re.search(r"a stop takes up to \d+ s: the scoring of a batch \d+ s, a checkpoint of 489 GB 489 s at 1 GB/s", said)
+    assert cli.run(["train", CONFIG, "--dry-run", "--slurm", "staleness=0"]) == 0
+    assert "a checkpoint of 427 GB 427 s" in " ".join(capsys.readouterr().out.split()), "the serial schedule keeps no second weights"
 
 
 def test_it_is_a_dry_run_only(capsys: pytest.CaptureFixture[str]) -> None:

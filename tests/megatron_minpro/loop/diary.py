@@ -175,6 +175,7 @@ class FakeCheckpoints:
         self.next_step = next_step
         self.latest: UnfinishedStep | None = None  # of the newest checkpoint
         self.fails_at: int | None = None
+        self.seconds: Callable[[], float | None] = lambda: None
 
     def save(self, unfinished: UnfinishedStep | None) -> None:
         self.latest = unfinished

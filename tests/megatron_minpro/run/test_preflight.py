@@ -24,6 +24,7 @@ from megatron_minpro.run import base_model, preflight
 from megatron_minpro.run.dry_run import describe
 from megatron_minpro.run.run_state import describe_model
 from megatron_minpro.tasks.arithmetic_chains.tokenizer import build_tokenizer
+from megatron_minpro.tracking.metrics_file import MetricsFile
 from parallel.capabilities import detect
 from tests.megatron_minpro.run.test_launcher import add_checkpoint
 
@@ -348,6 +349,18 @@ def test_the_resolved_configuration_stands_in_the_run_folder(tmp_path: Path, cap
     assert cli.run(["train", str(TINY), "--prepare", *settings]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'job'}\n"
     assert load_config(tmp_path / "job/config.yaml", []) == load_config(TINY, settings)
+
+
+def test_a_jobs_first_step_says_what_earlier_attempts_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"output_dir={tmp_path}", "name=job", f"model.path={tmp_path / 'model'}", "checkpoint.stop_within_s=1500"]
+    with MetricsFile(tmp_path / "job") as file:
+        file.log(0, {"time/longest_update": 1100.0, "time/checkpoint": 500.0})
+        file.log(1, {"time/score": 100.0, "time/checkpoint": 500.0})
+    assert cli.run(["train", str(TINY), "--prepare", *settings]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("minpro: a stop takes up to 1600 s (an update 1100.0 s, a checkpoint 500.0 s)") and said.count("\n") == 1
+    assert cli.run(["train", str(TINY), "--prepare", *settings, "checkpoint.stop_within_s=1600"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_job_of_several_machines_is_not_judged_by_this_ones_gpus(place: Path) -> None:

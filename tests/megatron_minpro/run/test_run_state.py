@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -308,9 +309,11 @@ def test_training_during_the_writing_of_a_checkpoint_changes_nothing(
     # The step after it.
     actor.policy_version, counters.next_step, counters.seconds["sample"] = 48, 3, 2.0
     cursor["position"].append(2)
-    assert latest_checkpoint(directory) is None and one.failure() is None
+    assert latest_checkpoint(directory) is None and one.failure() is None and one.seconds is None
+    time.sleep(0.05)
     actor.may_write.set()
     begin(one, 3)  # waits for the former
+    assert one.seconds is not None and one.seconds >= 0.05, "from the copy to the disk"
     assert (directory / "step_000002/run.json").exists()
     found = load(directory / "step_000002")
     assert (found.counters, found.cursor) == (RunCounters(next_step=2, seconds={"sample": 1.0}), {"position": [1]})
