@@ -67,6 +67,7 @@ transformer-engine: ## fused layers for the trainer on GPUs, optional: one wheel
 
 without-transformer-engine: ## remove it
 	.venv/bin/pip uninstall --yes transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
+	rm -rf .venv/lib/python3.*/site-packages/transformer_engine # folders that pip leaves
 
 train: setup ## the main job: base model, servers, training, evaluation, plots
 	.venv/bin/minpro train $(CONFIG) $(ARGS)

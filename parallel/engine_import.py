@@ -41,7 +41,11 @@ class EngineImport:
 @functools.cache
 def import_engine() -> EngineImport:
     """Import it once. When that fails, later imports of it fail as if it were not installed."""
-    if importlib.util.find_spec(MODULE) is None:
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None:
+        return EngineImport(version=None, error=None)
+    if spec.origin is None:  # folders without a module: what pip leaves when it removes the package
+        hide(MODULE)
         return EngineImport(version=None, error=None)
     try:
         version = importlib.metadata.version("transformer-engine")

@@ -41,7 +41,8 @@ SHARED_FILE_SYSTEMS = (
 
 def imported(module: str, distribution: str) -> dict[str, str | None]:
     """Import a module: which version, and why the import failed. Both None when its package is not there at all."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    if spec is None or spec.origin is None:  # no origin: folders without a module, which pip leaves when it removes a package
         return {"version": None, "error": None}
     try:
         version = importlib.metadata.version(distribution)

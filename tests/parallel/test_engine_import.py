@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.engine_import import EngineImport, import_engine
 from parallel.hidden_packages import OPTIONAL
 
 # What an installation against another torch leaves: the outer package imports, its torch extension does not.
@@ -70,6 +72,17 @@ def test_packages_that_do_not_import_are_one_line_each_and_unused(half_installed
     assert no_flash_mla is True
     [hidden_line] = hidden
     assert hidden_line.startswith("flash_mla is installed but does not import (OSError: libcuda_of_no_machine.so.1: cannot open shared")
+
+
+def test_folders_that_pip_leaves_are_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformer_engine" / "common").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert import_engine.__wrapped__() == EngineImport(version=None, error=None)
+        with pytest.raises(ImportError):
+            importlib.import_module("transformer_engine")
+    finally:
+        sys.modules.pop("transformer_engine", None)
 
 
 def optional_imports(body: list[ast.stmt]) -> Iterator[str]:

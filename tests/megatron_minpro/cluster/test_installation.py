@@ -78,6 +78,12 @@ def test_what_is_loaded_is_reported_not_what_is_declared(packages: Path) -> None
     assert found.executable == sys.executable and found.environment == sys.prefix
 
 
+def test_folders_that_pip_leaves_are_no_package(packages: Path) -> None:
+    for name in ("__init__.py", "pytorch.py"):
+        (packages / "transformer_engine" / name).unlink()
+    assert probe(packages).engine == Package(version=None, error=None)
+
+
 def test_a_toolkit_is_what_cuda_home_holds(packages: Path, tmp_path: Path) -> None:
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
