@@ -19,7 +19,8 @@ def train_serially(run: TrainingRun) -> None:
     counters = run.counters
     while counters.next_step < run.last_step:
         step = counters.next_step
-        if run.under_way is None and (label := run.evaluation_label(step)) is not None:
+        # Where the batch of a continued step is missing, the other schedule may not have measured either: it does both in one thread.
+        if (label := run.evaluation_label(step)) is not None and (run.under_way is None or run.under_way.batch == "missing"):
             evaluate(run, label)
         run.at_step(step)
         under_way = run.begin_step(step, run.timer()) if run.under_way is None else run.under_way

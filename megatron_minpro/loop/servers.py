@@ -111,9 +111,9 @@ def weights_of(run: TrainingRun, policy_version: int) -> Iterator[None]:
 
 
 def evaluate(run: TrainingRun, label: str) -> None:
-    """Held-out measurement on rank 0 while the others wait. Raises ServersFailed, StopRequested."""
-    start = time.perf_counter()
+    """Held-out measurement, under the weights that sample next, on rank 0 while the others wait. Raises ServersFailed, StopRequested."""
+    start, version = time.perf_counter(), run.sampling_version
     if run.driver is not None:
         run.driver.heartbeat(f"evaluation {label}")
-    ask_servers(run, lambda driver: driver.evaluate(label, policy_version=run.actor.policy_version))
+    ask_servers(run, lambda driver: driver.evaluate(label, policy_version=version), policy_version=version)
     run.counters.add_seconds("evaluate", time.perf_counter() - start)

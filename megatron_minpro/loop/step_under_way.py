@@ -4,7 +4,8 @@
     none | missing     the whole state before it      kept weights if missing             kept weights if missing
     waiting            the batch is in the buffer     the batch is in the buffer          (the step ends)
 
-`missing` batches are sampled again, under the weights that the step began with. With no update done these are the actor's own.
+`missing` batches are sampled again, under the weights that the step began with. With no update done these are the actor's own. Before it
+the held-out measurement of the step is made, where one is due: it may be missing too.
 """
 
 from __future__ import annotations
