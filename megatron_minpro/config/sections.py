@@ -276,11 +276,29 @@ class RolloutConfig(Section):
     request_timeout_s: MayChange[float] = Field(default=600.0, gt=0, description="one generation request, retries not included")
     max_retries: MayChange[int] = Field(default=3, ge=0, description="further attempts after a failed request")
     max_server_restarts: MayChange[int] = Field(
-        default=5, ge=0, description="of one dead or hung server within the window; one more ends the run"
+        default=5, ge=0, description="of one dead or hung server within the window; after one more it is given up"
     )
     restart_window_s: MayChange[float] = Field(default=3600.0, gt=0, description="the window of max_server_restarts")
     unresponsive_after_s: MayChange[float] = Field(
-        default=15.0, gt=0, description="a server whose health check gives no answer for this long counts as hung"
+        default=15.0, gt=0, description="a server whose HTTP process gives no answer for this long counts as hung"
+    )
+    progress_timeout_s: MayChange[float] = Field(
+        default=120.0,
+        gt=0,
+        description="a server whose computing process gives no answer between two of its steps for this long counts as hung. With "
+        "weight_sync: disk, which loads a whole model in one step, its bytes / weight_sync_gb_per_s are added",
+    )
+    control_timeout_s: MayChange[float] = Field(
+        default=30.0, gt=0, description="what moves no weights: a look at a server, pause, new version, continue, leaving a process group"
+    )
+    weight_sync_timeout_s: MayChange[float] = Field(
+        default=60.0,
+        gt=0,
+        description="one step of a weight update: joining the process group, one bucket (its bytes / weight_sync_gb_per_s are added), "
+        "with weight_sync: disk the loading (all bytes / weight_sync_gb_per_s are added)",
+    )
+    weight_sync_gb_per_s: MayChange[float] = Field(
+        default=0.1, gt=0, description="weights that arrive at a lower rate, in gigabytes a second, count as stuck"
     )
     endpoints: MayChange[tuple[str, ...]] = Field(default=(), strict=False, description="servers started elsewhere, http://host:port")
 
@@ -294,6 +312,9 @@ class RolloutConfig(Section):
         self._check_rolling()
         if not is_loopback(self.host) and (self.api_key_path is None or self.admin_key_path is None):
             raise ValueError(f"host = {self.host!r}: expected api_key_path and admin_key_path beside it, others can reach this address")
+        step_s = self.weight_sync_timeout_s
+        if self.progress_timeout_s <= step_s:  # the trainer gives up first: the end of its group frees the servers that only wait in it
+            raise ValueError(f"progress_timeout_s = {self.progress_timeout_s:g}: expected more than weight_sync_timeout_s = {step_s:g}")
         if self.base_port is not None and self.base_port + self.servers - 1 > 65535:
             raise ValueError(f"base_port = {self.base_port} leaves no room for {self.servers} ports below 65536")
         return self

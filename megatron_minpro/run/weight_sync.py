@@ -14,6 +14,7 @@ from checkpoints_convert.policy_folder import export_policy
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.server_weights import RollingWeights, TogetherWeights
 from megatron_minpro.registry import PlugInError, PlugIns
+from megatron_minpro.run.server_limits import weight_limits
 from parallel.capabilities import detect
 from rollout.routes import route_to_others
 from rollout.weights.collective import CollectiveWeightSync
@@ -107,4 +108,4 @@ def _disk_options(context: WeightSyncContext) -> dict[str, Any]:
 
 
 def _common_options(context: WeightSyncContext) -> dict[str, Any]:
-    return {"api_key": context.api_key, "admin_key": context.admin_key, "timeout_s": context.config.rollout.request_timeout_s}
+    return {"api_key": context.api_key, "admin_key": context.admin_key, "limits": weight_limits(context.config)}

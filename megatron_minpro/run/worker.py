@@ -51,6 +51,7 @@ from megatron_minpro.run.run_folder import (
     forget_unfinished_attempt,
 )
 from megatron_minpro.run.sampling.process import SamplingProcess
+from megatron_minpro.run.server_limits import hang_is_over_s, weight_bytes, weight_limits
 from megatron_minpro.run.weight_sync import WeightSyncContext, make_server_weights
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
@@ -304,13 +305,14 @@ def warm_up(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
 
 
 def collective_timeout_s(config: RunConfig) -> float:
-    """The ranks that do not sample wait in a collective for the one that does: longer than the start of a server, and than all retries in
-    every round of dynamic sampling and in the held-out measurement, which comes before the batch in the same wait. With rolling publish a
-    share that goes to another server waits there for a share of the next batch."""
+    """The ranks that do not sample wait in a collective for the one that does: longer than a hang and the start of a server, than an update
+    of weights, and than all retries in every round of dynamic sampling and in the held-out measurement, which comes before the batch in the
+    same wait. With rolling publish a share that goes to another server waits there for a share of the next batch."""
     rollout = config.rollout
     rounds = 1 if rollout.dynamic_sampling is None else rollout.dynamic_sampling.max_rounds
     times_asked = rounds + (config.evaluation is not None) + (rollout.publish == "rolling")
-    return 600.0 + rollout.start_timeout_s + rollout.request_timeout_s * (rollout.max_retries + 1) * times_asked
+    update_s = weight_limits(config).moving(weight_bytes(config))
+    return 600.0 + hang_is_over_s(config) + update_s + rollout.request_timeout_s * (rollout.max_retries + 1) * times_asked
 
 
 def _stop_requested(run_dir: Path) -> Callable[[], bool]:

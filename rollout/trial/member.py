@@ -98,6 +98,7 @@ class Member:
             backend=plan.backend,
             master_address=plan.master_address,
             timeout_s=plan.timeout_s,
+            broadcast_s=plan.timeout_s,
         )
         store = _store(plan)
         store.set(_PORT_KEY, str(group.port))

@@ -11,16 +11,19 @@ import datetime
 import ipaddress
 import socket
 import threading
+from concurrent.futures import wait
 from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rollout.background import in_background
 from rollout.loopback import is_loopback
 
 Backend = Literal["gloo", "nccl"]
 DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}
+_ABORT_S = 5.0
 
 
 class _Broadcaster(Protocol):
@@ -34,11 +37,13 @@ class BroadcastGroup:
     """Rank 0 of a group of 1 + (servers x tp) members. Make it, tell the servers its `port`, then `join`.
 
     master_address: this host, as the servers reach it (rollout.routes finds it); store and gloo listen there and nowhere else.
-    timeout_s: of joining and of every broadcast. Raises ValueError for an address that is not this host's, and for a name that means a
-    loopback address here: for the servers it means another one.
+    timeout_s: of joining. broadcast_s: torch's own limit of a broadcast. With NCCL its watchdog ends the whole process then: whoever is to
+    outlive a failure keeps a shorter time and calls `close`.
+    Raises ValueError for an address that is not this host's, and for a name that means a loopback address here: for the servers it means
+    another one.
     """
 
-    def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float) -> None:
+    def __init__(self, *, name: str, world_size: int, backend: Backend, master_address: str, timeout_s: float, broadcast_s: float) -> None:
         if backend not in DEVICE_TYPE:
             raise ValueError(f"weight sync backend is {backend!r}, expected gloo or nccl")
         self.name = name
@@ -46,6 +51,7 @@ class BroadcastGroup:
         self.backend = backend
         self.master_address = master_address
         self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._broadcast_limit = datetime.timedelta(seconds=broadcast_s)
         # A socket of our own: by itself the store would listen on every interface, and whoever reaches it could read and write in it.
         listener = _listen(master_address)
         self._address: str = listener.getsockname()[0]
@@ -83,13 +89,13 @@ class BroadcastGroup:
         if self.backend == "gloo":
             gloo: Any = dist.ProcessGroupGloo  # torch's stubs know neither its _Options nor the constructor that takes them
             gloo_options = gloo._Options()
-            gloo_options._timeout = self._timeout
+            gloo_options._timeout = self._broadcast_limit
             # By itself gloo listens at the address of this machine's name, which may be a loopback address that servers cannot reach.
             gloo_options._devices = [gloo.create_device(hostname=self._address)]
             self._group = gloo(self._store, 0, self.world_size, gloo_options)
         else:
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self._timeout
+            options._timeout = self._broadcast_limit
             self._group = cast(_Broadcaster, dist.ProcessGroupNCCL(self._store, 0, self.world_size, options))
 
     def broadcast(self, tensor: Tensor) -> dist.Work:
@@ -105,12 +111,13 @@ class BroadcastGroup:
 
         The store ends too: servers that still wait in it for others to join get an error instead of their own time limit.
         """
-        group, self._group = self._group, None
-        stores, self._store, self._master = (self._store, self._master), None, None
-        if group is not None:
-            group.abort()
-        # Destructors wait for threads and connections; let them do so beside us.
-        threading.Thread(target=lambda *kept: None, args=(group, stores), daemon=True).start()
+        left: list[Any] = [self._group, self._store, self._master]
+        self._group = self._store = self._master = None
+        if left[0] is not None:
+            # It takes milliseconds; a communicator that is just being made may not answer at all.
+            wait([in_background(left[0].abort, name="weight sync abort")], timeout=_ABORT_S)
+        # Destructors wait for threads, connections and what is under way. They run where the last reference goes: beside us.
+        threading.Thread(target=left.clear, daemon=True).start()
 
 
 def _listen(address: str) -> socket.socket:

@@ -29,21 +29,27 @@ class CompletenessCheck:
     def watch(self, tensors: NamedTensors) -> NamedTensors:
         """Passes tensors on; at the end, before any server is told to continue, checks that none was missing or came twice."""
         seen: set[str] = set()
-        yield from each_once(tensors, seen)
-        self.check(seen)
+        num_bytes = 0
+        for name, tensor in each_once(tensors, seen):
+            num_bytes += tensor.nbytes
+            yield name, tensor
+        self.check(seen, num_bytes=num_bytes)
 
-    def check(self, names: Set[str]) -> None:
-        """Raises ValueError unless these are the server's parameters, at the first time, and the same names as then, later."""
+    def check(self, names: Set[str], *, num_bytes: int) -> None:
+        """Raises ValueError unless these are the server's parameters, at the first time, and the same names as then, later.
+
+        num_bytes: of the weights.
+        """
         if self._names is None:
-            self._check_against_server(names)
+            self._check_against_server(names, num_bytes)
             self._names = frozenset(names)
         elif names != self._names:
             missing, extra = sorted(self._names - names), sorted(names - self._names)
             raise ValueError(f"weight sync: tensors differ from the first publish; missing: {missing[:5]}; new: {extra[:5]}")
 
-    def _check_against_server(self, names: Set[str]) -> None:
+    def _check_against_server(self, names: Set[str], num_bytes: int) -> None:
         try:
-            held = self._servers.parameter_names()
+            held = self._servers.parameter_names(num_bytes=num_bytes)
         except ServerRefused as refused:
             raise WeightSyncFailed(f"cannot learn which parameters a server has: {refused}") from refused
         sent = {server_parameter(name)[0] for name in names}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rollout.weights.completeness import CompletenessCheck, each_once
 from rollout.weights.server_set import ServerSet
+from rollout.weights.time_limits import WeightTimeLimits
 from rollout.weights.update import update
 from rollout.weights.weight_sync import InFlight, NamedTensors
 
@@ -35,9 +36,9 @@ class DiskWeightSync:
         api_key: str | None = None,
         admin_key: str | None = None,
         in_flight: InFlight = "retract",
-        timeout_s: float = 600.0,
+        limits: WeightTimeLimits | None = None,
     ) -> None:
-        self._servers = ServerSet(endpoints, api_key=api_key, admin_key=admin_key, timeout_s=timeout_s)
+        self._servers = ServerSet(endpoints, api_key=api_key, admin_key=admin_key, limits=limits or WeightTimeLimits())
         self._complete = CompletenessCheck(self._servers)
         self._write_checkpoint = write_checkpoint
         self._directory = Path(directory)
@@ -73,9 +74,11 @@ class DiskWeightSync:
             ValueError: tensors are missing.
         """
         self._servers.gather(policy_version)  # after the writing, which may have taken minutes
-        self._complete.check(names)
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self._complete.check(names, num_bytes=num_bytes)
+        body, limit_s = {"model_path": str(folder.resolve()), "flush_cache": True}, self._servers.limits.moving(num_bytes)
         with update(self._servers, policy_version, self._in_flight):
-            self._servers.tell("/update_weights_from_disk", {"model_path": str(folder.resolve()), "flush_cache": True})
+            self._servers.tell("/update_weights_from_disk", body, limit_s=limit_s)
         return self._servers.members
 
     def close(self) -> None:

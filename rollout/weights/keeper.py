@@ -56,7 +56,7 @@ class DiskKeeper:
         Args:
             endpoints: base URLs.
             write_checkpoint, directory: as for DiskWeightSync. What is left there of an earlier attempt is deleted.
-            options: of DiskWeightSync: api_key, admin_key, timeout_s.
+            options: of DiskWeightSync: api_key, admin_key, limits.
         """
         for folder in version_folders(directory):  # of an earlier attempt
             shutil.rmtree(folder)

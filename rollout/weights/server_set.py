@@ -12,11 +12,12 @@ from rollout.background import in_background
 from rollout.sglang import control as sglang_control
 from rollout.sglang.control import ServerRefused, control_key
 from rollout.weights.checksums import server_checksums
+from rollout.weights.time_limits import WeightTimeLimits
 from rollout.weights.weight_sync import WeightSyncFailed
 
 log = logging.getLogger(__name__)
 
-_QUICK_S = 30.0  # for what loads nothing
+_SILENT_LOOK_S = 2.0  # at a server that gave no answer the last time: it may never come back
 
 
 class ServerSet:
@@ -25,16 +26,17 @@ class ServerSet:
     Endpoints that control a server take the admin key (the api key where no admin key is set), those that only tell about it the api key.
     """
 
-    def __init__(self, endpoints: Sequence[str], *, api_key: str | None, admin_key: str | None, timeout_s: float) -> None:
+    def __init__(self, endpoints: Sequence[str], *, api_key: str | None, admin_key: str | None, limits: WeightTimeLimits) -> None:
         if not endpoints:
             raise ValueError("weight sync: no endpoints, expected at least one")
         self.endpoints = tuple(endpoint.rstrip("/") for endpoint in endpoints)
         self.members: tuple[str, ...] = ()
         self.api_key = api_key
         self.admin_key = control_key(api_key=api_key, admin_key=admin_key)
-        self.timeout_s = timeout_s
+        self.limits = limits
         self.num_restarts = 0
         self._expected: dict[str, set[str]] = {}  # what each server reports unless it was restarted; after a failed publish one of several
+        self._silent: frozenset[str] = frozenset()  # endpoints that did not answer at the last look
         self._failed: tuple[int, set[str]] = (-1, set())  # a policy version, and the servers on which its publish failed
 
     def gather(self, policy_version: int) -> bool:
@@ -47,7 +49,9 @@ class ServerSet:
         reasons = {e: call.exception() for e, call in zip(self.endpoints, asked, strict=True) if call.exception() is not None}
         found = {e: call.result() for e, call in zip(self.endpoints, asked, strict=True) if e not in reasons}
         for endpoint, reason in reasons.items():
-            log.warning("weight version %d is published without %s: %s", policy_version, endpoint, reason)
+            if endpoint not in self._silent:
+                log.warning("weight version %d, and later ones, are published without %s: %s", policy_version, endpoint, reason)
+        self._silent = frozenset(reasons)
         if not found:
             raise WeightSyncFailed(f"policy version {policy_version}: no server answers: {'; '.join(map(str, reasons.values()))}")
         if self._failed[0] != policy_version:
@@ -71,15 +75,15 @@ class ServerSet:
 
     def _look(self, endpoint: str) -> str:
         # One that cannot compute would make everybody wait for it in the group.
-        sglang_control.check_engine(endpoint, key=self.api_key, timeout_s=min(_QUICK_S, self.timeout_s))
+        limit_s = self.limits.control_s if endpoint not in self._silent else min(_SILENT_LOOK_S, self.limits.control_s)
+        sglang_control.check_engine(endpoint, key=self.api_key, timeout_s=limit_s)
         return self._version(endpoint)
 
     def _version(self, endpoint: str) -> str:
-        return sglang_control.weight_version(endpoint, key=self.api_key, timeout_s=min(_QUICK_S, self.timeout_s))
+        return sglang_control.weight_version(endpoint, key=self.api_key, timeout_s=self.limits.control_s)
 
-    def begin(self, path: str, bodies: Sequence[dict[str, Any]], *, timeout_s: float | None = None) -> list[Future[Any]]:
+    def begin(self, path: str, bodies: Sequence[dict[str, Any]], *, limit_s: float) -> list[Future[Any]]:
         """Start one call per member, each with its own body."""
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
         return [
             in_background(
                 partial(sglang_control.call, endpoint, path, body, key=self.admin_key, timeout_s=limit_s), name=f"weight sync {path}"
@@ -87,23 +91,29 @@ class ServerSet:
             for endpoint, body in zip(self.members, bodies, strict=True)
         ]
 
-    def tell(self, path: str, body: dict[str, Any]) -> None:
-        """The same call to every member; returns when all have answered. Raises ServerRefused as soon as one did not, naming it."""
-        self.collect(self.begin(path, [body] * len(self.members)))
+    def tell(self, path: str, body: dict[str, Any], *, limit_s: float | None = None) -> None:
+        """The same call to every member; returns when all have answered. Raises ServerRefused as soon as one did not, naming it.
 
-    def tell_quickly(self, path: str, body: dict[str, Any]) -> None:
-        """`tell` for what loads nothing: an answer that takes longer than seconds never comes."""
-        self.collect(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
+        limit_s: None: that of what moves no weights.
+        """
+        self.collect(self._begin_one(path, body, limit_s))
 
     def tell_all(self, path: str, body: dict[str, Any]) -> None:
-        """`tell_quickly`, but waits for every server's answer before it returns or raises."""
-        calls = self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s))
+        """`tell`, but waits for every server's answer before it returns or raises."""
+        calls = self._begin_one(path, body, None)
         wait(calls)
         self.refuse_failed(calls)
 
     def try_to_tell(self, path: str, body: dict[str, Any]) -> None:
-        """The same call to every member, whatever they answer, if they do so within seconds."""
-        wait(self.begin(path, [body] * len(self.members), timeout_s=min(_QUICK_S, self.timeout_s)))
+        """The same call to every member, whatever they answer, if they do so in time."""
+        wait(self._begin_one(path, body, None))
+
+    def _begin_one(self, path: str, body: dict[str, Any], limit_s: float | None) -> list[Future[Any]]:
+        return self.begin(path, [body] * len(self.members), limit_s=self.limits.control_s if limit_s is None else limit_s)
+
+    def silent(self, calls: Sequence[Future[Any]]) -> list[str]:
+        """The members that have not answered a call of `begin` yet."""
+        return [endpoint for endpoint, call in zip(self.members, calls, strict=True) if not call.done()]
 
     def collect(self, calls: Sequence[Future[Any]]) -> None:
         """Wait for the answers to `begin`; one failure decides, and a server that hangs is not waited for then."""
@@ -122,5 +132,6 @@ class ServerSet:
             if (found := self._version(endpoint)) != str(expected):
                 raise ServerRefused(f"{endpoint}: reports weight version {found!r} after version {expected} was published")
 
-    def parameter_names(self) -> set[str]:
-        return set(server_checksums(self.members[0], admin_key=self.admin_key, timeout_s=self.timeout_s)[0])
+    def parameter_names(self, *, num_bytes: int) -> set[str]:
+        """What the first member says it has. num_bytes: of its weights, all of which it reads."""
+        return set(server_checksums(self.members[0], admin_key=self.admin_key, timeout_s=self.limits.moving(num_bytes))[0])

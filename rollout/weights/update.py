@@ -17,13 +17,13 @@ def update(servers: ServerSet, policy_version: int, in_flight: InFlight) -> Iter
     unusable = f"{uuid.uuid4().hex[:8]} of an unfinished update to {policy_version}"
     try:
         servers.may_hold(unusable, str(policy_version))
-        servers.tell_quickly("/pause_generation", {"mode": in_flight})
+        servers.tell("/pause_generation", {"mode": in_flight})
         # Without aborting: by default this call would end every response in flight.
-        servers.tell_quickly("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
+        servers.tell("/update_weight_version", {"new_version": unusable, "abort_all_requests": False})
         yield
         servers.tell_all("/update_weight_version", {"new_version": str(policy_version), "abort_all_requests": False})
         servers.check_versions(policy_version)
-        servers.tell_quickly("/continue_generation", {})
+        servers.tell("/continue_generation", {})
         servers.hold(str(policy_version))
     except ServerRefused as refused:
         # Those that have taken the version already are paused as well: a client that asked them would never get an answer.

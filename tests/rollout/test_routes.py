@@ -67,11 +67,12 @@ def test_a_machine_whose_name_means_loopback_is_reached_elsewhere(namespace: str
         for names in (["n0", "n1"], ["n2"], ["n0"], ["10.78.0.1"]):
             route = route_to_others(names)
             print(",".join(names), route.address, route.interface)
-        group = BroadcastGroup(name="g", world_size=1, backend="gloo", master_address=route_to_others(["n0", "n1"]).address, timeout_s=20)
+        address = route_to_others(["n0", "n1"]).address
+        group = BroadcastGroup(name="g", world_size=1, backend="gloo", master_address=address, timeout_s=20, broadcast_s=20)
         group.join()
         print(*sorted(listening()))
         try:
-            BroadcastGroup(name="g", world_size=1, backend="gloo", master_address="n0", timeout_s=20)
+            BroadcastGroup(name="g", world_size=1, backend="gloo", master_address="n0", timeout_s=20, broadcast_s=20)
         except ValueError as error:
             print(error)
     """

@@ -36,7 +36,7 @@ def rolling(directory: Path, server: Stub) -> RollingWeights:
         assert len(list(tensors)) == 1
         assert len(list(directory.iterdir())) <= 2, "three versions need room at once"
 
-    keeper = DiskKeeper([server.endpoint], write_checkpoint=write, directory=directory, timeout_s=20)
+    keeper = DiskKeeper([server.endpoint], write_checkpoint=write, directory=directory)
     return RollingWeights(keeper, dtype=torch.float32, api_key=None, admin_key=None)
 
 

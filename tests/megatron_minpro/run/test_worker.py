@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
     ],
 )
 def test_waiting_ranks_outlast_everything_that_one_step_asks(settings: list[str], times_asked: int) -> None:
-    limits = ["rollout.start_timeout_s=100", "rollout.request_timeout_s=500", "rollout.max_retries=3"]
+    limits = ["rollout.start_timeout_s=100", "rollout.progress_timeout_s=90", "rollout.weight_sync_timeout_s=20"]
+    limits += ["rollout.request_timeout_s=500", "rollout.max_retries=3", "model.path=absent"]
     config = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [*limits, *settings])
-    assert collective_timeout_s(config) == 600 + 100 + 4 * 500 * times_asked
+    assert collective_timeout_s(config) == 600 + 100 + 90 + 20 + 4 * 500 * times_asked

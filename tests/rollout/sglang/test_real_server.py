@@ -42,7 +42,7 @@ def client(server_pool: ServerPool) -> GenerationClient:
 
 @pytest.fixture(scope="module")
 def collective(server_pool: ServerPool) -> Iterator[CollectiveWeightSync]:
-    sync = CollectiveWeightSync(server_pool.endpoints, backend="gloo", bucket_bytes=20_000, timeout_s=60)
+    sync = CollectiveWeightSync(server_pool.endpoints, backend="gloo", bucket_bytes=20_000)
     yield sync
     sync.close()
 
@@ -59,7 +59,7 @@ def sync(
         save_file(dict(tensors), folder / "model.safetensors")
         (folder / "config.json").write_text((model_folder / "config.json").read_text())
 
-    return DiskWeightSync(server_pool.endpoints, write_checkpoint=write_checkpoint, directory=tmp_path / "versions", timeout_s=60)
+    return DiskWeightSync(server_pool.endpoints, write_checkpoint=write_checkpoint, directory=tmp_path / "versions")
 
 
 def test_a_server_does_not_import_the_models_it_cannot_serve(server_pool: ServerPool) -> None:
@@ -164,7 +164,7 @@ def test_checksums_name_the_parameter_that_holds_one_changed_weight(
 def test_update_that_leaves_a_tensor_out_is_refused_before_it_starts(
     server_pool: ServerPool, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
-    sync = CollectiveWeightSync(server_pool.endpoints, timeout_s=60)
+    sync = CollectiveWeightSync(server_pool.endpoints)
     tensors = (
         (name, tensor) for name, tensor in reference.checkpoint_tensors(base_model, tmp_path) if "layers.1.self_attn.o_proj" not in name
     )
@@ -204,7 +204,7 @@ def test_a_failed_step_leaves_the_server_paused_without_a_version(
 ) -> None:
     [endpoint] = server_pool.endpoints
     tensors = list(reference.checkpoint_tensors(base_model, tmp_path))
-    sync = CollectiveWeightSync(server_pool.endpoints, timeout_s=30)
+    sync = CollectiveWeightSync(server_pool.endpoints)
     sync.publish(0, iter(tensors))
     wrong = [(name, tensor[:1] if name == "model.norm.weight" else tensor) for name, tensor in tensors]
     with pytest.raises(WeightSyncFailed, match=r"policy version 9: no server took it.*127\.0\.0\.1.*update_weights_from_distributed"):
@@ -257,7 +257,7 @@ def test_dense_model_with_tied_embeddings_answers_and_takes_weights_alike(tmp_pa
         generations = [generation for row in client.generate(REQUESTS, sampling(), num_samples=2) for generation in row]
         assert {generation.policy_versions for generation in generations} == {(3, 3)}
         assert reference.largest_difference(make_dense(0), generations) < 1e-4
-        sync = CollectiveWeightSync(pool.endpoints, timeout_s=60)
+        sync = CollectiveWeightSync(pool.endpoints)
         tensors = list(reference.checkpoint_tensors(new_model, tmp_path / "new"))
         assert "lm_head.weight" not in dict(tensors)
         sync.publish(4, iter(tensors))
@@ -282,7 +282,7 @@ def test_a_server_with_both_keys_works_and_refuses_wrong_ones(
         [endpoint] = pool.endpoints
         environments = [process.environ() for process in pool.processes[0].tree()]
         assert all(environment.get("MINPRO_TREE", "") == pool.processes[0].mark for environment in environments)
-        sync = CollectiveWeightSync(pool.endpoints, timeout_s=60, **api, **admin)
+        sync = CollectiveWeightSync(pool.endpoints, **api, **admin)
         sync.publish(2, reference.checkpoint_tensors(new_model, tmp_path / "new"))
         client = GenerationClient(pool.endpoints, **api, **client_options)
         generations = [generation for row in client.generate(REQUESTS, sampling(), num_samples=2) for generation in row]
@@ -297,7 +297,7 @@ def test_a_server_with_both_keys_works_and_refuses_wrong_ones(
             with pytest.raises(ServerRefused, match=r"^http://127\S*/weights_checker: HTTP 401: .*$"):
                 check_equal(expected, endpoint, **wrong)
         with pytest.raises(WeightSyncFailed, match=r"^policy version 3: cannot join \S* weight sync group: .*HTTP 401: .*$"):
-            CollectiveWeightSync(pool.endpoints, timeout_s=30, **api).publish(3, iter(()))
+            CollectiveWeightSync(pool.endpoints, **api).publish(3, iter(()))
         with pytest.raises(ServerRefused, match=r"^http://127\S*/model_info: HTTP 401: .*$"):
             weight_version(endpoint, key=settings.admin_key, timeout_s=10)
         sync.close()

@@ -24,7 +24,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def make_group(master_address: str = "127.0.0.1") -> BroadcastGroup:
-    return BroadcastGroup(name="test", world_size=2, backend="gloo", master_address=master_address, timeout_s=20)
+    return BroadcastGroup(name="test", world_size=2, backend="gloo", master_address=master_address, timeout_s=20, broadcast_s=20)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.3", "localhost"])

@@ -19,7 +19,7 @@ def disk_keeper(directory: Path, *servers: Stub) -> DiskKeeper:
         folder.mkdir()
         save_file(dict(tensors), folder / "model.safetensors")
 
-    return DiskKeeper([server.endpoint for server in servers], write_checkpoint=write, directory=directory, timeout_s=20)
+    return DiskKeeper([server.endpoint for server in servers], write_checkpoint=write, directory=directory)
 
 
 def weights(value: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -46,7 +46,7 @@ def test_a_forgotten_version_cannot_be_given_and_takes_no_room(control_stub: Cal
     server = control_stub(parameters={"model.norm.weight": ""})
     for left in ("version_2", ".version_3.partial-0123abcd"):  # by an attempt that was killed, also while it wrote
         (tmp_path / left).mkdir()
-    for keeper in (disk_keeper(tmp_path, server), CollectiveKeeper([server.endpoint], timeout_s=20)):
+    for keeper in (disk_keeper(tmp_path, server), CollectiveKeeper([server.endpoint])):
         for version in (4, 8):
             keeper.offer(version, weights(version))
         keeper.forget(4)

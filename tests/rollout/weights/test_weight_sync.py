@@ -22,6 +22,7 @@ from rollout.weights.buckets import fill_buckets
 from rollout.weights.checksums import check_equal
 from rollout.weights.collective import CollectiveWeightSync
 from rollout.weights.disk import DiskWeightSync
+from rollout.weights.time_limits import WeightTimeLimits
 from rollout.weights.weight_sync import WeightSyncFailed
 from tests.rollout.weights.control_stub import Stub
 
@@ -69,7 +70,7 @@ def disk_sync(tmp_path: Path, *endpoints: str) -> DiskWeightSync:
         folder.mkdir(exist_ok=True)
         assert list(tensors) == []
 
-    return DiskWeightSync(endpoints, write_checkpoint=write, directory=tmp_path, timeout_s=20)
+    return DiskWeightSync(endpoints, write_checkpoint=write, directory=tmp_path)
 
 
 def test_the_server_has_no_version_until_the_load_is_done(control_stub: Callable[..., Stub], tmp_path: Path) -> None:
@@ -121,13 +122,31 @@ def test_a_broadcast_is_given_up_when_a_server_failed_before_it(control_stub: Ca
     """NCCL's first broadcast waits, without a time limit, until every server has begun it too."""
     server = control_stub(update_weights_from_distributed="refuse")
     forever = threading.Event()
-    sync = CollectiveWeightSync([server.endpoint], bucket_bytes=4, timeout_s=50)
+    sync = CollectiveWeightSync([server.endpoint], bucket_bytes=4)
     monkeypatch.setattr(BroadcastGroup, "join", lambda group: None)
     monkeypatch.setattr(BroadcastGroup, "broadcast", lambda group, tensor: forever.wait(60))
     began = time.monotonic()
     with pytest.raises(WeightSyncFailed, match="/update_weights_from_distributed: HTTP 400"):
         sync.publish(1, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]))
     assert time.monotonic() - began < 30
+    forever.set()
+
+
+def test_a_late_bucket_ends_the_group_and_names_who_is_silent(control_stub: Callable[..., Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, silent = control_stub(), control_stub(update_weights_from_distributed="hang")
+    forever = threading.Event()
+    closed_after: list[int] = []
+    limits = WeightTimeLimits(control_s=30, step_s=2, bytes_per_s=10)  # 4 bytes: 0.4 s
+    sync = CollectiveWeightSync([good.endpoint, silent.endpoint], bucket_bytes=4, limits=limits)
+    monkeypatch.setattr(BroadcastGroup, "join", lambda group: None)
+    monkeypatch.setattr(BroadcastGroup, "broadcast", lambda group, tensor: forever.wait(60))
+    monkeypatch.setattr(BroadcastGroup, "close", lambda group: closed_after.append(len(good.steps)))
+    # Whichever clock is first, that of the group or that of the call.
+    expected = rf"no server took it: (broadcasting weights: not done within 2.4 s; no answer from )?{silent.endpoint}(/\S*: timed out)?$"
+    with pytest.raises(WeightSyncFailed, match=expected):
+        sync.publish(1, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]))
+    assert good.steps[closed_after[0] - 1] == "update_weights_from_distributed", "before anything else is told"
+    assert good.steps[closed_after[0] :] == ["update_weight_version", "destroy_weights_update_group", "end_weight_update"]
     forever.set()
 
 
@@ -177,7 +196,7 @@ def test_an_error_that_breaks_off_in_the_middle_is_an_error_like_any_other() -> 
 
 def test_server_that_refuses_to_join_is_named_at_once_and_not_waited_for(refusing_server: str) -> None:
     began = time.monotonic()
-    sync = CollectiveWeightSync([refusing_server], timeout_s=120)
+    sync = CollectiveWeightSync([refusing_server])
     with pytest.raises(
         WeightSyncFailed,
         match=rf"cannot join the weight sync group: .*{refusing_server}/init_weights_update_group: HTTP 400.*group is taken",
@@ -187,7 +206,7 @@ def test_server_that_refuses_to_join_is_named_at_once_and_not_waited_for(refusin
 
 
 def test_server_that_is_gone_is_named(tmp_path: object) -> None:
-    sync = DiskWeightSync(["http://127.0.0.1:9"], write_checkpoint=lambda folder, tensors: None, directory=tmp_path, timeout_s=5)  # type: ignore[arg-type]
+    sync = DiskWeightSync(["http://127.0.0.1:9"], write_checkpoint=lambda folder, tensors: None, directory=tmp_path)  # type: ignore[arg-type]
     for version in (1, 2):
         with pytest.raises(
             WeightSyncFailed, match=rf"policy version {version}: no server answers: http://127\.0\.0\.1:9/server_info: .*refused"
@@ -208,7 +227,7 @@ def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, cont
         from rollout.weights.disk import DiskWeightSync
         from rollout.weights.weight_sync import WeightSyncFailed
         endpoints = [{control_stub(pause_generation="hang").endpoint!r}, {refusing_server!r}]
-        sync = DiskWeightSync(endpoints, write_checkpoint=lambda folder, tensors: None, directory=Path({str(tmp_path)!r}), timeout_s=60)
+        sync = DiskWeightSync(endpoints, write_checkpoint=lambda folder, tensors: None, directory=Path({str(tmp_path)!r}))
         print(time.time(), flush=True)
         try:
             sync.publish(1, iter(()))
