@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from rollout.event_loop import BackgroundLoop, Result
-from rollout.gate import Gate, RolloutFailed, SessionGate, WeightsMissing
+from rollout.gate import Gate, Patience, RolloutFailed, SessionGate, WeightsMissing
 from rollout.records import Generation, GenerationRequest, SamplingParams
 from rollout.reports import ServerClock, SessionReport
 from rollout.rolling_gate import Give, RollingServers
@@ -56,6 +56,7 @@ class GenerationClient:
         samples_per_call: int | None = None,
         backoff_s: float = 0.5,
         wait_s: float = 300.0,
+        hang_s: float = 0.0,
         give: Give | None = None,
         assignment: Assignment = "fixed",
     ) -> None:
@@ -70,6 +71,7 @@ class GenerationClient:
                 the fastest way and, on a CPU, the repeatable one. Small calls lose less when a server dies during long responses.
             backoff_s: pause before the first retry; it doubles with each.
             wait_s: how long to wait for a server while none answers.
+            hang_s: how much longer where one hangs: until whoever started it has noticed.
             assignment: fixed: requests are dealt to all servers in turn, dead or alive. least_outstanding: a call for which there is a
                 place goes to the server with the fewest tokens under way (prompts and longest answers); not with samples_per_call None.
             give: puts the weights of a version into a server. Sessions of several versions may then be open at once, each server is given
@@ -101,13 +103,14 @@ class GenerationClient:
         )
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._request_timeout_s = request_timeout_s
-        self._wait_s = wait_s
+        self._patience = Patience(wait_s=wait_s, hang_s=hang_s)
+        self._silent: dict[str, str] = {}  # endpoint -> why it did not answer when it was last looked at
         self._arrived: dict[tuple[int, SamplingParams], Arrived] = {}  # of sessions that are open or broke off
         self._clock = ServerClock()
         self.last_report: dict[str, float] = {}  # metrics of the session that ended last
         self._tokens_under_way = [0] * len(self.endpoints)
         self._loop = None if give is None else BackgroundLoop(name="sessions")
-        self._rolling = None if give is None else RollingServers(self.endpoints, give=give, wait_s=wait_s)
+        self._rolling = None if give is None else RollingServers(self.endpoints, give=give, patience=self._patience)
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine that opens a session, to its end. With `give` several threads may do so at once."""
@@ -197,7 +200,7 @@ class GenerationClient:
                 yield gate
 
     def _gate_to_all(self, http: httpx.AsyncClient, policy_version: int | None) -> Gate:
-        return Gate(self.endpoints, http, policy_version=policy_version, wait_s=self._wait_s)
+        return Gate(self.endpoints, http, policy_version=policy_version, patience=self._patience, silent=self._silent)
 
     def _open(self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool) -> GenerationSession:
         return GenerationSession(

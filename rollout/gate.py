@@ -14,13 +14,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import httpx
 
 log = logging.getLogger(__name__)
 
-_LOOK_TIMEOUT_S = 10.0
+LOOK_TIMEOUT_S = 10.0
+SILENT_LOOK_TIMEOUT_S = 2.0  # for a server that gave no answer the last time: it may never come back
 _LOOK_AGAIN_S = 0.5
 
 
@@ -57,21 +59,60 @@ class SessionGate(Protocol):
     async def look(self, endpoints: Iterable[str]) -> None:
         """Ask servers for their weight version."""
 
+    def num_silent(self) -> int:
+        """Servers that did not answer when they were last looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a look at a server found. version: the weight version that it reports; None: it cannot be asked, for this reason.
+
+    hangs: its HTTP process answers and the one that computes does not.
+    """
+
+    version: str | None
+    reason: str
+    hangs: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long calls wait while no server can be asked.
+
+    wait_s: while none answers at all: a dead one may be started again meanwhile. hang_s: longer where one hangs: this has to be noticed
+    first.
+    """
+
+    wait_s: float
+    hang_s: float
+
+    def limit_s(self, *, one_hangs: bool) -> float:
+        return self.wait_s + (self.hang_s if one_hangs else 0.0)
+
 
 class Gate:
     """Lets requests through to servers that hold the weights of `policy_version`; None: to all of them, unasked.
 
-    wait_s: how long `pick` waits while no server answers at all (a dead one may be restarted meanwhile).
+    patience: of `pick`. silent: endpoint -> why it did not answer; shared by all gates of a client, one after the other.
     """
 
-    def __init__(self, endpoints: Sequence[str], http: httpx.AsyncClient, *, policy_version: int | None, wait_s: float) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        http: httpx.AsyncClient,
+        *,
+        policy_version: int | None,
+        patience: Patience,
+        silent: dict[str, str],
+    ) -> None:
         self.policy_version = policy_version
         self._endpoints = tuple(endpoints)
         self._http = http
-        self._wait_s = wait_s
+        self._patience = patience
         self._open = set(endpoints) if policy_version is None else set[str]()
         self._found: dict[str, str] = {}  # endpoint -> the weight version it reported, if it answered the last time it was looked at
-        self._reasons: dict[str, str] = {}  # endpoint -> why it did not answer
+        self._silent = silent
+        self._hanging: set[str] = set()
         self._looking = asyncio.Lock()
 
     def expect(self, turn: int | None) -> None:
@@ -88,7 +129,7 @@ class Gate:
     async def pick(self, turn: int) -> str:
         """The server whose turn it is, or another one where that one may not be asked.
 
-        Raises WeightsMissing when servers answer but none holds the weights, RolloutFailed when none answers within wait_s.
+        Raises WeightsMissing when servers answer but none holds the weights, RolloutFailed when none answers in time.
         """
         began = time.monotonic()
         while True:
@@ -106,9 +147,10 @@ class Gate:
             if self._found:
                 held = ", ".join(f"{endpoint} has {version!r}" for endpoint, version in self._found.items())
                 raise WeightsMissing(f"no server holds policy version {self.policy_version}: {held}")
-            if time.monotonic() - began > self._wait_s:
-                reasons = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in self._reasons.items())
-                raise RolloutFailed(f"no server answered within {self._wait_s:g} s: {reasons}")
+            limit_s = self._patience.limit_s(one_hangs=bool(self._hanging))
+            if time.monotonic() - began > limit_s:
+                reasons = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in self._silent.items())
+                raise RolloutFailed(f"no server answered within {limit_s:g} s: {reasons}")
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     def askable(self) -> list[int]:
@@ -127,28 +169,43 @@ class Gate:
             return
         await asyncio.gather(*(self._look(endpoint) for endpoint in endpoints))
 
+    def num_silent(self) -> int:
+        """See SessionGate."""
+        return len(self._silent)
+
     async def _look(self, endpoint: str) -> None:
-        version, reason = await reported_version(endpoint, self._http)
+        found = await look_at(endpoint, self._http, timeout_s=SILENT_LOOK_TIMEOUT_S if endpoint in self._silent else LOOK_TIMEOUT_S)
+        version = found.version
+        (self._hanging.add if found.hangs else self._hanging.discard)(endpoint)
         if version is None:
-            if self._reasons.get(endpoint) != reason:
-                log.warning("%s does not answer (%s): it gets no requests", endpoint, reason)
+            if self._silent.get(endpoint) != found.reason:
+                log.warning("%s does not answer (%s): it gets no requests", endpoint, found.reason)
             self._found.pop(endpoint, None)
-            self._reasons[endpoint] = reason
+            self._silent[endpoint] = found.reason
         else:
             if version != str(self.policy_version) and self._found.get(endpoint) != version:
                 log.warning("%s holds weight version %r, wanted is %s: it gets no requests", endpoint, version, self.policy_version)
             self._found[endpoint] = version
-            self._reasons.pop(endpoint, None)
+            if self._silent.pop(endpoint, None) is not None:
+                log.warning("%s answers again", endpoint)
         (self._open.add if version == str(self.policy_version) else self._open.discard)(endpoint)
 
 
-async def reported_version(endpoint: str, http: httpx.AsyncClient) -> tuple[str | None, str]:
-    """The weight version that a server reports, or None and why there is none. Raises RolloutFailed where a key is wrong."""
+async def look_at(endpoint: str, http: httpx.AsyncClient, *, timeout_s: float) -> Look:
+    """Ask a server for its weight version, and whether the process that computes answers. Raises RolloutFailed where a key is wrong."""
     try:
-        answer = await http.get(f"{endpoint}/model_info", timeout=_LOOK_TIMEOUT_S)
+        answer = await http.get(f"{endpoint}/model_info", timeout=timeout_s)
         if answer.status_code in (401, 403):
             raise RolloutFailed(f"{endpoint}/model_info: HTTP {answer.status_code}: {answer.text[:300]}")
         version: str | None = answer.json()["weight_version"]
-        return version, f"HTTP {answer.status_code}"
+        if version is None:
+            return Look(version=None, reason=f"HTTP {answer.status_code}")
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        return None, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Look(version=None, reason=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    try:
+        await http.get(f"{endpoint}/server_info", timeout=timeout_s)
+    except httpx.TimeoutException:
+        return Look(version=None, reason=f"its computing process gave no answer within {timeout_s:g} s", hangs=True)
+    except httpx.HTTPError as error:
+        return Look(version=None, reason=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    return Look(version=version, reason="")

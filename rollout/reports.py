@@ -54,8 +54,8 @@ class SessionReport:
         self.clock.answered(self.policy_version, endpoint)
         self.last_response_at[endpoint] = time.monotonic()
 
-    def metrics(self, *, num_retries: int) -> dict[str, float]:
-        """servers/used: that gave at least one response. servers/retries: `num_retries`.
+    def metrics(self, *, num_retries: int, num_silent: int) -> dict[str, float]:
+        """servers/used: that gave at least one response. servers/retries: `num_retries`. servers/silent: `num_silent`.
 
         time/tail: from the first server's last response to the last response of all. time/queued: from the session's beginning to its
         first request. time/servers_wait: mean over servers of ServerClock.waits, where there are any.
@@ -64,6 +64,7 @@ class SessionReport:
         return {
             "servers/used": float(len(ends)),
             "servers/retries": float(num_retries),
+            "servers/silent": float(num_silent),
             "time/tail": max(ends, default=0.0) - min(ends, default=0.0),
             "time/queued": 0.0 if self.first_call_at is None else self.first_call_at - self.opened_at,
             **({"time/servers_wait": sum(waits) / len(waits)} if waits else {}),

@@ -26,7 +26,7 @@ from functools import partial
 import httpx
 
 from rollout.background import in_background
-from rollout.gate import RolloutFailed, reported_version
+from rollout.gate import LOOK_TIMEOUT_S, SILENT_LOOK_TIMEOUT_S, Patience, RolloutFailed, look_at
 from rollout.weights.weight_sync import WeightSyncFailed
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class _Server:
     given: str | None = None  # the weight version that it was given last, whole
     holds: str | None = None  # the same, as long as it reports it; None: other weights, or not known which
     usable: bool = False  # it answered when it was last looked at, and no call has failed since
+    hangs: bool = False  # when it was last looked at, only its HTTP process answered
     reason: str = "not asked yet"  # why it is not usable
     serves: RollingGate | None = None  # the session that made the latest call
     calls: int = 0  # under way
@@ -59,15 +60,15 @@ class _Server:
 class RollingServers:
     """The servers of one client, for as long as it lives. Everything here runs in one event loop."""
 
-    def __init__(self, endpoints: Sequence[str], *, give: Give, wait_s: float) -> None:
+    def __init__(self, endpoints: Sequence[str], *, give: Give, patience: Patience) -> None:
         """
         Args:
             endpoints: base URLs.
             give: called in a thread, for one server at a time never twice at once.
-            wait_s: how long calls wait while no server can be asked.
+            patience: of calls while no server can be asked.
         """
         self.servers = tuple(_Server(endpoint) for endpoint in endpoints)
-        self.wait_s = wait_s
+        self.patience = patience
         self.failure: Exception | None = None  # what ends everything: weights that are not kept, or differ from the trainer's
         self._give = give
         self._sessions: list[RollingGate] = []  # open ones, oldest version first
@@ -171,7 +172,7 @@ class RollingGate:
     async def server(self, turn: int) -> AsyncIterator[str]:
         """The endpoint that one call is made to, while it is made. The call has been expected.
 
-        Raises RolloutFailed when no server can be asked within wait_s, and what `give` raises beside WeightSyncFailed.
+        Raises RolloutFailed when no server can be asked in time, and what `give` raises beside WeightSyncFailed.
         """
         server = await self._enter(turn)
         try:
@@ -211,15 +212,22 @@ class RollingGate:
         if server.switching or (server.usable and server.calls) or server.failed_gives >= _MOST_FAILED_GIVES:
             return
         num_gives = server.num_gives
-        version, reason = await reported_version(server.endpoint, self._http)
+        timeout_s = LOOK_TIMEOUT_S if server.usable else SILENT_LOOK_TIMEOUT_S  # it is looked at again
+        found = await look_at(server.endpoint, self._http, timeout_s=timeout_s)
+        version, reason = found.version, found.reason
         if server.num_gives != num_gives:
             return  # the answer is of the time before
         if version is None and server.reason != reason:
             log.warning("%s does not answer (%s): it gets no requests", server.endpoint, reason)
+        server.hangs = found.hangs
         # Under the same version an earlier run may have given it others, or a time limit may have left it paused.
         server.holds = version if version == server.given else None
         server.usable, server.reason = version is not None, reason
         self._all.notify()
+
+    def num_silent(self) -> int:
+        """See SessionGate."""
+        return sum(not server.usable for server in self._all.servers)
 
     async def watch(self) -> None:
         """Look again at servers that are not usable; give up when none is for too long."""
@@ -230,9 +238,11 @@ class RollingGate:
                     silent_since = None
                 elif silent_since is None:
                     silent_since = time.monotonic()
-                elif time.monotonic() - silent_since > self._all.wait_s:
-                    reasons = "; ".join(f"{server.endpoint}: {server.reason}" for server in self._all.servers)
-                    raise RolloutFailed(f"no server answered within {self._all.wait_s:g} s: {reasons}")
+                else:
+                    limit_s = self._all.patience.limit_s(one_hangs=any(server.hangs for server in self._all.servers))
+                    if time.monotonic() - silent_since > limit_s:
+                        reasons = "; ".join(f"{server.endpoint}: {server.reason}" for server in self._all.servers)
+                        raise RolloutFailed(f"no server answered within {limit_s:g} s: {reasons}")
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 await self.look([server.endpoint for server in self._all.servers if not server.usable])
         except Exception as error:  # raised by every call that waits

@@ -120,7 +120,7 @@ class GenerationSession:
 
     def metrics(self) -> dict[str, float]:
         """How the servers fared so far, see SessionReport.metrics."""
-        return self.report.metrics(num_retries=self.arrived.retries.total())
+        return self.report.metrics(num_retries=self.arrived.retries.total(), num_silent=self.gate.num_silent())
 
     async def fill(self, requests: Sequence[GenerationRequest], turn: int | None, keep: OnGeneration) -> None:
         """Get all of `requests`. Whatever fails in an attempt goes into the next one, to the next server.

@@ -162,6 +162,7 @@ def _over_rounds(fared: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {
         **fared[0],
         "time/tail": fared[-1]["time/tail"],
+        "servers/silent": fared[-1]["servers/silent"],
         "servers/used": max(servers["servers/used"] for servers in fared),
         "servers/retries": sum(servers["servers/retries"] for servers in fared),
     }

@@ -13,6 +13,7 @@ from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.servable import refuse_unservable
 from megatron_minpro.config import RunConfig
 from megatron_minpro.run.run_folder import ENDPOINTS_FILE
+from megatron_minpro.run.server_limits import progress_timeout_s
 from parallel.capabilities import detect
 from rollout.sglang.server import ServerPool, ServerSettings, check_port_free
 from rollout.supervisor import Supervisor
@@ -51,6 +52,7 @@ def supervise(config: RunConfig, pool: ServerPool, *, announce: Callable[[str], 
         max_restarts=rollout.max_server_restarts,
         window_s=rollout.restart_window_s,
         unresponsive_after_s=rollout.unresponsive_after_s,
+        progress_timeout_s=progress_timeout_s(config),
         start_timeout_s=rollout.start_timeout_s,
         announce=announce,
     )

@@ -102,6 +102,7 @@ METRICS: tuple[Metric, ...] = (
     _metric("rollout/dropped", "responses", Combined.BATCH_SUM, _SAMPLED, "responses that dynamic sampling dropped in this step"),
     _metric("servers/used", "servers", Combined.BATCH_SUM, _SERVERS, "servers that gave at least one response"),
     _metric("servers/retries", "responses", Combined.BATCH_SUM, _SERVERS, "responses that were asked for again after a failure"),
+    _metric("servers/silent", "servers", Combined.BATCH_SUM, _SERVERS, "servers that gave no answer when they were last looked at"),
     _metric("servers/restarts", "restarts", Combined.BATCH_SUM, "loop/driver.py", "servers that were started again since the last step"),
     _metric(
         "engine_logprob_gap/mean",

@@ -147,6 +147,10 @@ def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
     return {"dir": run_dir, "out": out, "log": log, "survivors": survivors, "metrics": metrics_of(run_dir)}
 
 
+# A hang costs no more than this: steps of weight updates and of sampling take a tenth of a second here.
+TIME_LIMITS = ("rollout.weight_sync_timeout_s=12", "rollout.progress_timeout_s=20")
+
+
 class TwoServers:
     """Two supervised servers for runs that are not about servers: one takes longer to start than such a run takes to sample."""
 
@@ -156,12 +160,19 @@ class TwoServers:
 
     def settings(self, count: int) -> list[str]:
         """A run with these samples on the first `count` of them."""
-        return ["rollout.servers=0", f"rollout.endpoints={json.dumps(self.endpoints[:count])}"]
+        return ["rollout.servers=0", f"rollout.endpoints={json.dumps(self.endpoints[:count])}", *TIME_LIMITS]
 
     def kill_one(self) -> None:
         """It is started again by its supervisor."""
         servers = [process for process in self.command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
         min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+
+    def stop_one(self) -> psutil.Process:
+        """What computes in one of them stands still, and its HTTP process goes on. Its supervisor starts the server again."""
+        computing = [process for process in self.command.offspring() if process.name().startswith("sglang::schedul")]
+        stopped = min(computing, key=lambda process: process.create_time())
+        stopped.suspend()
+        return stopped
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +181,7 @@ def two_servers(
 ) -> Iterator[TwoServers]:
     """They run until the last end-to-end test is over."""
     folder = tmp_path_factory.mktemp("two_servers")
-    command = Command(["serve", *short_run_settings, "rollout.servers=2", "--folder", str(folder)])
+    command = Command(["serve", *short_run_settings, "rollout.servers=2", *TIME_LIMITS, "--folder", str(folder)])
     try:
         path = folder / "endpoints.json"
         yield TwoServers(command, json.loads(wait_for(lambda: path.exists() and path.read_text(), command)))

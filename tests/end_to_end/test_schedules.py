@@ -83,9 +83,19 @@ def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
     assert_equal_runs(*runs)
 
 
-def test_overlapped_equals_serial_on_two_servers(minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path]) -> None:
+def test_overlapped_equals_serial_on_two_servers_of_which_one_hangs(
+    minpro: Callable[..., Command], on_two_servers: tuple[list[str], Path], two_servers: TwoServers
+) -> None:
     settings, serial = on_two_servers
-    assert_equal_runs(serial, train(minpro, settings, "overlapped_on_two", "schedule=overlapped"))
+    overlapped = serial.parent / "overlapped_on_two"
+    command = minpro("train", *settings, "name=overlapped_on_two", "schedule=overlapped")
+    wait_for(lambda: len(metrics_of(overlapped)) >= 2, command)
+    stopped = two_servers.stop_one()
+    code, _, err = command.wait()
+    assert code == 0, err
+    assert_equal_runs(serial, overlapped)
+    assert not stopped.is_running()
+    assert sum(row["servers/restarts"] for row in metrics_of(overlapped) if "servers/restarts" in row) >= 1
 
 
 def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(

@@ -34,7 +34,10 @@ def all_good(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 class Stub:
-    """An HTTP server that answers /generate with `answer` and remembers the bodies. version: what /model_info says; None: 503."""
+    """An HTTP server that answers /generate with `answer` and remembers the bodies. version: what /model_info says; None: 503.
+
+    computes: cleared, nothing that needs the computing process is answered before it is set again.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -42,6 +45,8 @@ class Stub:
         self.headers: list[dict[str, str]] = []
         self.version: str | None = None
         self.unauthorized = False
+        self.computes = threading.Event()
+        self.computes.set()
         self.active = self.most_active = 0
         self._lock = threading.Lock()
         stub = self
@@ -50,6 +55,10 @@ class Stub:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if self.path == "/server_info":
+                    stub.computes.wait(60)
+                    self.reply(200, b"{}")
+                    return
                 assert self.path == "/model_info"
                 self.reply(
                     401 if stub.unauthorized else 503 if stub.version is None else 200,

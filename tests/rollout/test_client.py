@@ -111,6 +111,44 @@ def test_a_session_that_broke_off_gives_its_responses_again(stub: Callable[[Answ
     assert server.asked == [f"r{i}#0" for i in range(6)] + [f"r{i}#0.1" for i in range(6)], "nothing is sampled twice"
 
 
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.gate.LOOK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("rollout.gate.SILENT_LOOK_TIMEOUT_S", 0.1)
+
+
+def test_a_server_whose_computing_process_is_silent_is_asked_nothing(stub: Callable[[Answer], Stub], quick_looks: None) -> None:
+    hung, good = stub(answers_of(4)), stub(answers_of(4))
+    hung.version = good.version = "4"
+    hung.computes.clear()
+    client = make_client(hung, good)
+
+    def generate() -> tuple[float, dict[str, float]]:
+        began = time.monotonic()
+        assert [len(row) for row in client.generate(REQUESTS, SAMPLING, num_samples=2, policy_version=4)] == [2] * 6
+        return time.monotonic() - began, client.last_report
+
+    first, second = generate(), generate()
+    assert first[0] > 1.0 > second[0], "the next batch does not wait for it as long"
+    for _, report in (first, second):
+        assert report.items() >= {"servers/used": 1.0, "servers/silent": 1.0, "servers/retries": 0.0}.items()
+    assert not hung.bodies
+    hung.computes.set()
+    assert generate()[1].items() >= {"servers/used": 2.0, "servers/silent": 0.0}.items()
+
+
+def test_a_hang_is_waited_for_longer_than_silence(stub: Callable[[Answer], Stub], quick_looks: None) -> None:
+    hung = stub(answers_of(4))
+    hung.version = "-1"
+    hung.computes.clear()
+    reason = rf"^no server answered within 0.5 s: {hung.endpoint}: its computing process gave no answer within 1 s"
+    with pytest.raises(RolloutFailed, match=reason):
+        make_client(hung, wait_s=0.2, hang_s=0.3).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
+    threading.Timer(1.5, hung.computes.set).start()  # it has been started again
+    with pytest.raises(WeightsMissing, match=r"has '-1'"):
+        make_client(hung, wait_s=0.2, hang_s=60).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
+
+
 def test_aborted_samples_alone_are_sampled_again(stub: Callable[[Answer], Stub]) -> None:
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
         abort = {"type": "abort", "message": "paused"}

@@ -185,6 +185,18 @@ def test_a_restarted_server_is_given_what_is_wanted_of_it_at_once(fleet: Callabl
     assert_whole(second, 12)
 
 
+def test_a_server_that_hangs_is_given_no_weights_and_no_call(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.rolling_gate.SILENT_LOOK_TIMEOUT_S", 0.2)
+    servers = fleet()
+    servers.servers["b"].computes.clear()  # its HTTP process still tells its version
+    assert_whole(servers.sample(4), 4)
+    assert servers.of("a") == [("given", 4), ("asked", 4), ("asked", 4)], "a has done both shares"
+    assert servers.of("b") == [] and servers.client.last_report["servers/silent"] == 1
+    servers.servers["b"].computes.set()
+    assert_whole(servers.sample(8), 8)
+    assert servers.of("b") == [("given", 8), ("asked", 8)] and servers.client.last_report["servers/silent"] == 0
+
+
 def test_a_version_that_somebody_else_gave_is_not_trusted(fleet: Callable[..., Fleet]) -> None:
     servers = fleet()  # of an earlier run or attempt: its weights of that version were others, or a publish was cut off
     servers.servers["a"].version = "4"

@@ -46,10 +46,12 @@ class Two:
         self.pool = pool
         self.tensors = tensors
         self.said: list[str] = []
-        self.supervisor = Supervisor(
-            pool, max_restarts=5, window_s=3600, unresponsive_after_s=6, start_timeout_s=900, announce=self.said.append
-        )
-        self.sync: WeightSync = CollectiveWeightSync(pool.endpoints, bucket_bytes=20_000, timeout_s=300)
+        self.supervisor = self.watch(max_restarts=5)
+        self.sync: WeightSync = CollectiveWeightSync(pool.endpoints, bucket_bytes=20_000)
+
+    def watch(self, **changes: float) -> Supervisor:
+        options = {"max_restarts": 0, "window_s": 3600, "unresponsive_after_s": 6, "progress_timeout_s": 60, "start_timeout_s": 900}
+        return Supervisor(self.pool, announce=self.said.append, **options | changes)  # type: ignore[arg-type]
 
     def client(self, **changes: object) -> GenerationClient:
         options = {"request_timeout_s": 400, "max_retries": 3, "max_in_flight": 1000, "wait_s": 100, **changes}
@@ -60,6 +62,11 @@ class Two:
 
     def version(self, index: int) -> str:
         return weight_version(self.pool.endpoints[index], key=None, timeout_s=10)
+
+    def stop_computing(self, index: int) -> None:
+        """The process that computes stands still; its HTTP process goes on."""
+        [scheduler] = [process for process in self.pool.processes[index].tree() if process.name().startswith("sglang::schedul")]
+        scheduler.suspend()
 
     def kill(self, index: int) -> None:
         self.pool.processes[index].popen.send_signal(signal.SIGKILL)
@@ -157,28 +164,44 @@ def test_a_killed_server_costs_no_response_and_waits_for_the_next_publish(two: T
     assert asked(two.pool, 0) > before and client.last_report.items() >= {"servers/used": 2.0, "servers/retries": 0.0}.items()
 
 
-def test_the_requests_of_a_hanging_server_are_answered_by_the_other(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("hangs", "said"), [("its HTTP process", "no answer to"), ("only what computes", "its computing process has answered nothing for 8 s")]
+)
+def test_the_requests_of_a_hanging_server_are_answered_by_the_other(
+    two: Two, monkeypatch: pytest.MonkeyPatch, hangs: str, said: str
+) -> None:
+    monkeypatch.setattr(two.supervisor, "_most_stuck", 8)
     client, results = two.client(), []
     hung, stopped = two.pool.processes[1], threading.Event()
-    in_mid_generation(monkeypatch, two.pool.endpoints[1], lambda: (hung.popen.send_signal(signal.SIGSTOP), stopped.set()))
+    old = hung.tree()
+
+    def stop() -> None:
+        if hangs == "its HTTP process":
+            hung.popen.send_signal(signal.SIGSTOP)
+        else:
+            two.stop_computing(1)
+        stopped.set()
+
+    in_mid_generation(monkeypatch, two.pool.endpoints[1], stop)
     many = threading.Thread(target=lambda: results.extend(client.generate(REQUESTS, LONG, num_samples=8, policy_version=1)), daemon=True)
     many.start()
     assert stopped.wait(30)
     began = time.monotonic()
     two.supervise(lambda: bool(two.said))
-    assert "no answer to" in two.said[0] and "server 1" in two.said[0]
+    assert said in two.said[0] and "server 1" in two.said[0]
     assert time.monotonic() - began < 160, "long before the request's own time limit"
     many.join(240)
     assert [len(row) for row in results] == [8] * 6
     assert {g.policy_versions for row in results for g in row} == {(1, 1)}
     assert client.last_report["servers/retries"] == 24.0
     two.whole()
-    assert two.pool.processes[1].pid != hung.pid
+    assert two.pool.processes[1].pid != hung.pid and not any(process.is_running() for process in old)
+    assert len(two.said) == 2, "nobody else was restarted"
 
 
 def test_a_publish_goes_on_without_a_dead_server_and_takes_it_in_again(two: Two, model_folder: Path, tmp_path: Path) -> None:
     endpoints = two.pool.endpoints
-    disk = DiskWeightSync(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path, timeout_s=60)
+    disk = DiskWeightSync(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path)
     two.kill(0)
     for version, sync in ((2, two.sync), (3, disk)):
         assert sync.publish(version, iter(two.tensors)) == (endpoints[1],)
@@ -195,8 +218,8 @@ def test_a_keeper_gives_each_server_its_own_version(two: Two, model_folder: Path
     doubled = [(name, tensor * 2) for name, tensor in two.tensors]
     expected = {version: expected_checksums(iter(tensors), dtype=torch.float32) for version, tensors in ((2, two.tensors), (3, doubled))}
     keepers: list[WeightKeeper] = [
-        CollectiveKeeper(endpoints, bucket_bytes=20_000, timeout_s=60),
-        DiskKeeper(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path, timeout_s=60),
+        CollectiveKeeper(endpoints, bucket_bytes=20_000),
+        DiskKeeper(endpoints, write_checkpoint=writer(model_folder), directory=tmp_path),
     ]
     for keeper in keepers:
         keeper.offer(2, iter(two.tensors))
@@ -270,13 +293,14 @@ def test_two_thousand_requests_in_flight_are_all_answered_in_little_memory(two: 
 
 def test_no_server_is_one_error_and_too_many_restarts_are_another(two: Two) -> None:
     """The last test: both servers stay dead."""
-    strict = Supervisor(two.pool, max_restarts=0, window_s=60, unresponsive_after_s=6, start_timeout_s=60, announce=two.said.append)
+    strict = two.watch(max_restarts=0, window_s=60)
     for index in (0, 1):
         two.kill(index)
     with pytest.raises(RolloutFailed, match=r"^no server answered within 1 s: http://127\S*: ConnectError.*; http://127"):
         two.client(wait_s=1).generate(REQUESTS, SHORT, num_samples=1, policy_version=1)
     with pytest.raises(WeightSyncFailed, match=r"^policy version 2: no server answers: http://127"):
         two.publish(2)
-    with pytest.raises(ServerDied, match=r"^after 0 restarts within 60 s: SGLang server 0 .* was ended by SIGKILL; last lines of"):
+    with pytest.raises(ServerDied, match=r"^after 0 restarts within 60 s: SGLang server 1 .* was ended by SIGKILL; last lines of"):
         strict.check()
+    assert "SGLang server 0" in two.said[-1] and two.said[-1].endswith("it is given up, 1 of 2 server(s) here are left")
     strict.close()

@@ -57,7 +57,7 @@ def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbed:
-    """What was seen of one job. It lost a server, lost a rank, came near its time limit, made way for an urgent job, lost a node."""
+    """What was seen of one job. It lost a server, a rank, a serving node, came near its time limit, made way for another, lost a node."""
 
     saved_before_the_failure: int
     restarts_before_the_failure: int
@@ -78,6 +78,14 @@ class Disturbed:
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     logs: set[str]
+
+
+ONE_SERVER, TWO_SERVERS = (1, 1), (2, 0)  # those that gave responses, those that gave no answer
+
+
+def fared(metrics: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """The servers, batch by batch."""
+    return [(row["servers/used"], row["servers/silent"]) for row in metrics if "servers/used" in row]
 
 
 @contextmanager
@@ -156,6 +164,10 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
         jobs.kill_ranks(1)
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_failure + 1, "the requeue", timeout_s=360)
     said_at_the_failure = jobs.output(name)
+    jobs.wait_for_steps(name, job_id, 5)
+    [serve] = jobs.processes_on(3, "minpro serve")
+    serve.kill()
+    cluster.until(lambda: ONE_SERVER in fared(jobs.metrics(name)), "a batch by one of two servers", timeout_s=360)
     jobs.wait_for_steps(name, job_id, 6)
     restarts_before_the_limit, lost_before_the_limit = cluster.job(job_id).restarts, int((run_dir / LOST_FILE).read_text())
 
@@ -220,6 +232,13 @@ def assert_equal_but_for_the_lost(disturbed: Disturbed, undisturbed: list[dict[s
 
 def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
     assert disturbed.restarts_before_the_failure == 0
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+
+
+def test_a_server_node_that_gives_up_ends_no_other(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert re.search(r"the servers of n3 have ended, see \S*/logs/serve-1-n3.log; 1 of 2 nodes serve", disturbed.said_at_the_limit)
+    assert ONE_SERVER in fared(disturbed.metrics) and fared(undisturbed) == [TWO_SERVERS] * GLOBAL_STEPS
+    assert fared(disturbed.metrics)[-1] == TWO_SERVERS, "the next attempt had both nodes again"
     assert_equal_but_for_the_lost(disturbed, undisturbed)
 
 

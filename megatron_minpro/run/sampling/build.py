@@ -21,6 +21,7 @@ from megatron_minpro.loop.responder import Responder
 from megatron_minpro.loop.sampler import LocalSampler
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.registry import make_reward
+from megatron_minpro.run.server_limits import progress_timeout_s
 from megatron_minpro.tracking.rollout_log import RolloutLog
 from rollout.client import GenerationClient
 from rollout.rolling_gate import Give
@@ -94,6 +95,7 @@ def build_sampler(
         # One call per server is fastest and repeatable for short responses; on GPUs a dead server should cost one group, not a batch.
         samples_per_call=None if device_type == "cpu" and assignment == "fixed" else rollout.group_size,
         wait_s=rollout.start_timeout_s,
+        hang_s=progress_timeout_s(config),
         give=give if rollout.publish == "rolling" else None,
         assignment=assignment,
     )

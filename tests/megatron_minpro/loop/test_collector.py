@@ -48,7 +48,8 @@ class Client:
 
     def metrics(self) -> dict[str, float]:
         asked = len(self.asked)
-        return {"servers/used": 8.0 - asked, "servers/retries": float(asked), "time/tail": asked / 4, "time/queued": asked / 8}
+        counts = {"servers/used": 8.0 - asked, "servers/retries": float(asked), "servers/silent": float(asked)}
+        return {**counts, "time/tail": asked / 4, "time/queued": asked / 8}
 
     def begin(self, request_ids: Iterable[str]) -> None: ...
     def end(self, request_id: str) -> None: ...
@@ -247,7 +248,8 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     undisturbed, _, end = dynamically([EQUAL, MIXED, EQUAL, EQUAL, MIXED, MIXED])
     assert sampled.judged == undisturbed.judged and cursor.position == end.position
     assert client.asked[:2] == client.asked[2:4]
-    assert sampled.servers == {"servers/used": 5.0, "servers/retries": 3.0 + 4 + 5, "time/tail": 5 / 4, "time/queued": 3 / 8}
+    counts = {"servers/used": 5.0, "servers/retries": 3.0 + 4 + 5, "servers/silent": 5.0}
+    assert sampled.servers == {**counts, "time/tail": 5 / 4, "time/queued": 3 / 8}
 
 
 class LastFirst(SecondWord):
