@@ -29,6 +29,7 @@ from rollout.weights.checksums import check_equal, expected_checksums
 from rollout.weights.collective import CollectiveWeightSync
 from rollout.weights.disk import DiskWeightSync
 from rollout.weights.keeper import CollectiveKeeper, DiskKeeper, WeightKeeper
+from rollout.weights.time_limits import WeightTimeLimits
 from rollout.weights.weight_sync import WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
 
@@ -254,6 +255,36 @@ def test_a_server_killed_during_a_broadcast_fails_the_publish(two: Two) -> None:
     assert two.publish(2) == (two.pool.endpoints[0],)
     rows = two.client().generate(REQUESTS, SHORT, num_samples=1, policy_version=2)
     assert {g.policy_versions for row in rows for g in row} == {(2, 2)}
+
+
+def test_a_server_that_hangs_in_a_broadcast_holds_up_nobody(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoints = two.pool.endpoints
+    pids = [process.pid for process in two.pool.processes]
+    sync = CollectiveWeightSync(endpoints, bucket_bytes=20_000, limits=WeightTimeLimits(control_s=5, step_s=6))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for number, item in enumerate(two.tensors):
+            if number == len(two.tensors) // 2:
+                two.stop_computing(1)
+            yield item
+
+    began = time.monotonic()
+    with pytest.raises(WeightSyncFailed, match=rf"policy version 2: no server took it: .*{endpoints[1]}"):
+        sync.publish(2, tensors())
+    assert time.monotonic() - began < 60
+    assert "unfinished update to 2" in two.version(0)
+    monkeypatch.setattr(two.supervisor, "_most_stuck", 8)
+    two.supervise(lambda: bool(two.said))
+    assert "its computing process has answered nothing for" in two.said[0] and "SGLang server 1" in two.said[0]
+    assert two.supervisor._stuck[0] < 8, "a server that is paused, and has no group any more, answers"
+    assert sync.publish(2, iter(two.tensors)) == (endpoints[0],), "in a new group"
+    rows = two.client().generate(REQUESTS, SHORT, num_samples=1, policy_version=2)
+    assert {g.policy_versions for row in rows for g in row} == {(2, 2)}
+    two.whole()
+    assert [process.pid == pid for process, pid in zip(two.pool.processes, pids, strict=True)] == [True, False]
+    assert sync.publish(3, iter(two.tensors)) == tuple(endpoints) and sync.num_restarts == 1
+    check_equal(expected_checksums(iter(two.tensors), dtype=torch.float32), endpoints[1])
+    sync.close()
 
 
 def test_what_had_arrived_when_the_weights_were_lost_is_not_sampled_again(two: Two) -> None:
