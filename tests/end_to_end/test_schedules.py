@@ -72,15 +72,19 @@ def waited_less(row: dict[str, Any]) -> bool:
     return "time/sample" in row and row["time/wait"] < row["time/sample"]
 
 
-def test_overlapped_equals_serial_with_evaluation_and_dynamic_sampling(
+def test_overlapped_equals_serial_with_dynamic_sampling_and_replay(
     minpro: Callable[..., Command], short_run_settings: list[str], two_servers: TwoServers
 ) -> None:
     changes = [
         *("staleness=3", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
-        *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", *two_servers.settings(1)),
+        *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", "actor.routing_replay=trainer", *two_servers.settings(1)),
     ]
     runs = [train(minpro, short_run_settings, f"{schedule}_n3", *changes, f"schedule={schedule}") for schedule in ("overlapped", "serial")]
     assert_equal_runs(*runs)
+    rows = [row for row in metrics_of(runs[0]) if "routing/missing" in row]
+    assert len(rows) == 4 and {row["routing/missing"] for row in rows} == {0.0}
+    assert rows[0]["routing/differing_lag_min"] == 0.0 < rows[-1]["routing/differing_lag_max"] < 0.5  # the routers have moved
+    assert all(list((run / "routing").iterdir()) == [] for run in runs)
 
 
 def test_overlapped_equals_serial_on_two_servers_of_which_one_hangs(
