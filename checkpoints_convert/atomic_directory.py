@@ -132,6 +132,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def mount_point(path: Path) -> Path:
+    """Where the file system begins that an existing path lies on."""
+    path = path.resolve()
+    while not path.is_mount():
+        path = path.parent
+    return path
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Path.write_bytes, with the file's name in the error of a full disk."""
     try:

@@ -189,10 +189,10 @@ class MegatronActor:
 
     def save(self, directory: Path) -> None:
         """Model and optimizer as a Megatron torch_dist checkpoint in an existing, empty directory. Loads onto other layouts."""
-        self.capture(directory)(self._groups.control)
+        self.capture(directory).write(self._groups.control)
 
-    def capture(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
-        """A copy of the state as it is now, as a function that writes what `save` would write; see actor_checkpoint.capture."""
+    def capture(self, directory: Path) -> actor_checkpoint.Captured:
+        """A copy of the state as it is now, which writes what `save` would write; see actor_checkpoint.capture."""
         settle_weights(self._chunks)
         return actor_checkpoint.capture(directory, self._modules, self._optimizer)
 
@@ -240,8 +240,8 @@ class MegatronActor:
         finally:
             self._swap(self._snapshot, policy_version=latest)
 
-    def capture_kept(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
-        """A copy of the kept weights, as a function that writes them for `load_kept`; see actor_checkpoint.capture_model."""
+    def capture_kept(self, directory: Path) -> actor_checkpoint.Captured:
+        """A copy of the kept weights, which writes them for `load_kept`; see actor_checkpoint.capture_model."""
         with self.kept_weights():
             return actor_checkpoint.capture_model(directory, self._modules)
 

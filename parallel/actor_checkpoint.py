@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,21 @@ from parallel.mcore import (
 )
 from parallel.model import HiddenStateModel
 from parallel.optimizer import inner_optimizers
+from parallel.shard_writer import ShardWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A copy of this rank's part of a state.
+
+    num_bytes: of its tensors.
+    write: to be called once, on all ranks, with a gloo group over all of them, by any thread as long as nothing else uses that group: the
+    model may change meanwhile. The folder exists by then and is empty. This rank's files are on the disk when it returns. Raises as
+    `write_shards`.
+    """
+
+    num_bytes: int
+    write: Callable[[dist.ProcessGroup], None]
 
 
 def _sharded_model(modules: Sequence[HiddenStateModel]) -> dict[str, Any]:
@@ -72,15 +89,18 @@ class _Capture(TorchDistSaveShardedStrategy):
     """Stands where Megatron writes the tensors of a checkpoint, and copies them instead; `empty` ones are filled later."""
 
     empty: frozenset[int]  # addresses of storages
+    small_files: dict[str, bytes]  # what Megatron writes beside the tensors; the first rank's
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         self.to_fill: set[int] = set()  # those of `empty` that this rank will write
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         to_copy: list[ShardedTensor] = []
+        self.num_bytes = 0
         for pieces in by_key.values():
             for piece in pieces:
                 if not isinstance(piece, ShardedTensor):
                     continue
+                self.num_bytes += piece.data.nbytes
                 address = piece.data.untyped_storage().data_ptr()
                 if address in self.empty:
                     self.to_fill.add(address)
@@ -141,12 +161,8 @@ class _OptimizerCapture:
                 yield (index, dtype), tensors
 
 
-def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> Callable[[dist.ProcessGroup], None]:
-    """Collective. Copies this rank's part of the state to host memory; the result writes it.
-
-    directory: existing and empty, the same path on all ranks; small files without tensors are written at once.
-    The result is to be called once, on all ranks, with a gloo group over all of them, by any thread as long as nothing else uses that
-    group: the model may change meanwhile. This rank's files are on the disk when it returns. Raises as `write_shards`.
+def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> Captured:
+    """Collective. Copies this rank's part of the state to host memory; the result writes it to `directory`, the same path on all ranks.
 
     Megatron's own asynchronous strategy is not used: it forks processes out of one whose communication threads hold locks, does not
     copy tensors that lie on the CPU, and finishes over the default group, in between the collectives of training.
@@ -161,7 +177,7 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
         state = _sharded_state(modules, description, is_loading=False)
     finally:
         gc.unfreeze()
-    strategy = _copy_tensors(directory, state, empty=frozenset().union(*(each.storages() for each in inner)))
+    strategy = _copy_tensors(state, empty=frozenset().union(*(each.storages() for each in inner)))
 
     def write(group: dist.ProcessGroup) -> None:
         for each in inner:
@@ -169,39 +185,55 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
         _write_copies(directory, strategy, group)
         inner.clear()
 
-    return write
+    return Captured(num_bytes=strategy.num_bytes, write=write)
 
 
-def capture_model(directory: Path, modules: Sequence[HiddenStateModel]) -> Callable[[dist.ProcessGroup], None]:
+def capture_model(directory: Path, modules: Sequence[HiddenStateModel]) -> Captured:
     """Collective. As `capture`, for the model alone: what the result writes is read by `load_model`."""
-    strategy = _copy_tensors(directory, _sharded_model(modules), empty=frozenset())
-    return lambda group: _write_copies(directory, strategy, group)
+    strategy = _copy_tensors(_sharded_model(modules), empty=frozenset())
+    return Captured(num_bytes=strategy.num_bytes, write=lambda group: _write_copies(directory, strategy, group))
 
 
-def _copy_tensors(directory: Path, state: dict[str, Any], *, empty: frozenset[int]) -> _Capture:
+def _copy_tensors(state: dict[str, Any], *, empty: frozenset[int]) -> _Capture:
     """Collective. Copy this rank's part of a sharded state. empty: addresses of storages that are filled later."""
     strategy = _Capture("torch_dist", 1)
     strategy.empty = empty
-    dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+    # The first rank writes the files without tensors alone, in between collectives: to memory, where no disk is full or slow.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        dist_checkpointing.save(state, memory, sharded_strategy=strategy)
+        strategy.small_files = {path.name: path.read_bytes() for path in Path(memory).iterdir()}
     return strategy
 
 
 def _write_copies(directory: Path, strategy: _Capture, group: dist.ProcessGroup) -> None:
     planner = MCoreSavePlanner(dedup_replicated_tensors=not strategy.keep_only_main_replica, flatten_state_dict=False)
-    write_shards(directory, strategy.captured, planner, group)
-    strategy.captured.clear()  # at once: what torch and Megatron made of them may wait for the garbage collector
+    try:
+        write_shards(directory, strategy.captured, planner, group, small_files=strategy.small_files)
+    finally:
+        strategy.captured.clear()  # at once: what torch and Megatron made of them may wait for the garbage collector
 
 
-def write_shards(directory: Path, state: dict[str, Any], planner: checkpoint.SavePlanner, group: dist.ProcessGroup) -> None:
+def write_shards(
+    directory: Path,
+    state: dict[str, Any],
+    planner: checkpoint.SavePlanner,
+    group: dist.ProcessGroup,
+    *,
+    small_files: Mapping[str, bytes],
+) -> None:
     """Collective over `group`. This rank's shards into files of its own, on the disk when it returns.
 
-    Raises RuntimeError on every rank when one of them cannot write, with that rank's reason in one line.
+    small_files: name -> content of further files of this rank.
+    Raises OSError on every rank when one of them cannot write, with that rank's reason in one line; RuntimeError for any other reason.
     """
     try:
-        checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(directory), planner=planner, process_group=group)
+        checkpoint.save(state, storage_writer=ShardWriter(directory, small_files), planner=planner, process_group=group)
     except checkpoint.CheckpointException as error:  # no Exception, and its text is every rank's stack
-        reasons = (f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in sorted(error.failures.items()))
-        raise RuntimeError(" ".join("; ".join(reasons).split())) from error
+        failures = [(rank, failure) for rank, (failure, _) in sorted(error.failures.items())]
+        reason = " ".join("; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures).split())
+        if all(isinstance(failure, OSError) for _, failure in failures):
+            raise OSError(reason) from error
+        raise RuntimeError(reason) from error
 
 
 def load(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> None:

@@ -409,7 +409,7 @@ class CheckpointConfig(Section):
     keep: int = Field(
         default=2,
         ge=1,
-        description="newest checkpoints kept, and the one from which a finished run can be prolonged",
+        description="newest checkpoints kept, and the one from which a finished run can be prolonged; one more while one is written",
     )
 
 

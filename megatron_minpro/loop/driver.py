@@ -18,8 +18,9 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.sampler import Sampler
 from megatron_minpro.loop.server_weights import ServerWeights
-from megatron_minpro.tracking.progress import Progress, write_progress
-from megatron_minpro.tracking.sampled_count import write_sampled
+from megatron_minpro.tracking.late_files import LateFiles
+from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
+from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, write_sampled
 from megatron_minpro.tracking.tracker import RunTracker
 from rollout.weights.weight_sync import WeightSyncFailed
 
@@ -35,6 +36,7 @@ class RunDriver:
     sampler: Sampler
     weights: ServerWeights
     tracker: RunTracker
+    files: LateFiles
     cursor: Mapping[str, Any]  # of the prompts, behind the last batch that was taken in: what a checkpoint keeps
     trained_batches: int = 0
     restarts_reported: int = 0
@@ -62,7 +64,7 @@ class RunDriver:
             rollouts_sampled: so far, over all attempts. Kept before the step's metrics are: what an interruption loses is counted.
         """
         self.cursor = cursor
-        write_sampled(self.run_dir, rollouts_sampled)
+        self.files.write(SAMPLED_FILE, lambda: write_sampled(self.run_dir, rollouts_sampled))
 
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> str | None:
         """Weights for the servers. None, or why no server took them; the tensors are used up in any case."""
@@ -86,9 +88,9 @@ class RunDriver:
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         """Measure held-out pass@k, keep it as evaluation_<label>.json."""
         result = self.sampler.measure(policy_version=policy_version)
-        write_atomically(
-            self.run_dir / f"evaluation_{label}.json", json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"
-        )
+        path = self.run_dir / f"evaluation_{label}.json"
+        text = json.dumps({**result, "policy_version": policy_version}, indent=2) + "\n"
+        self.files.write(path.name, lambda: write_atomically(path, text))
         log.info("held out, %s (policy version %d): %s", label, policy_version, result)
         return result
 
@@ -105,9 +107,11 @@ class RunDriver:
             self._tell()
 
     def close(self) -> None:
-        """End the sampler and the way of the weights."""
+        """End the sampler and the way of the weights. Raises OSError for files that cannot be written."""
         self.sampler.close()
         self.weights.close()
+        self.files.flush()
 
     def _tell(self) -> None:
-        write_progress(self.run_dir, Progress(phase=self.phase, global_step=self.trained_batches, beside=self.activity))
+        progress = Progress(phase=self.phase, global_step=self.trained_batches, beside=self.activity)
+        self.files.write(PROGRESS_FILE, lambda: write_progress(self.run_dir, progress), may_be_lost=True)

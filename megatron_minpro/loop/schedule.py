@@ -40,13 +40,18 @@ def train(run: TrainingRun, *, unfinished: UnfinishedStep | None = None, measure
         run.checkpoints.wait()
         if "after" in measure:
             evaluate(run, "after")
-    except (StopRequested, ServersFailed) as reason:
+    except StopRequested:
         save(run)
         run.checkpoints.wait()
-        if isinstance(reason, ServersFailed):
-            raise
         log.warning("stopped %s, checkpoint written", _where(run))
         return False
+    except ServersFailed as failed:
+        save(run)
+        try:
+            run.checkpoints.wait()
+        except RuntimeError as not_saved:
+            raise ServersFailed(f"{failed}; {not_saved}") from not_saved
+        raise
     return True
 
 

@@ -37,11 +37,10 @@ class Driver(Protocol):
 
 
 class Checkpoints(Protocol):
-    """On every rank. `save` returns once the state is copied; `wait` when it is on disk. Both raise on all ranks together."""
+    """On every rank. `save` returns once the state is copied; `wait` when it is on disk, and raises on all ranks where it cannot be."""
 
     def save(self, unfinished: UnfinishedStep | None) -> None: ...
     def wait(self) -> None: ...
-    def failure(self) -> str | None: ...
     def seconds(self) -> float | None: ...  # of writing the newest complete one, from its beginning; None before the first
 
 
@@ -121,11 +120,8 @@ class Wishes:
 
 
 def look(run: TrainingRun) -> Wishes:
-    """Collective. Raises RuntimeError on all ranks when a checkpoint could not be written."""
-    wishes, failure = share(run, (_wishes(run), run.checkpoints.failure()) if run.driver else None)
-    if failure is not None:
-        raise RuntimeError(failure)
-    return wishes
+    """Collective."""
+    return share(run, _wishes(run) if run.driver else None)
 
 
 def obey(run: TrainingRun) -> None:

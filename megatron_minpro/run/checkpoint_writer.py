@@ -9,21 +9,22 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from checkpoints_convert.atomic_directory import fsync_path, fsync_tree
+from checkpoints_convert.atomic_directory import fsync_path, fsync_tree, mount_point, write_file
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.routing_file import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
+from megatron_minpro.run.background_write import BackgroundWrite, Trouble, agree, time_limit_s
 from megatron_minpro.run.routing_links import keep_experts, routing_names
 from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 from megatron_minpro.run.run_state import (
@@ -45,29 +46,47 @@ _NAME = re.compile(r"^step_\d{6}(_update_\d{4}(_sampled)?)?$")
 class CheckpointWriter:
     """One thread per rank writes, one checkpoint at a time. A failure keeps the checkpoints that are there.
 
-    `save` and `wait` are collective: all ranks call them in the same order, and on failure all of them raise.
+    `save` and `wait` are collective: all ranks call them in the same order, and on failure all of them raise. No other thread than the
+    writing one touches the file system, except to keep the experts of waiting batches: one that does not answer holds up nobody.
     """
 
     def __init__(
-        self, directory: Path, *, routing: Path, keep: int, control_group: dist.ProcessGroup, saving_group: dist.ProcessGroup
+        self,
+        directory: Path,
+        *,
+        routing: Path,
+        keep: int,
+        control_group: dist.ProcessGroup,
+        saving_group: dist.ProcessGroup,
+        limit_s: Callable[[int], float] = time_limit_s,
+        before_rename: Callable[[], None] | None = None,
     ) -> None:
-        """
+        """Collective.
+
         Args:
             directory: holds the checkpoints.
             routing: holds the experts of batches that wait, see batch/routing_file.py.
-            keep: how many checkpoints stay, and beside them the one in which sampling ends.
+            keep: how many checkpoints stay, and beside them the one in which sampling ends. While one is written there is one more.
             control_group: gloo over all ranks.
             saving_group: gloo over all ranks, used by the writing threads alone.
+            limit_s: from bytes of all ranks, how long a checkpoint may take.
+            before_rename: rank 0's: writes what must lie beside a complete checkpoint. Its OSError is a failure of the checkpoint.
         """
         self._directory = directory
         self._routing = routing
         self._keep = keep
         self._control_group = control_group
         self._saving_group = saving_group
+        self._limit_s = limit_s
+        self._before_rename = before_rename
         self._first = dist.get_rank() == 0
-        self._thread: Thread | None = None
-        self._failure: str | None = None
         self.seconds: float | None = None  # of writing the newest complete checkpoint, from its beginning
+        self._writing: BackgroundWrite | None = None
+        self._missing: str | None = None  # why the state that was to be saved last is not on disk
+        latest = directory / LATEST_FILE
+        newest = [latest.read_text().strip() if self._first and latest.exists() else ""]
+        dist.broadcast_object_list(newest, src=0, group=control_group)
+        self._newest: str = newest[0]  # name of the newest complete checkpoint
 
     def save(
         self,
@@ -82,24 +101,37 @@ class CheckpointWriter:
         """Copy the state as it is now and begin to write it.
 
         cursor: rank 0's prompt cursor state (ignored elsewhere). unfinished: what is done of a global step that is under way.
-        Waits for the former checkpoint first. The new one appears by rename after all of it, from all ranks, is on disk. Nothing is
-        written when the newest checkpoint is of this state already. Raises RuntimeError when the former one failed, OSError when there
-        is no room to begin, ValueError for a waiting batch without behaviour log-probs.
+        The new one appears by rename after all of it, from all ranks, is on disk. Nothing is written when the newest checkpoint is of this
+        state already. Waits for the former checkpoint first; where that is not done within its time limit, this one is skipped with a
+        warning. A disk that cannot take a checkpoint is a warning too; `wait` raises where no later one was written.
+        Raises RuntimeError when the former one failed for another reason than the disk, ValueError for a waiting batch without behaviour
+        log-probs.
         """
-        self.wait()
-        start = time.monotonic()
         for sample in (sample for batch in waiting for sample in batch.samples):
             if sample.behaviour_logprobs is None:
                 raise ValueError(f"{sample.sample_id}: behaviour_logprobs are missing from a batch that waits")
         name = checkpoint_name(counters.next_step, unfinished)
+        trouble = self._settle()
+        if trouble is not None and trouble.kind == "stalled":
+            self._missing = f"checkpoint {name} is skipped: {trouble.reason}"
+            if self._first:
+                log.warning("%s; training goes on", self._missing)
+            return
+        self._missing = None
+        if self._newest == name:
+            return
+        start = time.monotonic()
         keeps = unfinished is not None and unfinished.batch == "missing"
         partial = self._directory / f".{name}.partial"
-        folders = [ACTOR_FOLDER, KEPT_FOLDER] if keeps else [ACTOR_FOLDER]
-        if not self._on_first_rank(lambda: self._make_room(name, partial, folders=folders, waiting=waiting)):
+        experts = routing_names(waiting)
+        if experts and (refused := self._keep_experts(partial, waiting)) is not None:
+            self._missing = f"checkpoint {name} was not written: {refused}"
+            if self._first:
+                log.warning("%s; training goes on until the next one", self._missing)
             return
-        writers = [actor.capture(partial / ACTOR_FOLDER)]
+        captured = {ACTOR_FOLDER: actor.capture(partial / ACTOR_FOLDER)}
         if keeps:
-            writers.append(actor.capture_kept(partial / KEPT_FOLDER))
+            captured[KEPT_FOLDER] = actor.capture_kept(partial / KEPT_FOLDER)
         state = {
             "config": config.model_dump(mode="json"),
             "counters": asdict(counters),
@@ -110,79 +142,141 @@ class CheckpointWriter:
             "kept_version": actor.kept_version if keeps else None,
         }
         batches = tuple(waiting)  # they never change
+        num_bytes = self._sum(sum(part.num_bytes for part in captured.values()))
+        end_of_sampling = f"step_{config.num_global_steps:06d}"
 
         def write() -> None:
             try:
-                for file in routing_names(batches):
-                    fsync_path(partial / ROUTING_FOLDER / file)  # on every rank: each may have written some of it
-                for write_part in writers:
-                    write_part(self._saving_group)  # returns when every rank's part is on disk
+                self._together(lambda: self._make_folders(partial, captured, keep_partial=bool(experts)))
+                self._together(lambda: _flush(partial / ROUTING_FOLDER, experts))  # each rank may have written some of them
+                for part in captured.values():
+                    part.write(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
-                    self._finish(partial, name, state, batches, end_of_sampling=f"step_{config.num_global_steps:06d}")
+                    self._finish(partial, name, state, batches)
                 self.seconds = time.monotonic() - start
-            except BaseException as error:  # without this the error would be lost
-                self._failure = (
-                    f"checkpoint {name} was not written, the former ones are kept: {type(error).__name__}: {' '.join(str(error).split())}"
-                )
-                log.error(self._failure)
+            except OSError as error:
+                if not self._first:
+                    raise
+                shutil.rmtree(partial, ignore_errors=True)  # no rank writes any more
+                reason = self._describe(name, error, num_bytes)
+                log.warning("%s; training goes on until the next one", reason)
+                raise OSError(reason) from error
+            if self._first:
+                self._delete_old(name, end_of_sampling)
 
-        self._thread = Thread(target=write, name=f"checkpoint {name}", daemon=True)
-        self._thread.start()
-
-    def failure(self) -> str | None:
-        """Why writing failed on this rank, as soon as that is known; None while all is well. Not collective, does not wait."""
-        return self._failure
-
-    def join(self) -> None:
-        """Wait until this rank writes nothing. Not collective: for a rank that is about to end because of an error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._writing = BackgroundWrite(name, write, limit_s=self._limit_s(num_bytes))
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is complete. Raises RuntimeError when writing failed."""
-        self.join()
-        failures: list[Any] = [self._failure]
-        dist.broadcast_object_list(failures, src=0, group=self._control_group)  # one rank's failure is every rank's, see write
-        if failures[0] is not None or self._failure is not None:
-            raise RuntimeError(failures[0] or self._failure)
+        """Wait until the checkpoint that is being written is complete, within its time limit.
 
-    def _on_first_rank(self, action: Callable[[], bool]) -> bool:
-        """What the action says on rank 0, on all ranks; its OSError is raised on all of them."""
-        outcome: list[Any] = [None]
-        if self._first:
-            try:
-                outcome = [action()]
-            except OSError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self._control_group)
-        if isinstance(outcome[0], OSError):
-            raise outcome[0]
-        return outcome[0]
+        Raises RuntimeError, on all ranks, when the state that was to be saved last is not on disk.
+        """
+        trouble = self._settle()
+        if self._missing is not None:
+            raise RuntimeError(self._missing)
+        if trouble is not None:
+            raise RuntimeError(trouble.reason)
 
-    def _make_room(self, name: str, partial: Path, *, folders: Sequence[str], waiting: Sequence[RolloutBatch]) -> bool:
-        latest = self._directory / LATEST_FILE
-        if latest.exists() and latest.read_text().strip() == name:
-            return False
+    def join(self) -> None:
+        """Wait until this rank writes nothing, within the time limit. Not collective: for a rank that is about to end."""
+        if self._writing is not None:
+            self._writing.trouble()
+
+    def _settle(self) -> Trouble | None:
+        """Collective. How writing ended; where it has not, in time, `_writing` stays. Raises RuntimeError for a fault of ours."""
+        if self._writing is None:
+            return None
+        name, trouble = self._writing.name, agree(self._writing.trouble(), self._control_group)
+        if trouble is not None and trouble.kind == "stalled":
+            return trouble
+        self._writing = None
+        if trouble is None:
+            self._newest = name
+        elif trouble.kind == "fault":
+            raise RuntimeError(f"checkpoint {name} was not written, the former ones are kept: {trouble.reason}")
+        else:
+            self._missing = trouble.reason
+        return trouble
+
+    def _sum(self, number: int) -> int:
+        total = torch.tensor([number])
+        dist.all_reduce(total, group=self._control_group)
+        return int(total)
+
+    def _together(self, action: Callable[[], object]) -> None:
+        """Collective over the writing threads. Raises one rank's OSError on all ranks."""
+        trouble: OSError | None = None
+        try:
+            action()
+        except OSError as error:
+            trouble = error
+        found: list[Any] = [None] * dist.get_world_size(self._saving_group)
+        dist.all_gather_object(found, trouble, group=self._saving_group)
+        for rank, failure in enumerate(found):
+            if failure is not None:
+                raise OSError(f"rank {rank}: {failure}")
+
+    def _make_folders(self, partial: Path, folders: Iterable[str], *, keep_partial: bool) -> None:
+        """On rank 0. keep_partial: this checkpoint has begun already, see _keep_experts."""
+        if not self._first:
+            return
         for unfinished in self._directory.glob(".step_*.partial"):
-            shutil.rmtree(unfinished)
+            if unfinished != partial or not keep_partial:
+                shutil.rmtree(unfinished)
         for folder in folders:
             (partial / folder).mkdir(parents=True)
-        keep_experts(self._routing, partial, waiting)  # now: a batch that is trained meanwhile drops its file
-        return True
 
-    def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch], *, end_of_sampling: str) -> None:
+    def _keep_experts(self, partial: Path, waiting: Sequence[RolloutBatch]) -> OSError | None:
+        """Collective. Now, and not by the thread: a batch that is trained meanwhile drops its file."""
+        trouble: list[OSError | None] = [None]
+        if self._first:
+            try:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                partial.mkdir()
+                keep_experts(self._routing, partial, waiting)
+            except OSError as error:
+                trouble = [error]
+        dist.broadcast_object_list(trouble, src=0, group=self._control_group)
+        return trouble[0]
+
+    def _describe(self, name: str, error: OSError, num_bytes: int) -> str:
+        """What a person needs to know who is to make room."""
+        former = f"{self._newest} stays the newest" if self._newest else "there is none yet"
+        said = f"checkpoint {name} was not written, {former}: {' '.join(str(error).split())}"
+        try:
+            place = mount_point(self._directory)
+            free = shutil.disk_usage(place).free
+        except OSError:  # it has said enough
+            return said
+        kept = f"beside the {self._keep} that are kept (checkpoint.keep)"
+        return f"{said}; it needs about {num_bytes:,} bytes {kept}, {free:,} are free on {place}"
+
+    def _finish(self, partial: Path, name: str, state: dict[str, Any], waiting: Sequence[RolloutBatch]) -> None:
         records, tensors = join_batches(waiting)
         save_file(tensors, partial / WAITING_FILE)
         state = {**state, "waiting": records, "files": file_sizes(partial)}
-        (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        write_file(partial / STATE_FILE, json.dumps(state).encode())
         fsync_tree(partial)
+        if self._before_rename is not None:
+            self._before_rename()
         final = self._directory / name
         if final.exists():  # of an attempt that was killed before it moved `latest` here
             shutil.rmtree(final)
         os.rename(partial, final)
         write_atomically(self._directory / LATEST_FILE, name)
+
+    def _delete_old(self, name: str, end_of_sampling: str) -> None:
+        """Only now that the new one is complete."""
         complete = sorted(path for path in self._directory.iterdir() if _NAME.match(path.name) and path.name <= name)
         for old in complete[: -self._keep]:
             if old.name != end_of_sampling:  # a finished run is prolonged from there
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    log.warning("checkpoint %s is complete, %s cannot be deleted: %s", name, old, error)
+
+
+def _flush(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        fsync_path(folder / name)

@@ -53,6 +53,7 @@ from megatron_minpro.run.run_folder import (
 from megatron_minpro.run.sampling.process import SamplingProcess
 from megatron_minpro.run.server_limits import hang_is_over_s, weight_bytes, weight_limits
 from megatron_minpro.run.weight_sync import WeightSyncContext, make_server_weights
+from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.sampled_count import read_sampled
@@ -123,6 +124,7 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
         keep=config.checkpoint.keep,
         control_group=groups.control,
         saving_group=groups.saving,
+        before_rename=None if driver is None else driver.files.flush,
     )
 
     profiler = StepProfiler(run_dir, steps=config.profile.first_and_last, rank=groups.coordinates.rank)
@@ -214,10 +216,6 @@ class RunCheckpoints:
         """See CheckpointWriter."""
         self.writer.wait()
 
-    def failure(self) -> str | None:
-        """See CheckpointWriter."""
-        return self.writer.failure()
-
     def seconds(self) -> float | None:
         """See CheckpointWriter."""
         return self.writer.seconds
@@ -236,7 +234,8 @@ def build_driver(
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)
-    tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers])
+    files = LateFiles(run_dir)
+    tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers], files)
     tracker.start(config.model_dump(mode="json"))
     rollout = config.rollout
     endpoints = wait_for_endpoints(run_dir, timeout_s=rollout.start_timeout_s)
@@ -255,6 +254,7 @@ def build_driver(
         sampler=sampling,
         weights=weights,
         tracker=tracker,
+        files=files,
         cursor=cursor,
         trained_batches=counters.trained_batches,
     )

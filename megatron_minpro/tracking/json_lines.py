@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,35 @@ class JsonLines:
         """Open or make the file. An unfinished last line (of a killed writer) is cut off; torn_lines is 1 if there was one, else 0."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        whole = _end_of_last_line(path)
-        self.torn_lines = int(whole < path.stat().st_size)
+        self._file = path.open("ab", buffering=0)
+        self._size = _end_of_last_line(path)
+        self.torn_lines = int(self._size < path.stat().st_size)
         if self.torn_lines:
-            self._file.truncate(whole)
+            self._file.truncate(self._size)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line and hand it to the operating system before this returns: a kill of this process loses nothing."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        """Write one line and hand it to the operating system before this returns: a kill of this process loses nothing.
+
+        Raises:
+            OSError: a full disk, with the file's name. Nothing of the line stays; the call may be repeated.
+        """
+        line = memoryview(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n")
+        try:
+            if self._file.seek(0, os.SEEK_END) > self._size:  # the cut after a failure failed too
+                self._file.truncate(self._size)
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._size)
+            raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
+        self._size += len(line)
 
     def cut(self, size: int) -> None:
         """Forget everything behind byte `size`, which must be the end of a line; see `read_json_lines`."""
         self._file.truncate(size)
+        self._size = size
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

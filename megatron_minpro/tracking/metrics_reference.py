@@ -23,6 +23,8 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 | `rollouts/step_000012.jsonl` | every response sampled in a step | `rollout_log.py`, unless `tracking.keep_rollouts=false` |
 | `progress.json` | what the run does now | `progress.py`; `console.py` shows it |
 
+Lines that a full disk cannot take wait in memory (`late_files.py`) and are written before the next checkpoint is complete.
+
 A tracker of your own is an object with three methods (`tracker.py`): `start(config)`, `log(step, metrics)`, `finish(summary)`.
 `tracking.trackers=[tensorboard, {name: "my_package.my_module:MyTracker", my_option: 3}]` calls `MyTracker(run_dir, my_option=3)`.
 

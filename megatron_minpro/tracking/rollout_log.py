@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.tracking.late_files import LateFiles
 
 ROLLOUTS_FOLDER = "rollouts"
 
@@ -32,16 +33,18 @@ class RolloutRecord:
 
 
 class RolloutLog:
-    """Keeps one file per global step."""
+    """Keeps one file per global step. A full disk or a file system that does not answer costs the file and a warning, not the run."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._folder = Path(run_dir) / ROLLOUTS_FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._files = LateFiles(self._folder)
 
     def write(self, global_step: int, records: Iterable[RolloutRecord]) -> Path:
         """Write one step's file, whole or not at all. A file of that step is replaced."""
         path = self._folder / f"step_{global_step:06d}.jsonl"
-        write_atomically(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), durable=False)
+        text = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+        self._files.write(path.name, lambda: write_atomically(path, text, durable=False), may_be_lost=True)
         return path
 
     def truncate_after(self, global_step: int) -> None:

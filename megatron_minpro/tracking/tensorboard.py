@@ -23,14 +23,18 @@ class TensorBoard:
         """Nothing: the folder is opened by the first step, which hides later events of an earlier attempt."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One scalar per metric, flushed."""
+        """One scalar per metric, flushed. After an OSError (a full disk) the next step opens a new file."""
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # a second to import; console and summary do without
 
             self._events = SummaryWriter(str(self._folder), purge_step=step)
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        try:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+        except OSError:
+            self._events = None  # its thread has ended
+            raise
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the event file."""

@@ -6,6 +6,7 @@ object with the three methods of `Tracker`. The checks before a run make it too,
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from megatron_minpro.config import TrackerConfig
 from megatron_minpro.registry import PlugIns
-from megatron_minpro.tracking.metrics_file import MetricsFile
+from megatron_minpro.tracking.late_files import LateFiles
+from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile
 from megatron_minpro.tracking.metrics_table import check_declared
+
+log = logging.getLogger(__name__)
 
 TRACKERS = PlugIns(
     setting="tracking.trackers",
@@ -67,9 +71,12 @@ def make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
 class RunTracker:
     """metrics.jsonl and every tracker of the run, told the same."""
 
-    def __init__(self, file: MetricsFile, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, file: MetricsFile, trackers: Sequence[Tracker], files: LateFiles) -> None:
+        """files: writes the lines of `file`."""
         self._file = file
         self._trackers = trackers
+        self._files = files
+        self._behind: set[int] = set()  # trackers that a full disk keeps from writing
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Tell all trackers that the run begins."""
@@ -79,15 +86,27 @@ class RunTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one global step. A number that is not finite becomes null in metrics.jsonl and is left out elsewhere.
 
+        A line that a full disk cannot take is written later. A tracker that cannot write now lacks the step, which is a warning.
+
         Raises:
             ValueError: a metric is not declared in metrics_table.py, or the step does not follow the last one.
         """
         check_declared(metrics)
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.log(step, {name: finite.get(name) for name in values})
-        for tracker in self._trackers:
-            tracker.log(step, finite)
+        line = {name: finite.get(name) for name in values}
+        self._files.write(f"{METRICS_FILE} of step {step}", lambda: self._file.log(step, line))
+        for number, tracker in enumerate(self._trackers):
+            try:
+                tracker.log(step, finite)
+                self._behind.discard(number)
+            except OSError as error:
+                if number not in self._behind:
+                    name = type(tracker).__name__
+                    log.warning(
+                        "%s lacks global step %d and those until it can write again: %s; %s has them", name, step, error, METRICS_FILE
+                    )
+                self._behind.add(number)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Tell all trackers how the run ended, and close the file."""

@@ -221,10 +221,6 @@ class NoCheckpoints:
     def wait(self) -> None:
         """Nothing is under way."""
 
-    def failure(self) -> str | None:
-        """None: nothing can fail."""
-        return None
-
     def seconds(self) -> float | None:
         """None: nothing is written."""
         return None

@@ -94,6 +94,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "configs/tiny_moe_cpu.yaml", "stalenes=1"], "command line: unknown key stalenes; did you mean staleness?"),
         (["serve", "configs/tiny_moe_cpu.yaml", "rollout.tp=x"], "command line: rollout.tp = 'x': expected a valid integer"),
         (["train", "configs/tiny_moe_cpu.yaml", "--resume", "perhaps"], "'perhaps' is not one of 'auto', 'never', 'must'"),
+        (["train", "configs/tiny_moe_cpu.yaml", "--attempt", "7.0"], "--attempt: expected --prepare beside it"),
+        (["train", "configs/tiny_moe_cpu.yaml", "--prepare", "--attempt", "7"], "--attempt '7': expected JOB.REQUEUES, as in 4711.0"),
         (["train"], "Missing argument"),
         (["trian"], "No such command 'trian'"),
         (["doctor", "--jsn"], "No such option: --jsn"),

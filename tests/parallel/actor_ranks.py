@@ -168,7 +168,7 @@ def save_while_training(
     if run.get("swap_weights"):
         writers.append(actor.capture_kept(kept))
     with ThreadPoolExecutor(1) as thread:
-        written = [thread.submit(write, groups.saving) for write in writers]
+        written = [thread.submit(each.write, groups.saving) for each in writers]
         actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
         for each in written:
             each.result()

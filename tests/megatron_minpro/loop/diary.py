@@ -168,13 +168,13 @@ class FakeDriver:
 
 
 class FakeCheckpoints:
-    """Notes when a checkpoint begins and when somebody waits for it. `fails_at`: the step after which writing has failed."""
+    """Notes when a checkpoint begins and when somebody waits for it. `missing`: what the disk says then."""
 
     def __init__(self, lines: list[tuple], next_step: Callable[[], int]) -> None:
         self.lines = lines
         self.next_step = next_step
         self.latest: UnfinishedStep | None = None  # of the newest checkpoint
-        self.fails_at: int | None = None
+        self.missing: str | None = None
         self.seconds: Callable[[], float | None] = lambda: None
 
     def save(self, unfinished: UnfinishedStep | None) -> None:
@@ -183,9 +183,8 @@ class FakeCheckpoints:
 
     def wait(self) -> None:
         self.lines.append(("wait",))
-
-    def failure(self) -> str | None:
-        return None if self.fails_at is None or self.next_step() <= self.fails_at else "no space"
+        if self.missing is not None:
+            raise RuntimeError(self.missing)
 
 
 class Diary:

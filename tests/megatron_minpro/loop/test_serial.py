@@ -271,12 +271,24 @@ def test_a_stop_in_the_last_step_is_the_end(one_rank_group: dist.ProcessGroup, m
     assert diary.lines[-2:] == [("save", 6), ("wait",)]
 
 
-def test_a_failed_background_checkpoint_ends_the_run_at_the_next_step(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
-    diary = Diary(small_config(), one_rank_group, make_batch)
-    diary.run.checkpoints.fails_at = 3  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("stop_after", "last"), [(None, 5), (2, 2)])
+def test_checkpoints_that_fail_are_an_error_where_the_run_ends(
+    stop_after: int | None, last: int, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch
+) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch, stop_after=stop_after)
+    diary.run.checkpoints.missing = "no space"  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"^no space$"):
         train(diary.run)
-    assert diary.lines[-1] == ("record", 3, 1)
+    assert [line[1] for line in diary.lines if line[0] == "record"][-1] == last
+    assert diary.lines[-1] == ("wait",)
+
+
+def test_servers_that_fail_with_a_full_disk_are_both_told(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:
+    diary = Diary(small_config(), one_rank_group, make_batch)
+    diary.run.checkpoints.missing = "no space"  # type: ignore[attr-defined]
+    diary.driver.trouble = {2: RolloutFailed("all servers are gone")}
+    with pytest.raises(ServersFailed, match=r"^all servers are gone; no space$"):
+        train(diary.run)
 
 
 def test_held_out_prompts_are_measured_every_so_many_steps(one_rank_group: dist.ProcessGroup, make_batch: MakeBatch) -> None:

@@ -1,91 +1,50 @@
-"""Two ranks write a checkpoint together: what one of them cannot write is told to both, and nobody waits for ever."""
+"""Two ranks write checkpoints together: what happens to the disk of one is told to both, and neither ends nor waits for ever."""
 
 from __future__ import annotations
 
-import errno
+import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-import torch.multiprocessing as mp
 
-from checkpoints_convert.hf_config import Architecture
-from megatron_minpro.config import load_config
-from megatron_minpro.loop.counters import RunCounters
-from megatron_minpro.run.checkpoint_writer import CheckpointWriter
-from parallel.actor_checkpoint import write_shards
-
-REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-RECIPE = load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", []).model.warm_up
-assert RECIPE is not None
-MODEL: dict[str, Any] = RECIPE.architecture | {"vocab_size": 32}
-
-
-class FullDisk(checkpoint.FileSystemWriter):
-    def write_data(self, *_: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device", "actor/__1_0.distcp")
-
-
-class Actor:
-    """Keeps one tensor per rank. Rank 1 finds the disk full when the policy version is 2."""
-
-    policy_version = 1
-    architecture = Architecture.from_config(MODEL, source="test")
-
-    def capture(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
-        full = dist.get_rank() == 1 and self.policy_version == 2
-        content = {f"rank {dist.get_rank()}": torch.full((4,), float(self.policy_version))}
-
-        def write(group: dist.ProcessGroup) -> None:
-            with mock.patch.object(checkpoint, "FileSystemWriter", FullDisk if full else checkpoint.FileSystemWriter):
-                write_shards(directory, content, checkpoint.DefaultSavePlanner(), group)
-
-        return write
-
-
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    _write_three_times(rank, folder)
-    dist.barrier()
-    dist.destroy_process_group()  # nobody holds a group any more: its threads end here, not with the interpreter
-
-
-def _write_three_times(rank: int, folder: str) -> None:
-    assert dist.group.WORLD is not None
-    directory = Path(folder) / "checkpoints"
-    writer = CheckpointWriter(
-        directory, routing=directory / "routing", keep=2, control_group=dist.group.WORLD, saving_group=dist.new_group(backend="gloo")
-    )
-    actor, config = Actor(), load_config(REPOSITORY / "configs/tiny_moe_cpu.yaml", [])
-    said = []
-    for step in (1, 2, 3):
-        actor.policy_version = step
-        try:
-            counters = RunCounters(next_step=step)
-            writer.save(actor=actor, config=config, counters=counters, cursor={} if rank == 0 else None, waiting=[])  # type: ignore[arg-type]
-            dist.barrier()  # training's collectives go on meanwhile
-        except RuntimeError as error:
-            said.append(f"{step}: {error}")
-    (Path(folder) / f"said_{rank}").write_text("\n".join(said))
+from megatron_minpro.run.background_write import time_limit_s
+from tests.rank_pool import RankPool
 
 
 @pytest.mark.ranks
-def test_a_disk_full_for_one_rank_is_raised_on_both(tmp_path: Path) -> None:
+def test_a_full_and_a_silent_disk_of_one_rank_end_neither(ranks: RankPool, tmp_path: Path, small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(64 << 10)  # a rank's part has 80 kB
     (tmp_path / "checkpoints").mkdir()
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    expected = (
-        "3: checkpoint step_000002 was not written, the former ones are kept: "
-        "RuntimeError: rank 1: OSError: [Errno 28] No space left on device: 'actor/__1_0.distcp'"
+    os.mkfifo(tmp_path / "silent")
+    ranks.run(Path(__file__).with_name("checkpoint_ranks.py"), tmp_path, disk, world_size=2, timeout_s=300)
+    told = [json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in (0, 1)]
+    assert told[0]["raised"] == told[1]["raised"]  # all ranks together
+    raised = told[0]["raised"]
+    full = (
+        "checkpoint step_000002 was not written, step_000001 stays the newest: "
+        rf"rank 1: OSError: \[Errno 28\] No space left on device: '{disk}/__1_0.distcp'; "
+        r"it needs about 160,000 bytes beside the 2 that are kept \(checkpoint.keep\), [\d,]+ are free on /.*"
     )
-    assert [(tmp_path / f"said_{rank}").read_text() for rank in (0, 1)] == [expected, expected]
-    assert (tmp_path / "checkpoints/latest").read_text() == "step_000001"
-    kept = {name: torch.zeros(4) for name in ("rank 0", "rank 1")}
-    checkpoint.load(kept, checkpoint_id=tmp_path / "checkpoints/step_000001/actor", no_dist=True)
-    assert [tensor.tolist() for tensor in kept.values()] == [[1.0] * 4] * 2
+    silent = (
+        r"checkpoint step_000005 is skipped: step_000004 has been under way for \d+ s, expected at most 1: its file system does not answer"
+    )
+    assert re.fullmatch(full, raised["full for rank 1"]) and re.fullmatch(silent, raised["silent"])
+    assert raised["room again"] == ""
+    first = [f"{raised['full for rank 1']}; training goes on until the next one", f"{raised['silent']}; training goes on"]
+    assert told[0]["logged"][:2] == first and all("checkpoint step_000006 is skipped" in line for line in told[0]["logged"][2:])
+    assert told[1]["logged"] == []  # one line, not one per rank
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000004", "step_000006"]
+    for step in (4, 6):  # what was late is complete too
+        kept = {name: torch.zeros(20_000) for name in ("rank 0", "rank 1")}
+        checkpoint.load(kept, checkpoint_id=tmp_path / f"checkpoints/step_{step:06d}/actor", no_dist=True)
+        assert [tensor.unique().tolist() for tensor in kept.values()] == [[step], [step]]
+
+
+def test_the_time_limit_of_a_checkpoint_follows_from_its_bytes() -> None:
+    assert time_limit_s(0) == 300
+    assert time_limit_s(427 * 10**9) == pytest.approx(300 + 1708)  # the 30B with Adam's moments in float32

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +27,7 @@ from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.run_state import latest_checkpoint
 from megatron_minpro.run.worker import count_lost
 from megatron_minpro.tracking.sampled_count import write_sampled
+from parallel.actor_checkpoint import Captured
 from rollout.records import VersionSpan
 from tests.megatron_minpro.conftest import content
 
@@ -50,25 +53,25 @@ class FakeActor:
         self.may_write = Event()
         self.may_write.set()
 
-    def capture(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
-        assert list(directory.iterdir()) == []
+    def capture(self, directory: Path) -> Captured:
         version = self.policy_version
 
         def write(group: dist.ProcessGroup) -> None:
+            assert list(directory.iterdir()) == []
             assert self.may_write.wait(timeout=20)
             (directory / "weights").write_text(str(version))
             if self.failure is not None:
                 raise self.failure
 
-        return write
+        return Captured(num_bytes=1000, write=write)
 
-    def capture_kept(self, directory: Path) -> Callable[[dist.ProcessGroup], None]:
+    def capture_kept(self, directory: Path) -> Captured:
         kept = self.kept_version
 
         def write(group: dist.ProcessGroup) -> None:
             (directory / "weights").write_text(str(kept))
 
-        return write
+        return Captured(num_bytes=1000, write=write)
 
     def load_kept(self, directory: Path, *, policy_version: int, place: str) -> None:
         assert (directory / "weights").read_text() == str(policy_version)
@@ -258,7 +261,7 @@ def test_a_waiting_batch_without_behaviour_logprobs_is_refused(
 def test_a_failure_while_saving_keeps_the_earlier_checkpoint(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     earlier = save(directory, 1)
-    with pytest.raises(RuntimeError, match=r"^checkpoint step_000002 was not written, the former ones are kept: OSError: disk full$"):
+    with pytest.raises(RuntimeError, match=r"^checkpoint step_000002 was not written, step_000001 stays the newest: disk full; it needs"):
         save(directory, 2, actor=FakeActor(32, failure=OSError("disk full")))
     assert latest_checkpoint(directory) == earlier
     assert not (directory / "step_000002").exists()
@@ -309,7 +312,7 @@ def test_training_during_the_writing_of_a_checkpoint_changes_nothing(
     # The step after it.
     actor.policy_version, counters.next_step, counters.seconds["sample"] = 48, 3, 2.0
     cursor["position"].append(2)
-    assert latest_checkpoint(directory) is None and one.failure() is None and one.seconds is None
+    assert latest_checkpoint(directory) is None and one.seconds is None
     time.sleep(0.05)
     actor.may_write.set()
     begin(one, 3)  # waits for the former
@@ -321,21 +324,52 @@ def test_training_during_the_writing_of_a_checkpoint_changes_nothing(
     assert latest_checkpoint(directory) == directory / "step_000003"
 
 
-def test_a_background_failure_is_told_and_raised_by_the_next_save(
-    one_rank_group: dist.ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fault_of_ours_in_the_background_is_raised_by_the_next_save(one_rank_group: dist.ProcessGroup, tmp_path: Path) -> None:
     one = writer(tmp_path / "checkpoints", one_rank_group)
-    begin(one, 1, actor=FakeActor(16, failure=OSError(28, "No space left on device", "actor/__0_0.distcp")))
-    one.join()
-    said = (
-        "checkpoint step_000001 was not written, the former ones are kept: "
-        "OSError: [Errno 28] No space left on device: 'actor/__0_0.distcp'"
-    )
-    assert one.failure() == said
-    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [said]
-    with pytest.raises(RuntimeError, match="No space left"):
+    begin(one, 1, actor=FakeActor(16, failure=KeyError("moment")))
+    with pytest.raises(RuntimeError, match=r"^checkpoint step_000001 was not written, the former ones are kept: KeyError: 'moment'$"):
         begin(one, 2)
     assert latest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_a_full_disk_costs_a_checkpoint_and_a_line_and_no_more(
+    one_rank_group: dist.ProcessGroup, tmp_path: Path, small_disk: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = small_disk(64 << 10) / "checkpoints"
+    one = writer(directory, one_rank_group)
+    begin(one, 1)
+    one.wait()
+    (directory / "of_somebody_else").write_bytes(bytes(4096 * (shutil.disk_usage(directory).free // 4096)))
+    begin(one, 2)
+    with pytest.raises(RuntimeError) as failure:  # the run would end here
+        one.wait()
+    said = str(failure.value)
+    assert re.fullmatch(
+        r"checkpoint step_000002 was not written, step_000001 stays the newest: \[Errno 28\] No space left on device; "
+        rf"it needs about 1,000 bytes beside the 2 that are kept \(checkpoint.keep\), [\d,]+ are free on {directory.parent}",
+        said,
+    )
+    assert [record.message for record in caplog.records] == [f"{said}; training goes on until the next one"]
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "of_somebody_else", "step_000001"]
+    (directory / "of_somebody_else").unlink()
+    begin(one, 3)
+    one.wait()
+    assert latest_checkpoint(directory) == directory / "step_000003"
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_a_warning(
+    one_rank_group: dist.ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "checkpoints"
+    path = save(directory, 1, keep=1)
+    subprocess.run(["mount", "--bind", str(path / "actor"), str(path / "actor")], check=True)  # a folder in use: EBUSY
+    try:
+        save(directory, 2, keep=1)
+    finally:
+        subprocess.run(["umount", str(path / "actor")], check=True)
+    assert latest_checkpoint(directory) == directory / "step_000002"
+    [said] = [record.message for record in caplog.records]
+    assert said.startswith(f"checkpoint step_000002 is complete, {path} cannot be deleted: ")
 
 
 @pytest.mark.parametrize(

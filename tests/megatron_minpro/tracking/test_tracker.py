@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_minpro.config import TrackerConfig
+from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 
@@ -19,7 +20,7 @@ CONFIG = {"name": "tiny", "seed": 3}
 
 
 def tracker_of(run_dir: Path, *trackers: TrackerConfig) -> RunTracker:
-    return RunTracker(MetricsFile(run_dir), [make_tracker(tracker, run_dir) for tracker in trackers])
+    return RunTracker(MetricsFile(run_dir), [make_tracker(tracker, run_dir) for tracker in trackers], LateFiles(run_dir))
 
 
 def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -39,7 +40,8 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 def test_a_resumed_run_hides_the_later_events_of_its_former_attempt(tmp_path: Path) -> None:
     for steps, offset in ((range(4), 0.0), (range(2, 3), 20.0)):
-        tracker = RunTracker(MetricsFile(tmp_path / str(offset)), [make_tracker(TrackerConfig(name="tensorboard"), tmp_path)])
+        folder = tmp_path / str(offset)
+        tracker = RunTracker(MetricsFile(folder), [make_tracker(TrackerConfig(name="tensorboard"), tmp_path)], LateFiles(folder))
         for step in steps:
             tracker.log(step, {"reward/trained": step + offset})
         tracker.finish({})
@@ -145,7 +147,7 @@ def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("my_module")
 def test_a_tracker_of_the_users_own_is_told_everything(tmp_path: Path) -> None:
     mine = make_tracker(TrackerConfig.model_validate({"name": "my_trackers:make", "colour": "blue"}), tmp_path)
-    tracker = RunTracker(MetricsFile(tmp_path / "run"), [mine])
+    tracker = RunTracker(MetricsFile(tmp_path / "run"), [mine], LateFiles(tmp_path / "run"))
     tracker.start(CONFIG)
     tracker.log(7, {"reward/trained": 0.5, "policy/entropy": math.nan})
     tracker.finish({"complete": True})
