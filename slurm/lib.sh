@@ -111,6 +111,7 @@ ended() {
 requeue() {
   ((${SLURM_RESTART_COUNT:-0} < MAX_REQUEUES)) || fail "$1; not requeued: that was done $MAX_REQUEUES times (MAX_REQUEUES)"
   log "$1; requeued"
-  scontrol requeue "$SLURM_JOB_ID" || true # Slurm may already be requeueing (preemption, a dead node)
+  # Slurm refuses where it requeues the job itself already (preemption, a dead node), which it then does whatever this exit code is.
+  scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not requeue it (JobRequeue=0, --no-requeue?), unless it does so by itself; submit it again"
   exit 0
 }

@@ -118,7 +118,13 @@ class Jobs:
 
     def processes_on(self, index: int, words: str) -> list[psutil.Process]:
         """Those on one node whose command line holds `words`."""
-        return [process for pid in self.cluster.pids_on(index) if words in " ".join((process := psutil.Process(pid)).cmdline())]
+        found = []
+        for pid in self.cluster.pids_on(index):
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                process = psutil.Process(pid)
+                if words in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def kill_ranks(self, index: int) -> bool:
         """Those of one node, with their torchrun. False where there is none yet."""

@@ -146,3 +146,11 @@ def test_whole_nodes_whose_gpus_cannot_be_counted_end_the_job(folder: Path) -> N
 def test_the_servers_addresses_are_json_without_a_python(folder: Path) -> None:
     run(folder, "qwen3_30b_a3b", CONTAINER_IMAGE="/image.sqsh", SERVERS_PER_NODE="2")
     assert (folder / "run" / "endpoints.json").read_text() == '["http://127.0.0.2:21007","http://127.0.0.2:21008"]\n'
+
+
+def test_a_requeue_that_slurm_refuses_fails_the_job(folder: Path) -> None:
+    """Jobs that wait for its success must not begin. This scontrol refuses."""
+    (folder / ".venv/bin/torchrun").write_text('#!/bin/sh\necho \'{"complete": false}\' >"$RUN_DIR/result.json"\n')
+    done, _ = run(folder, "qwen3_30b_a3b", ALLOWED="node")
+    assert done.returncode == 1
+    assert "stopped with a checkpoint; requeued" in done.stdout and "Slurm does not requeue it" in done.stderr
