@@ -106,6 +106,7 @@ bench-gpu: $(TRAINER) ## measure on a CUDA device: parity, scan, log-probs, acto
 docs: $(TRAINER) ## the reference pages that are made from the code
 	.venv/bin/python -m megatron_minpro.tracking.metrics_reference
 	.venv/bin/python -m megatron_minpro.config.reference
+	.venv/bin/python -m parallel.router_reference
 
 plan-report: $(TRAINER) ## the planner's predictions beside published steps: errors and a parity plot in runs/plan_report
 	.venv/bin/python -m parallel.planner.accuracy runs/plan_report

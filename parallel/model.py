@@ -55,6 +55,8 @@ ABSENT_FROM_QWEN3: Mapping[str, Any] = {
     "window_size": None,
 }
 
+_MANY_EXPERTS = 32  # from here on Megatron-Core warns of a router in 16 bits
+
 TRANSFORMER_FIELDS = frozenset(field.name for field in dataclasses.fields(TransformerConfig))
 
 
@@ -167,6 +169,7 @@ def transformer_config(
         # Where no token travels, the allgather dispatcher copies them less often; Megatron refuses it for pipelines of varying lengths.
         "moe_token_dispatcher_type": "allgather" if layout.ep * layout.etp * layout.pp == 1 else "alltoall",
         "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": router_dtype(architecture),
         # Megatron waits for the device after every exchange between stages, because of a fault of torch that was mended long ago.
         "batch_p2p_sync": False,
         # The embedding's gradient on CUDA is summed in any order, without an error. On a CPU it always has one order.
@@ -174,6 +177,14 @@ def transformer_config(
         **engine_kernels(architecture, capabilities),
     }
     return TransformerConfig(**{**defaults, **fixed, **options})
+
+
+def router_dtype(architecture: Architecture) -> str | None:
+    """In what the router computes unless `megatron.moe_router_dtype` says otherwise; None: in the model's dtype.
+
+    With many experts neighbouring logits are closer than bf16's steps, and rounding would choose between them.
+    """
+    return "fp32" if architecture.num_experts is not None and architecture.num_experts >= _MANY_EXPERTS else None
 
 
 def engine_kernels(architecture: Architecture, capabilities: Capabilities) -> dict[str, Any]:

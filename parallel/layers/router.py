@@ -19,6 +19,9 @@ from parallel.mcore import MoEAuxLossAutoScaler, TopKRouter
 
 def check_router_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError for a balance loss that would depend on the layout, or do nothing. megatron_options.py refuses whole options."""
+    dtype = options.get("moe_router_dtype")
+    if dtype not in (None, "fp32", "fp64"):  # Megatron-Core takes any other word for null
+        raise ValueError(f"megatron.moe_router_dtype = {dtype!r}: expected fp32, fp64 or null (the model's dtype)")
     kind, coefficient = options.get("moe_router_load_balancing_type", "none"), options.get("moe_aux_loss_coeff", 0.0)
     if kind not in ("none", "seq_aux_loss"):
         raise ValueError(

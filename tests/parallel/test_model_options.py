@@ -177,7 +177,7 @@ def test_every_option_of_megatron_is_known_as_harmless_or_refused() -> None:
         except ValueError as refusal:
             assert str(refusal).startswith(f"megatron.{option}") and "\n" not in str(refusal)
             refused.add(option)
-    value_rules = {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "bucket_size", "overlap_param_gather"}
+    value_rules = {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "moe_router_dtype", "bucket_size", "overlap_param_gather"}
     assert known - refused == (HARMLESS.keys() & known) - value_rules
     assert not set(REASONS) & set(HARMLESS)
     assert len(known - refused) < len(known) / 4  # what nobody has read about is refused: the list does not grow with Megatron
