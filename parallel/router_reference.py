@@ -23,7 +23,10 @@ ACCEPTED: Mapping[str, tuple[str, str]] = {
     ),
     "moe_router_load_balancing_type": ("`none`", "`seq_aux_loss`, with a coefficient. Other losses depend on how tokens are packed"),
     "moe_aux_loss_coeff": ("`0.0`", "of `seq_aux_loss`, one loss for each sequence (`layers/router.py`)"),
-    "moe_router_fusion": ("`false`", "`true` where TransformerEngine's layers run: softmax and choice in one kernel"),
+    "moe_router_fusion": (
+        "`false`",
+        "`true` where TransformerEngine's layers run, not with `actor.routing_replay`: softmax and choice in one kernel",
+    ),
     "moe_router_padding_for_quantization": (
         "`false`",
         "`true` where TransformerEngine's layers run: rows of weight 0 fill an expert's block",
