@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,12 +28,21 @@ def pins(text: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([^\s;]+)", text, re.MULTILINE))
 
 
+def settings_of_pip() -> dict[str, str]:
+    """uv's variables for the package index and the certificate that pip is told to use: uv does not read pip's settings."""
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    settings = dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))  # the environment's come last
+    named = {"UV_DEFAULT_INDEX": settings.get("index-url"), "SSL_CERT_FILE": settings.get("cert")}
+    return {name: value for name, value in named.items() if value}
+
+
 def resolve(python: str, *arguments: str) -> dict[str, str]:
     """What an installation on Linux would take, from the package index; nothing is installed."""
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
     command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python, "--python-platform"]
     command += ["x86_64-manylinux_2_34", str(SHARED), *arguments]
-    done = subprocess.run(command, input=SGLANG[1] if SGLANG else "", capture_output=True, text=True, check=False)
+    environment = {**os.environ, **settings_of_pip()}
+    done = subprocess.run(command, input=SGLANG[1] if SGLANG else "", env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return pins(done.stdout)
 
