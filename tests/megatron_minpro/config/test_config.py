@@ -308,7 +308,8 @@ def test_another_estimator_drops_the_epsilon_of_the_file() -> None:
 def test_a_section_is_replaced_by_a_file_and_later_overrides_win(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.yaml"
     file.write_text("every: 7\n")
-    assert load_config(TINY, [f"checkpoint={file}"]).checkpoint.model_dump() == {"every": 7, "keep": 2}
+    defaults = {"every_minutes": None, "keep": 2, "stop_within_s": None}
+    assert load_config(TINY, [f"checkpoint={file}"]).checkpoint.model_dump() == {"every": 7, **defaults}
     assert load_config(TINY, [f"checkpoint={file}", "checkpoint.every=3", "checkpoint.every=4"]).checkpoint.every == 4
     assert load_config(TINY, ["checkpoint.every=3", f"checkpoint={file}"]).checkpoint.every == 7
 
