@@ -23,8 +23,6 @@ from torch import Tensor
 from checkpoints_convert.hf_config import Architecture
 from parallel.expert_rows import missing_rows, row_dtype
 
-ROUTING_FOLDER = "routing"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingFile:

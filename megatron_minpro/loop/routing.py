@@ -12,7 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_minpro.batch.routing_file import ROUTING_FOLDER, RoutingFile
+from megatron_minpro.batch.routing_file import RoutingFile
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.training_run import TrainingRun, share
 from parallel.routing_replay import RoutingCounts

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from checkpoints_convert.atomic_directory import fsync_path, fsync_tree, mount_point, write_file
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.batch.routing_file import ROUTING_FOLDER
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import RunCounters, UnfinishedStep

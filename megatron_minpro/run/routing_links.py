@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_minpro.batch.routing_file import ROUTING_FOLDER
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 
 _NO_LINKS = {

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.batch.routing_file import ROUTING_FOLDER
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled

@@ -23,7 +23,7 @@ from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
-from megatron_minpro.batch.routing_file import ROUTING_FOLDER
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import schedule

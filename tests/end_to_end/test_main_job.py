@@ -96,7 +96,7 @@ def test_traced_steps_name_their_phases_beside_a_prediction(finished_run: dict[s
         with gzip.open(folder / f"steps_3-4_rank_{rank}.pt.trace.json.gz") as file:
             names = Counter(event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation")
         # Sampling runs beside them in a thread; nobody samples with the weights of step 4.
-        expected = {"global step 3": 1, "global step 4": 1, "score": 2, "update": 2, "wait": 2, "sync": 1}
+        expected = {"global step 3": 1, "global step 4": 1, "score": 2, "update": 2 * UPDATES, "wait": 2, "sync": 1}
         assert {name: names[name] for name in expected} == expected
         assert "global step 5" not in names
     table = (folder / "phases.md").read_text()

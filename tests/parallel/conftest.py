@@ -186,7 +186,7 @@ def _make_replayed(model: torch.nn.Module, experts: _Experts, directory: Path) -
     generator = torch.Generator().manual_seed(3)
     rows: list[torch.Tensor | None] = []
     for number in range(len(sequences)):
-        drawn = torch.rand(4, 12, 4, generator=generator).argsort(-1)[..., :2].to(torch.uint8)
+        drawn = torch.rand(model.config.num_hidden_layers, 12, 4, generator=generator).argsort(-1)[..., :2].to(torch.uint8)
         if number == 2:
             drawn[:, :5] = 255
         if number == 4:

@@ -122,7 +122,7 @@ def test_the_default_fills_the_micro_batches_of_every_replica() -> None:
     "arguments, said",
     [
         ((PRODUCTION, "parallel.tp=3"), "parallel: "),
-        ((PRODUCTION, "--layers", "5", "parallel.pp=2", "world_size=32"), "parallel: pp*vpp=2 does not divide 5 layers"),
+        ((PRODUCTION, "--layers", "5", "parallel.pp=2", "world_size=32"), "parallel: pp=2 does not divide 5 layers"),
         ((PRODUCTION, "model.path=nowhere/at-all"), "nowhere/at-all does not exist"),
         ((PRODUCTION, "--model-config", "configs"), "configs/config.json: cannot be read"),
         ((PRODUCTION, "--rank", "16"), "parallel: rank=16 is outside world_size=16"),
