@@ -117,7 +117,12 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollout.gate.SILENT_LOOK_TIMEOUT_S", 0.1)
 
 
-def test_a_server_whose_computing_process_is_silent_is_asked_nothing(stub: Callable[[Answer], Stub], quick_looks: None) -> None:
+def test_a_server_whose_computing_process_is_silent_is_asked_nothing(
+    stub: Callable[[Answer], Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_s = 6.0
+    monkeypatch.setattr("rollout.gate.LOOK_TIMEOUT_S", look_s)
+    monkeypatch.setattr("rollout.gate.SILENT_LOOK_TIMEOUT_S", 1.0)
     hung, good = stub(answers_of(4)), stub(answers_of(4))
     hung.version = good.version = "4"
     hung.computes.clear()
@@ -129,7 +134,7 @@ def test_a_server_whose_computing_process_is_silent_is_asked_nothing(stub: Calla
         return time.monotonic() - began, client.last_report
 
     first, second = generate(), generate()
-    assert first[0] > 1.0 > second[0], "the next batch does not wait for it as long"
+    assert first[0] > look_s > second[0], "the next batch does not wait for it as long"
     for _, report in (first, second):
         assert report.items() >= {"servers/used": 1.0, "servers/silent": 1.0, "servers/retries": 0.0}.items()
     assert not hung.bodies
