@@ -237,7 +237,7 @@ def test_a_failed_publish_waits_for_no_hanging_server(refusing_server: str, cont
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=500)
     began, message = process.stdout.splitlines()
     assert "group is taken" in message
-    assert time.time() - float(began) < 20  # the hanging one is waited for 30 s
+    assert time.time() - float(began) < 5
 
 
 @pytest.fixture
