@@ -6,6 +6,10 @@ set: the order of the k ids has no meaning. A row of MISSING ids alone is a miss
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -59,6 +63,21 @@ def check_rows(rows: Tensor, *, num_experts: int, source: str) -> None:
             f"{source}: experts {rows[layer, position].tolist()} of layer {layer}, position {position}: expected {rows.size(-1)} different "
             f"ids from 0 to {num_experts - 1} ({int(wrong.sum())} of {wrong.numel()} rows are wrong)"
         )
+
+
+def rows_of(ids: npt.NDArray[np.int32], *, num_experts: int) -> Tensor:
+    """Rows [layers, positions, k] of ids [positions, layers, k], which SGLang returns. Raises ValueError where they are no sets of experts.
+
+    It is made for hundreds of millions of ids: whole columns are compared, nothing is sorted.
+    """
+    dtype = np.uint8 if row_dtype(num_experts) == torch.uint8 else np.int16
+    rows = np.empty((ids.shape[1], ids.shape[0], ids.shape[2]), dtype=dtype)
+    np.copyto(rows, ids.transpose(1, 0, 2), casting="unsafe")
+    columns = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
+    outside = ids.view(np.uint32).max(initial=0) >= num_experts  # a negative one is a large one
+    if outside or any((one == other).any() for one, other in combinations(columns, 2)):
+        check_rows(torch.from_numpy(ids.transpose(1, 0, 2).copy()), num_experts=num_experts, source="routed_experts")
+    return torch.from_numpy(rows)
 
 
 def check_shape(rows: Tensor, architecture: Architecture, *, source: str) -> None:

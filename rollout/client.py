@@ -23,7 +23,7 @@ import httpx
 
 from rollout.event_loop import BackgroundLoop, Result
 from rollout.gate import Gate, Patience, RolloutFailed, SessionGate, WeightsMissing
-from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams
 from rollout.reports import ServerClock, SessionReport
 from rollout.rolling_gate import Give, RollingServers
 from rollout.session import RETRIED_STATUS, Arrived, Assignment, GenerationSession, OnGeneration, SessionSettings, run_all
@@ -154,7 +154,9 @@ class GenerationClient:
         return [generations[start : start + num_samples] for start in range(0, len(generations), num_samples)]
 
     @asynccontextmanager
-    async def session(self, sampling: SamplingParams, *, policy_version: int | None) -> AsyncIterator[GenerationSession]:
+    async def session(
+        self, sampling: SamplingParams, *, policy_version: int | None, routes: RouteSink | None = None
+    ) -> AsyncIterator[GenerationSession]:
         """Connections to the servers for all calls of one batch.
 
         A session that ends with an exception is not lost: a session opened next with the same arguments gives the responses that had
@@ -163,12 +165,13 @@ class GenerationClient:
         Args:
             sampling: how to sample.
             policy_version: every token is sampled under these weights; servers that hold others are not asked. None: any weights.
+            routes: keeps the experts that the tokens visited, also of a session that is opened again.
         """
         arrived = Arrived(policy_version, sampling)
         if policy_version is not None:
             arrived = self._arrived.setdefault((policy_version, sampling), arrived)
         async with self._connections() as http, self._gate(http, policy_version) as gate:
-            session = self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None)
+            session = self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None, routes=routes)
             yield session
         self._arrived.clear()
         self.last_report = session.metrics()
@@ -202,7 +205,9 @@ class GenerationClient:
     def _gate_to_all(self, http: httpx.AsyncClient, policy_version: int | None) -> Gate:
         return Gate(self.endpoints, http, policy_version=policy_version, patience=self._patience, silent=self._silent)
 
-    def _open(self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool) -> GenerationSession:
+    def _open(
+        self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool, routes: RouteSink | None = None
+    ) -> GenerationSession:
         return GenerationSession(
             settings=self._settings,
             report=SessionReport(policy_version=arrived.policy_version, clock=self._clock),
@@ -213,6 +218,7 @@ class GenerationClient:
             places=asyncio.Semaphore(self._settings.max_in_flight),
             waiting_tokens=[0] * len(self.endpoints),
             turns={endpoint: asyncio.Lock() for endpoint in self.endpoints} if one_at_a_time else {},
+            routes=routes,
         )
 
     def _connections(self) -> httpx.AsyncClient:

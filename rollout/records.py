@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -87,6 +87,7 @@ class Generation:
     version_spans: cover [0, len(response_token_ids)) without gap or overlap.
     finish_reason: "abort" never leaves the client (such responses are sampled again) but can be read back from a file.
     latency_s: from the first time the request was sent until its answer. num_retries: earlier attempts that failed.
+    routes: where the RouteSink of its session keeps the experts that its tokens visited; None: they are not known, or nobody asked.
     """
 
     request_id: str
@@ -97,6 +98,7 @@ class Generation:
     finish_reason: FinishReason
     latency_s: float
     num_retries: int
+    routes: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.engine_logprobs) != len(self.response_token_ids):
@@ -116,7 +118,31 @@ class Generation:
             )
 
     @property
+    def num_inputs(self) -> int:
+        """Tokens that the model was fed: prompt and response without the last one."""
+        return len(self.prompt_token_ids) + len(self.response_token_ids) - 1
+
+    @property
     def policy_versions(self) -> tuple[int, int]:
         """Oldest and newest policy version among the response tokens."""
         versions = [span.policy_version for span in self.version_spans]
         return min(versions), max(versions)
+
+
+class RouteSink(Protocol):
+    """Keeps the experts that the tokens of answers visited. Called in several threads at once."""
+
+    def keep(self, ids: bytes, *, num_inputs: int) -> int:
+        """Keep those of one answer.
+
+        Args:
+            ids: int32 in C order, [num_inputs, layers, experts per token].
+            num_inputs: see Generation.
+
+        Returns:
+            A number by which they are found again.
+
+        Raises:
+            ValueError: ids of another shape, or that are no sets of experts.
+        """
+        ...

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import httpx
 
 from rollout.gate import RolloutFailed, SessionGate
-from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams
 from rollout.refusals import refusal
 from rollout.reports import SessionReport
-from rollout.sglang.generate import read_generation, request_body
+from rollout.sglang.generate import keep_routes, read_generation, request_body
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class GenerationSession:
     places: asyncio.Semaphore  # one per request under way
     waiting_tokens: list[int]  # by number of the server: of calls that wait for it
     turns: Mapping[str, asyncio.Lock]  # of servers that get one call at a time; empty: they get as many as there are places for
+    routes: RouteSink | None = None  # gets the experts of every answer; None: nobody asks for them
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one call takes its places before the next one begins to
     homes: dict[str, int] = field(default_factory=dict)  # request_id -> the number of its server
     first_sent: dict[GenerationRequest, float] = field(default_factory=dict)
@@ -253,18 +254,27 @@ class GenerationSession:
                 self._note_failure(request, endpoint, f"{reason}, wanted is {self.gate.policy_version}")
                 again.append(request)
             else:
+                if self.routes is not None:
+                    generation = await self._with_routes(answer, generation, request, endpoint)
                 self.report.answered(endpoint)
                 del self.first_sent[request]
                 self.failures.pop(request, None)
                 keep(request, generation)
         return again
 
+    async def _with_routes(self, answer: dict[str, Any], generation: Generation, request: GenerationRequest, endpoint: str) -> Generation:
+        assert self.routes is not None
+        try:
+            return await asyncio.to_thread(keep_routes, answer, generation, self.routes)
+        except ValueError as error:
+            raise RolloutFailed(f"{endpoint}: request {request.name}: {error}") from error
+
     def _note_failure(self, request: GenerationRequest, endpoint: str, reason: str) -> None:
         self.arrived.retries[request] += 1
         self.failures[request] = endpoint, reason
 
     async def _post(self, requests: Sequence[GenerationRequest], endpoint: str) -> list[dict[str, Any]]:
-        body = request_body(requests, self.arrived.sampling)
+        body = request_body(requests, self.arrived.sampling, routes=self.routes is not None)
         try:
             response = await self.http.post(f"{endpoint}/generate", json=body)
         except httpx.HTTPError as error:

@@ -5,23 +5,29 @@
 Bytes of one response lie together and, inside, those of one layer: a pipeline stage reads and writes one run of bytes for each response.
 Rows are never sent between ranks and never held as Python numbers. Each rank maps the file and reads the rows of what it trains. It writes
 with `pwrite` and not through a map, so that nodes that share a file system write bytes and not pages.
+
+Rows that the trainer records have their places before they are written (RowWriter). Rows of servers get theirs in the order in which they
+arrive (RoutingAppender): the file then also holds what nobody trains, such as groups that dynamic sampling drops.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_config import Architecture
-from parallel.expert_rows import missing_rows, row_dtype
+from parallel.expert_rows import missing_rows, row_dtype, rows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +126,68 @@ class RowWriter:
         assert offset is not None and rows.dtype == self._file.dtype
         place = offset + (layer * self._lengths[index] + position) * a_row
         write_at(self._descriptor, rows, place)
+
+
+class RoutingAppender:
+    """Rows of answers in the order in which they arrive, from several threads. The `rollout.records.RouteSink` of a batch."""
+
+    def __init__(self, folder: Path, architecture: Architecture, *, step: int) -> None:
+        """Make the file, see RoutingFile.create. step: global step that samples the batch."""
+        self._file = RoutingFile.of(architecture, step=step, lengths=())
+        self._file.create(folder)
+        self._descriptor: int | None = os.open(folder / self._file.name, os.O_RDWR)
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def keep(self, ids: bytes, *, num_inputs: int) -> int:
+        """See RouteSink. Gives the place of the rows in the file. Raises OSError where the disk is full."""
+        shape = (num_inputs, self._file.num_layers, self._file.experts_per_token)
+        if len(ids) != 4 * math.prod(shape):
+            raise ValueError(
+                f"{len(ids):,} bytes of experts, expected {4 * math.prod(shape):,}: {shape[0]} tokens x {shape[1]} layers x {shape[2]} "
+                "experts of 4 bytes"
+            )
+        return self._append(rows_of(np.frombuffer(ids, dtype="<i4").reshape(shape), num_experts=self._file.num_experts))
+
+    def joined(self, answers: Sequence[tuple[int, int]], *, num_inputs: int) -> int:
+        """The place of one response's rows. Each token has the experts that it visited first; those after the last answer have none.
+
+        Args:
+            answers: place and number of inputs of each of its answers. An answer's inputs begin with those of the answer before.
+            num_inputs: of the response, L - 1.
+        """
+        if len(answers) == 1 and answers[0][1] == num_inputs:
+            return answers[0][0]
+        file = self._file
+        rows = missing_rows(file.num_layers, num_inputs, file.experts_per_token, num_experts=file.num_experts).clone()
+        done = 0
+        for place, end in answers:
+            rows[:, done:end] = self._read(place, end)[:, done:]
+            done = end
+        return self._append(rows)
+
+    def close(self, offsets: Sequence[int | None]) -> RoutingFile:
+        """The complete file; from now on nothing is written into it. offsets: of the batch's responses."""
+        with self._lock:
+            assert self._descriptor is not None
+            os.close(self._descriptor)
+            self._descriptor = None
+        return replace(self._file, offsets=tuple(offsets), num_bytes=self._num_bytes)
+
+    def _append(self, rows: Tensor) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                raise ValueError(f"{self._file.name}: experts of an answer that nobody waits for any more")
+            place = self._num_bytes
+            write_at(self._descriptor, rows, place)
+            self._num_bytes += rows.nbytes
+        return place
+
+    def _read(self, place: int, num_inputs: int) -> Tensor:
+        assert self._descriptor is not None
+        shape = (self._file.num_layers, num_inputs, self._file.experts_per_token)
+        read = bytearray(os.pread(self._descriptor, math.prod(shape) * self._file.dtype.itemsize, place))
+        return torch.frombuffer(read, dtype=self._file.dtype).view(shape)
 
 
 def write_at(descriptor: int, tensor: Tensor, place: int) -> None:

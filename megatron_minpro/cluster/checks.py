@@ -27,8 +27,12 @@ from parallel.capabilities import Capabilities
 from parallel.megatron_options import check_effect, check_machine_options
 from parallel.routing_replay import check_replay
 from rollout.ports import check_port_free
+from rollout.sglang.control import ServerRefused, call
 from rollout.sglang.environment import default_server_python
+from rollout.sglang.route_limits import check_route_limits
 from rollout.sglang.server import check_options, read_key
+
+_ENDPOINT_TIMEOUT_S = 5.0
 
 
 def check_passed_options(config: RunConfig, *, device: Any) -> None:
@@ -62,8 +66,28 @@ def check_routing_replay(config: RunConfig, architecture: Architecture) -> None:
         return
     try:
         check_replay(config.megatron, architecture)
+        if replay == "server":
+            check_route_limits(config.sglang)
     except ValueError as error:
         raise ValueError(f"actor.routing_replay = {replay!r}: {error}") from error
+
+
+def check_endpoints(config: RunConfig) -> None:
+    """A server that runs already and cannot return what the run asks for. One that does not answer yet says so itself, later."""
+    if config.actor.routing_replay != "server":
+        return
+    path = config.rollout.api_key_path
+    key = None if path is None else read_key(Path(path), name="rollout.api_key_path")
+    for endpoint in config.rollout.endpoints:
+        try:
+            arguments = call(endpoint, "/server_info", key=key, timeout_s=_ENDPOINT_TIMEOUT_S)
+        except ServerRefused:
+            continue
+        if isinstance(arguments, dict) and arguments.get("enable_return_routed_experts") is False:
+            raise ValueError(
+                f"rollout.endpoints: {endpoint} returns no experts, expected a server with --enable-return-routed-experts, as minpro serve "
+                "starts it with actor.routing_replay = 'server'"
+            )
 
 
 def check_model(config: RunConfig) -> None:

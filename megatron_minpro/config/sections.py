@@ -359,10 +359,10 @@ class ActorConfig(Section):
         default="auto", description="auto: TransformerEngine's on GPUs where it imports, else this project's own"
     )
     logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
-    routing_replay: Literal["none", "trainer"] = Field(
+    routing_replay: Literal["none", "trainer", "server"] = Field(
         default="none",
         description="whose choice of experts a batch is trained with; none: the router's own in each pass; trainer: the one it made "
-        "when it scored the batch (R2). Needs a model with experts",
+        "when it scored the batch (R2); server: the one the server made when it sampled, also for scoring (R3). Needs a model with experts",
     )
     kept_weights: MayChange[Literal["device", "pinned_host"]] = Field(
         default="device", description="where the overlapped schedule keeps the weights that sample: beside the model, or in host memory"

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.batch.routing_file import RoutingAppender
 from megatron_minpro.batch.sample import RolloutBatch, Sample
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor
@@ -62,7 +64,16 @@ class Collector:
         temperature: float,
         seed: int,
         dynamic_sampling: DynamicSamplingConfig | None = None,
+        routing: Callable[[int], RoutingAppender] | None = None,
     ) -> None:
+        """
+        Args:
+            cursor, prompts_per_step: where prompts come from, and how many make a batch.
+            responder, group_size, max_new_tokens, temperature, seed: who answers, how often and how.
+            advantages: of a batch's rewards.
+            dynamic_sampling: None: every group is trained.
+            routing: makes the file for the experts of a global step's batch, as the servers return them; None: nobody asks for them.
+        """
         self.cursor = cursor
         self._responder = responder
         self._advantages = advantages
@@ -73,6 +84,8 @@ class Collector:
         self._seed = seed
         self._dynamic_sampling = dynamic_sampling
         self._drawn: dict[int, Drawn] = {}  # by global step: of batches that are to be collected
+        self._new_routing = routing
+        self._routing: dict[int, RoutingAppender] = {}  # by global step: what has arrived stays, whatever breaks off
 
     def draw(self, step: int) -> None:
         """Draw the prompts of a batch before `collect`. Where batches are collected at the same time, this keeps their prompts in order."""
@@ -98,6 +111,9 @@ class Collector:
         groups: list[list[tuple[str, Judged]]] = []  # with their sample ids, in the order they were asked for
         numbers, reward_s = count(), 0.0
         fared: list[Mapping[str, float]] = []  # the servers, round by round
+        if self._new_routing is not None and step not in self._routing:
+            self._routing[step] = self._new_routing(step)
+        routing = self._routing.get(step)
         while missing := self._missing_groups(groups, rounds := len(fared)):
             prompts, cursor = self._drawn[step] if step in self._drawn and not rounds else self._draw(missing)
             responses = self._responder.respond(
@@ -110,6 +126,7 @@ class Collector:
                 # A response's seed depends on its request's name, so every round has its own.
                 request_prefix=f"step{step}-round{rounds}" if rounds else f"step{step}",
                 policy_version=policy_version,
+                routes=routing,
             )
             named = [(f"step{step}-{next(numbers)}", response) for response in responses.judged]
             groups += [named[start : start + self._group_size] for start in range(0, len(named), self._group_size)]
@@ -129,7 +146,9 @@ class Collector:
             policy_version=policy_version,
             group_size=self._group_size,
             samples=tuple(_sample(*item, advantage) for item, advantage in zip(trained, advantages, strict=True)),
+            routing=None if routing is None else routing.close([_place(routing, conversation) for _, (conversation, _) in trained]),
         )
+        self._routing.pop(step, None)
         return Collected(
             batch=batch,
             judged=tuple(response for _, response in (*trained, *dropped)),
@@ -166,6 +185,15 @@ def _over_rounds(fared: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "servers/used": max(servers["servers/used"] for servers in fared),
         "servers/retries": sum(servers["servers/retries"] for servers in fared),
     }
+
+
+def _place(routing: RoutingAppender, conversation: Conversation) -> int | None:
+    """Of a conversation's rows in the file; None where those of one of its answers are not known."""
+    answers = [(answer.routes, answer.num_inputs) for answer in conversation.generations]
+    known = [(place, num_inputs) for place, num_inputs in answers if place is not None]
+    if len(known) < len(answers) or len(conversation.version_spans) > 1:
+        return None
+    return routing.joined(known, num_inputs=len(conversation.token_ids) - 1)
 
 
 def _sample(sample_id: str, judged: Judged, advantage: float) -> Sample:

@@ -1,6 +1,7 @@
 """Routing replay in the loop: whose choice of experts a batch is scored and trained with (actor.routing_replay), and where it waits.
 
 trainer    the routers' own choice is recorded while the batch is scored, and replayed in its updates
+server     the servers' choice came with the responses (Collector); it is replayed when the batch is scored and in its updates
 """
 
 from __future__ import annotations
@@ -19,15 +20,24 @@ from megatron_minpro.loop.training_run import TrainingRun, share
 from parallel.routing_replay import RoutingCounts
 
 
-def score_with_experts(run: TrainingRun, batch: RolloutBatch) -> tuple[list[Tensor], RolloutBatch]:
+def score_with_experts(run: TrainingRun, batch: RolloutBatch, metrics: dict[str, float]) -> tuple[list[Tensor], RolloutBatch]:
     """Collective. The trainer's log-probs of the batch, and the batch with the place of its experts.
 
     Args:
         run: the run.
         batch: sampled under the weights that the actor has now.
+        metrics: gets how far the trainer's own choice is from the servers', where theirs is replayed.
     """
-    if run.config.actor.routing_replay == "none":
+    replay = run.config.actor.routing_replay
+    if replay == "none":
         return run.actor.logprobs([sample.sequence() for sample in batch.samples]), batch
+    if replay == "server":
+        experts = experts_of(run, batch)
+        logprobs = run.actor.logprobs([sample.sequence(experts[sample.sample_id]) for sample in batch.samples])
+        counts = run.actor.routing
+        assert counts is not None, "the sampler asks for experts"
+        metrics |= {"routing/scored_missing": _missing(counts), **_differing("scored_differing", counts)}
+        return logprobs, batch
     lengths = _lengths(batch)
     file = RoutingFile.of(run.actor.architecture, step=batch.sampled_at_step, lengths=lengths)
     create_together(run, file)
@@ -55,8 +65,12 @@ def trained_metrics(counts: Sequence[RoutingCounts | None]) -> dict[str, float]:
         missing=sum(count.missing for count in known),
         differing=sum(count.differing for count in known),
     )
-    missing = {"routing/missing": total.missing / (total.replayed + total.missing)}
-    return {**missing, **_differing("", total), **_differing("_lag_min", known[0]), **_differing("_lag_max", known[-1])}
+    return {
+        "routing/missing": _missing(total),
+        **_differing("differing", total),
+        **_differing("differing_lag_min", known[0]),
+        **_differing("differing_lag_max", known[-1]),
+    }
 
 
 def forget_experts(run: TrainingRun, batch: RolloutBatch) -> None:
@@ -87,6 +101,10 @@ def _lengths(batch: RolloutBatch) -> list[int]:
     return [len(sample.token_ids) - 1 for sample in batch.samples]
 
 
-def _differing(suffix: str, counts: RoutingCounts) -> dict[str, float]:
+def _missing(counts: RoutingCounts) -> float:
+    return counts.missing / (counts.replayed + counts.missing)
+
+
+def _differing(name: str, counts: RoutingCounts) -> dict[str, float]:
     """Nothing where no row is known."""
-    return {f"routing/differing{suffix}": counts.differing / counts.replayed} if counts.replayed else {}
+    return {f"routing/{name}": counts.differing / counts.replayed} if counts.replayed else {}

@@ -43,7 +43,7 @@ def score(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dic
             f"scored by version {run.actor.policy_version}"
         )
     with timer("score"):
-        logprobs, batch = score_with_experts(run, batch)
+        logprobs, batch = score_with_experts(run, batch, metrics)
         scored = batch.scored_with(logprobs)
     engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
     trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])

@@ -46,6 +46,7 @@ def check_start(config: RunConfig, *, resume: str, capabilities: Capabilities, m
     """
     checks.check_model(config)
     _check_here(config, resume=resume, capabilities=capabilities, machine=machine, read_hub=True)
+    checks.check_endpoints(config)
 
 
 def check_dry_run(config: RunConfig, *, resume: str, capabilities: Capabilities) -> Preflight:

@@ -40,6 +40,7 @@ def server_settings(config: RunConfig, *, first_gpu: int) -> ServerSettings:
         host=rollout.host,
         api_key_path=None if rollout.api_key_path is None else Path(rollout.api_key_path),
         admin_key_path=None if rollout.admin_key_path is None else Path(rollout.admin_key_path),
+        return_routes=config.actor.routing_replay == "server",
         options=config.sglang,
     )
 

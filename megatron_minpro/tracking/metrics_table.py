@@ -138,6 +138,21 @@ METRICS: tuple[Metric, ...] = (
     _metric("routing/differing_lag_min", "fraction", Combined.BATCH_MEAN, _ROUTING, "the same in the first mini-batch, at batch/lag_min"),
     _metric("routing/differing_lag_max", "fraction", Combined.BATCH_MEAN, _ROUTING, "the same in the last mini-batch, at batch/lag_max"),
     _metric(
+        "routing/scored_differing",
+        "fraction",
+        Combined.BATCH_MEAN,
+        _ROUTING,
+        "under actor.routing_replay: server: (token, layer) pairs of the batch sampled in this step whose router in the trainer, with the "
+        "same weights, would choose another set of experts than the server did",
+    ),
+    _metric(
+        "routing/scored_missing",
+        "fraction",
+        Combined.BATCH_MEAN,
+        _ROUTING,
+        "under actor.routing_replay: server: such pairs whose experts are not known, because the server computed the response in two parts",
+    ),
+    _metric(
         "routing/missing",
         "fraction",
         Combined.BATCH_MEAN,

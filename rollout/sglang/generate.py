@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams, VersionSpan
 
 
 def response_seed(seed: int, request_id: str, sample_index: int, turn: int = 0) -> int:
@@ -23,10 +25,10 @@ def response_seed(seed: int, request_id: str, sample_index: int, turn: int = 0) 
     return (state * 0xFF51AFD7ED558CCD % 2**64) >> 33
 
 
-def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams) -> dict[str, Any]:
+def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams, *, routes: bool = False) -> dict[str, Any]:
     """The body of one batched /generate call.
 
-    It states every sampling setting, so that a model folder's generation_config.json changes nothing.
+    It states every sampling setting, so that a model folder's generation_config.json changes nothing. routes: ask for the experts too.
     """
     nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
     return {
@@ -36,6 +38,7 @@ def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams
         "return_logprob": True,
         "logprob_start_len": -1,
         "stream": False,
+        **({"return_routed_experts": True} if routes else {}),
     }
 
 
@@ -93,6 +96,28 @@ def read_generation(answer: dict[str, Any], request: GenerationRequest, *, num_r
         latency_s=latency_s,
         num_retries=num_retries,
     )
+
+
+def keep_routes(answer: dict[str, Any], generation: Generation, sink: RouteSink) -> Generation:
+    """The record of an answer with the place of its experts. Their text, which is most of the answer, is taken out of it.
+
+    Where weights changed or the server computed tokens a second time, it returns the later computation's experts for the earlier tokens:
+    these are not known then. Takes a while: call it in a thread.
+
+    Raises:
+        ValueError: experts or the number of retractions are missing, or the experts cannot be those of the tokens.
+    """
+    meta = answer["meta_info"]
+    text, retractions = meta.pop("routed_experts", None), meta.get("num_retractions")
+    if not isinstance(retractions, int):
+        raise ValueError(f"num_retractions is {retractions!r}, expected a number; without it nobody knows what routed_experts belongs to")
+    if not isinstance(text, str):
+        raise ValueError(
+            "routed_experts is missing; expected a server of a model with experts, started with --enable-return-routed-experts"
+        )
+    if retractions or len(generation.version_spans) > 1:
+        return generation
+    return replace(generation, routes=sink.keep(base64.b64decode(text, validate=True), num_inputs=generation.num_inputs))
 
 
 def _logprob_entries(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[float, int], ...]:

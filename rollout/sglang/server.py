@@ -26,6 +26,7 @@ from rollout.processes import ManagedProcess, spawn, terminate_all
 from rollout.sglang import control as sglang_control
 from rollout.sglang.environment import default_server_python, link_packages, server_environment
 from rollout.sglang.options import option_arguments
+from rollout.sglang.route_limits import MOE_RUNNER, check_route_limits
 
 Device = Literal["cpu", "cuda"]
 
@@ -75,6 +76,7 @@ class ServerSettings:
     num_threads: torch threads per server on the CPU. max_total_tokens: KV cache on the CPU, in tokens (CUDA: SGLang decides by memory).
     api_key_path, admin_key_path: files with one line each; both are required unless host is a loopback address.
     text_api: also answer the OpenAI endpoints (/v1/...); the server then has a tokenizer.
+    return_routes: the server can tell which experts the tokens of a request visited.
     options: further SGLang server arguments by name; unknown ones are refused.
     """
 
@@ -93,6 +95,7 @@ class ServerSettings:
     api_key_path: Path | None = None
     admin_key_path: Path | None = None
     text_api: bool = False
+    return_routes: bool = False
     server_python: Path = field(default_factory=default_server_python)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,6 +120,8 @@ class ServerSettings:
             raise ValueError(
                 f"rollout.host is {self.host}, reachable from outside: expected an api key file and an admin key file (or 127.0.0.1)"
             )
+        if self.return_routes:
+            check_route_limits(self.options)
         for name, path in (("api_key_path", self.api_key_path), ("admin_key_path", self.admin_key_path)):
             if path is not None:
                 read_key(path, name=name)
@@ -175,6 +180,10 @@ def server_command(
         command += ["--base-gpu-id", str(settings.first_gpu + index * settings.tp)]
         if settings.deterministic:
             command += ["--enable-deterministic-inference"]
+    if settings.return_routes:
+        command += ["--enable-return-routed-experts"]
+        if settings.device == "cuda":
+            command += ["--moe-runner-backend", MOE_RUNNER]
     if key_file is not None:
         command += ["--config", str(key_file)]
     return command + option_arguments

@@ -152,7 +152,10 @@ TIME_LIMITS = ("rollout.weight_sync_timeout_s=12", "rollout.progress_timeout_s=2
 
 
 class TwoServers:
-    """Two supervised servers for runs that are not about servers: one takes longer to start than such a run takes to sample."""
+    """Two supervised servers for runs that are not about servers: one takes longer to start than such a run takes to sample.
+
+    They can return experts: to a run that does not ask for them that makes no difference.
+    """
 
     def __init__(self, command: Command, endpoints: list[str]) -> None:
         self.command = command
@@ -181,7 +184,9 @@ def two_servers(
 ) -> Iterator[TwoServers]:
     """They run until the last end-to-end test is over."""
     folder = tmp_path_factory.mktemp("two_servers")
-    command = Command(["serve", *short_run_settings, "rollout.servers=2", *TIME_LIMITS, "--folder", str(folder)])
+    command = Command(
+        ["serve", *short_run_settings, "rollout.servers=2", "actor.routing_replay=server", *TIME_LIMITS, "--folder", str(folder)]
+    )
     try:
         path = folder / "endpoints.json"
         yield TwoServers(command, json.loads(wait_for(lambda: path.exists() and path.read_text(), command)))

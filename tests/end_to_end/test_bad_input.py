@@ -43,6 +43,10 @@ CASES = {
         ["actor.routing_replay=trainer", "actor.recompute=selective", "megatron.recompute_modules=[moe]"],
         ["actor.routing_replay = 'trainer'", "recompute_modules"],
     ),
+    "replay of servers that return no experts": (
+        ["actor.routing_replay=server", "sglang.enable_lmcache=true"],
+        ["actor.routing_replay = 'server'", "sglang.enable_lmcache", "expected false"],
+    ),
     "unknown SGLang option": (["sglang.mem_fraction_sttic=0.5"], ["mem_fraction_sttic", "mem_fraction_static"]),
     "unknown prompt generator option": (["prompts.options.modulos=7"], ["modulos"]),
 }

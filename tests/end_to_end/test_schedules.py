@@ -1,4 +1,7 @@
-"""Overlapped, serial and rolling runs give the same numbers, bit for bit, on real ranks and real servers."""
+"""Overlapped, serial and rolling runs give the same numbers, bit for bit, on real ranks and real servers.
+
+Those on two servers replay the servers' experts: also then a hang, a death and a stop inside a step change nothing.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tu
         *short_run_settings,
         *two_servers.settings(2),
         *("staleness=1", "num_global_steps=6", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
+        "actor.routing_replay=server",
     ]
     command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"])
     try:
@@ -85,6 +89,17 @@ def test_overlapped_equals_serial_with_dynamic_sampling_and_replay(
     assert len(rows) == 4 and {row["routing/missing"] for row in rows} == {0.0}
     assert rows[0]["routing/differing_lag_min"] == 0.0 < rows[-1]["routing/differing_lag_max"] < 0.5  # the routers have moved
     assert all(list((run / "routing").iterdir()) == [] for run in runs)
+
+
+def test_servers_return_the_experts_that_the_trainer_would_choose(on_two_servers: tuple[list[str], Path]) -> None:
+    """Before the first update, in fp32 on both sides: but for ties the same ones. Of no response they are missing."""
+    rows = metrics_of(on_two_servers[1])
+    scored = [(row["routing/scored_missing"], row["routing/scored_differing"]) for row in rows if "routing/scored_missing" in row]
+    assert len(scored) == 6 and max(differing for _, differing in scored) < 1e-3 and {missing for missing, _ in scored} == {0.0}
+    trained = [row for row in rows if "routing/missing" in row]
+    assert len(trained) == 6 and {row["routing/missing"] for row in trained} == {0.0}
+    assert trained[-1]["routing/differing_lag_max"] > 1e-3, "the router has moved since, the experts have not"
+    assert max(row["engine_logprob_gap/mean"] for row in rows if "engine_logprob_gap/mean" in row) < 1e-5
 
 
 def test_overlapped_equals_serial_on_two_servers_of_which_one_hangs(

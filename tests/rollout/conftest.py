@@ -72,6 +72,7 @@ def server_settings(model_folder: Path) -> ServerSettings:
         deterministic=True,
         max_total_tokens=16384,
         max_running_requests=64,
+        return_routes=True,
     )
 
 

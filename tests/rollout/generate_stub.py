@@ -35,6 +35,7 @@ def all_good(body: dict[str, Any]) -> tuple[int, Any]:
 
 class Stub:
     """An HTTP server that answers /generate with `answer` and remembers the bodies. version: what /model_info says; None: 503.
+    server_info: what /server_info says.
 
     computes: cleared, nothing that needs the computing process is answered before it is set again.
     """
@@ -44,6 +45,7 @@ class Stub:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.version: str | None = None
+        self.server_info: dict[str, Any] = {}
         self.unauthorized = False
         self.computes = threading.Event()
         self.computes.set()
@@ -57,7 +59,7 @@ class Stub:
             def do_GET(self) -> None:
                 if self.path == "/server_info":
                     stub.computes.wait(60)
-                    self.reply(200, b"{}")
+                    self.reply(200, json.dumps(stub.server_info).encode())
                     return
                 assert self.path == "/model_info"
                 self.reply(

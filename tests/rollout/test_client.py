@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, response_seed
 from rollout.records import Generation, GenerationRequest
+from rollout.sglang.generate import keep_routes, read_generation
 from tests.rollout.generate_stub import REQUESTS, SAMPLING, Answer, Stub, all_good, answers_of, good_answer
 
 
@@ -405,3 +407,81 @@ def test_wrong_key_is_an_error_at_once_and_no_reason_to_wait(stub: Callable[[Ans
     server.unauthorized = True
     with pytest.raises(RolloutFailed, match=rf"^{server.endpoint}/model_info: HTTP 401"):
         make_client(server).generate(REQUESTS, SAMPLING, num_samples=1, policy_version=4)
+
+
+# ------------------------------------------------------------------------------------------------------------------- experts
+
+
+class Kept:
+    """A RouteSink that remembers."""
+
+    def __init__(self) -> None:
+        self.ids: list[bytes] = []
+        self.threads: set[int] = set()
+
+    def keep(self, ids: bytes, *, num_inputs: int) -> int:
+        if len(ids) != 4 * num_inputs:
+            raise ValueError(f"{len(ids)} bytes for {num_inputs} tokens")
+        self.ids.append(ids)
+        self.threads.add(threading.get_ident())
+        return len(self.ids) - 1
+
+
+WHOLE = {"weight_versions": [{"version": "4", "start": 0, "end": 2}], "num_retractions": 0}
+
+
+def routed(text: str | None = None, **meta: Any) -> Answer:
+    """One expert a token, in one layer: the prompt's tokens and the first response token visit expert 0, 1, 2."""
+    ids = b"".join(number.to_bytes(4, "little") for number in range(3))
+    experts = {"routed_experts": base64.b64encode(ids).decode() if text is None else text}
+    return lambda body: (200, [good_answer(prompt, **{**WHOLE, **experts, **meta}) for prompt in body["input_ids"]])
+
+
+def ask_with(sink: Kept | None, server: Stub) -> list[Generation]:
+    client = make_client(server)
+
+    async def ask() -> list[Generation]:
+        async with client.session(SAMPLING, policy_version=None, routes=sink) as session:
+            return await session.generate(REQUESTS[:3])
+
+    return client.run(ask())
+
+
+def test_experts_are_asked_for_and_read_outside_the_event_loop(stub: Callable[[Answer], Stub]) -> None:
+    server, sink = stub(routed()), Kept()
+    assert sorted(answer.routes for answer in ask_with(sink, server) if answer.routes is not None) == [0, 1, 2]
+    assert sink.ids == [bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])] * 3 and threading.get_ident() not in sink.threads
+    assert [answer.routes for answer in ask_with(None, server)] == [None] * 3
+    assert [body.get("return_routed_experts") for body in server.bodies] == [True, None]
+
+
+def test_experts_leave_the_answer_when_they_are_read(stub: Callable[[Answer], Stub]) -> None:
+    [answer] = routed()({"input_ids": [[0, 1]]})[1]
+    generation = read_generation(answer, REQUESTS[0], num_retries=0, latency_s=0.0)
+    assert keep_routes(answer, generation, Kept()).routes == 0
+    assert "routed_experts" not in answer["meta_info"]
+
+
+@pytest.mark.parametrize(
+    "meta", [{"num_retractions": 1}, {"weight_versions": [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 2}]}]
+)
+def test_experts_of_what_was_computed_twice_are_not_known(stub: Callable[[Answer], Stub], meta: dict[str, Any]) -> None:
+    sink = Kept()
+    assert [answer.routes for answer in ask_with(sink, stub(routed(**meta)))] == [None] * 3 and sink.ids == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (routed(routed_experts=None), "routed_experts is missing; expected a server of a model with experts, started with --enable"),
+        (routed(num_retractions=None), "num_retractions is None, expected a number"),
+        (routed("AAAA"), "3 bytes for 3 tokens"),
+        (routed("no base64!"), "base64|Only"),
+    ],
+)
+def test_an_answer_without_its_experts_is_an_error_that_names_the_server(
+    stub: Callable[[Answer], Stub], answer: Answer, reason: str
+) -> None:
+    server = stub(answer)
+    with pytest.raises(RolloutFailed, match=rf"^{server.endpoint}: request r0#0: .*({reason})"):
+        ask_with(Kept(), server)

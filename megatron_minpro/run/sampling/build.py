@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.batch.routing_file import RoutingAppender
+from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
@@ -121,5 +124,14 @@ def build_sampler(
         temperature=rollout.temperature,
         seed=config.seed,
         dynamic_sampling=rollout.dynamic_sampling,
+        routing=_routing(config, run_dir),
     )
     return LocalSampler(config=config, collector=collector, responder=responder, held_out_prompts=prompts.held_out, rollouts=rollouts)
+
+
+def _routing(config: RunConfig, run_dir: Path) -> Callable[[int], RoutingAppender] | None:
+    """Makes the file of a global step's batch, where the experts come from the servers."""
+    if config.actor.routing_replay != "server":
+        return None
+    architecture = read_architecture(Path(config.model.path))
+    return lambda step: RoutingAppender(run_dir / ROUTING_FOLDER, architecture, step=step)

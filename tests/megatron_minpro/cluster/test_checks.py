@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.cluster import checks
 from megatron_minpro.config import RunConfig, load_config
 from parallel.capabilities import detect
+from tests.rollout.generate_stub import Stub, all_good
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -28,6 +30,34 @@ def test_replay_without_experts_is_refused(tmp_path: Path) -> None:
     dense = {"model_type": "qwen3", **{key: value for key, value in shape.items() if key not in (*of_experts, "model_type")}}
     with pytest.raises(ValueError, match=r"^actor\.routing_replay = 'trainer': the model has no experts; expected none$"):
         checks.check_architecture(config, Architecture.from_config(dense, source="test"))
+
+
+def test_options_of_servers_that_return_no_experts_are_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "actor.routing_replay=server", "sglang.chunked_prefill_size=-1")
+    assert config.model.warm_up is not None
+    architecture = Architecture.from_config({**config.model.warm_up.architecture, "vocab_size": 32}, source="test")
+    with pytest.raises(ValueError, match=r"^actor\.routing_replay = 'server': sglang\.chunked_prefill_size = -1: .* expected a positive"):
+        checks.check_architecture(config, architecture)
+    checks.check_architecture(tiny(tmp_path, "actor.routing_replay=trainer", "sglang.chunked_prefill_size=-1"), architecture)
+
+
+def test_a_running_server_that_returns_no_experts_is_named(tmp_path: Path) -> None:
+    good, bad, silent = Stub(all_good), Stub(all_good), "http://127.0.0.1:9"
+    good.server_info = {"enable_return_routed_experts": True}
+    bad.server_info = {"enable_return_routed_experts": False}
+
+    def config(replay: str, *endpoints: str) -> RunConfig:
+        return tiny(tmp_path, f"actor.routing_replay={replay}", "rollout.servers=0", f"rollout.endpoints={json.dumps(endpoints)}")
+
+    try:
+        checks.check_endpoints(config("server", good.endpoint, silent))
+        checks.check_endpoints(config("trainer", bad.endpoint))
+        with pytest.raises(ValueError, match=rf"^rollout\.endpoints: {bad.endpoint} returns no experts, expected a server with --enable-"):
+            checks.check_endpoints(config("server", good.endpoint, bad.endpoint))
+    finally:
+        for one in (good, bad):
+            one.server.shutdown()
+            one.server.server_close()
 
 
 def test_too_few_gpus_for_servers_and_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
+from megatron_minpro.batch.routing_file import RoutingAppender
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor, PromptList
 from megatron_minpro.environments.environment import make_environment
@@ -19,8 +24,9 @@ from megatron_minpro.loop.collector import Collected, Collector, choose_groups
 from megatron_minpro.loop.responder import Responder
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import RewardOnArrival, RewardResult
+from parallel.expert_rows import is_missing
 from rollout.client import RolloutFailed, WeightsMissing
-from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams, VersionSpan
 from tests.megatron_minpro.conftest import content, sample_content
 
 GROUP = 3
@@ -55,9 +61,9 @@ class Client:
     def end(self, request_id: str) -> None: ...
 
     @asynccontextmanager
-    async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
+    async def session(self, sampling: SamplingParams, *, policy_version: int, routes: RouteSink | None = None) -> AsyncIterator[Client]:
         assert policy_version == 4
-        self.sampling, self.settings = sampling, self
+        self.sampling, self.settings, self.routes = sampling, self, routes
         yield self
 
     async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:
@@ -75,9 +81,15 @@ class Client:
                 finish_reason="stop" if request.sample_index else "length",
                 latency_s=0.0,
                 num_retries=0,
+                routes=None if self.routes is None or request.sample_index == 1 else self.routes.keep(experts_of(request), num_inputs=4),
             )
             for request in requests
         ]
+
+
+def experts_of(request: GenerationRequest) -> bytes:
+    """Of 4 tokens in 2 layers: the first expert tells the prompt, the second one the sample."""
+    return np.array([request.prompt_token_ids[0] - 10, 10 + request.sample_index] * 8, dtype=np.int32).tobytes()
 
 
 class SecondWord:
@@ -250,6 +262,35 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     assert client.asked[:2] == client.asked[2:4]
     counts = {"servers/used": 5.0, "servers/retries": 3.0 + 4 + 5, "servers/silent": 5.0}
     assert sampled.servers == {**counts, "time/tail": 5 / 4, "time/queued": 3 / 8}
+
+
+def test_experts_of_a_batch_lie_in_its_file_whatever_broke_off(tmp_path: Path) -> None:
+    """Response 1 of every group is one whose experts are not known."""
+    client = Client()
+    client.fails_at = {2: WeightsMissing("all servers were restarted")}
+    new_file = partial(RoutingAppender, tmp_path, model_with_experts())
+    rewards = {f"p{i}": row for i, row in enumerate([EQUAL, *[MIXED] * 4])}
+    sampling = DynamicSamplingConfig(equal="reward", max_rounds=2)
+    options: dict[str, Any] = {"cursor": InOrder(), "prompts_per_step": 2, "dynamic_sampling": sampling}
+    collector = make_collector(client, Scripted(rewards), routing=lambda step: new_file(step=step), **options)
+    with pytest.raises(WeightsMissing):
+        collector.collect(7, policy_version=4)
+    batch = collector.collect(7, policy_version=4).batch
+    assert batch.routing is not None and batch.routing.name == "step_000007.rows"
+    rows = batch.routing.rows(tmp_path, [4] * len(batch.samples))
+    found = [None if is_missing(each).all() else each[:, :, 0].unique().tolist() + each[:, :, 1].unique().tolist() for each in rows]
+    first = [int(sample.token_ids[0]) for sample in batch.samples]
+    assert first == [11] * 3 + [12] * 3
+    assert found == [[1, 10], None, [1, 12], [2, 10], None, [2, 12]]
+    collector.collect(8, policy_version=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000007.rows", "step_000008.rows"]
+
+
+def model_with_experts() -> Architecture:
+    shape = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 2}
+    moe = {"intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    other = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "max_position_embeddings": 64}
+    return Architecture.from_config({"model_type": "qwen3_moe", **shape, **moe, **other}, source="test")
 
 
 class LastFirst(SecondWord):

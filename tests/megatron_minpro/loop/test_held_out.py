@@ -43,7 +43,8 @@ class Client:
         return {}
 
     @asynccontextmanager
-    async def session(self, sampling: SamplingParams, *, policy_version: int) -> AsyncIterator[Client]:
+    async def session(self, sampling: SamplingParams, *, policy_version: int, routes: None) -> AsyncIterator[Client]:
+        assert routes is None, "experts are for training"
         assert policy_version == 12
         self.sampling, self.settings = sampling, self
         yield self

@@ -1,4 +1,4 @@
-"""Routing replay in the loop: recorded when a batch is scored, replayed in its updates alone, its file gone when it is trained."""
+"""Routing replay in the loop: recorded at scoring or come with the batch, replayed in its updates, the file gone when it is trained."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_config import Architecture
+from megatron_minpro.batch.routing_file import RoutingAppender
+from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import UnfinishedStep
 from megatron_minpro.loop.phase_timer import PhaseTimer
@@ -82,6 +85,32 @@ def test_the_experts_of_the_scoring_pass_are_met_by_every_update(
     if schedule == "serial":
         names = [f"step_{step:06d}.rows" for step in range(4)]
         assert waiting == [[], names[:1], names[:2], names[1:3], names[2:], names[3:]]
+
+
+@pytest.mark.parametrize("schedule", ["serial", "overlapped"])
+def test_the_servers_experts_are_met_in_scoring_and_by_every_update(
+    schedule: str, one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """The servers chose (version + 2, version + 3) for every token; of the first response nothing is known."""
+    config = small_config(f"output_dir={tmp_path}", f"schedule={schedule}", "actor.routing_replay=server")
+    diary, actor = diary_of(config, one_rank_group, make_batch)
+
+    def sampled(step: int, *, version: int, **fields: Any) -> RolloutBatch:
+        batch = make_batch(step, version=version, **fields)
+        file = RoutingAppender(config.run_dir / "routing", ARCHITECTURE, step=step)
+        ids = [np.full((len(x.token_ids) - 1, ARCHITECTURE.num_hidden_layers, 2), [version + 2, version + 3], "<i4") for x in batch.samples]
+        places = [file.keep(each.tobytes(), num_inputs=len(each)) for each in ids]
+        return replace(batch, routing=file.close([None, *places[1:]]))
+
+    diary.driver.make_batch = sampled
+    train(diary.run)
+    missing = 255
+    assert actor.scored_with == [{2, missing}] * 3 + [{4, missing}]
+    assert [(version, experts - {missing}) for version, experts in actor.seen] == [(v, {2}) for v in range(6)] + [(6, {4}), (7, {4})]
+    assert sum(missing in experts for _, experts in actor.seen) == 4  # one of the two updates of every batch
+    scored = [(row.get("routing/scored_missing"), row.get("routing/scored_differing")) for _, row in diary.driver.lines]
+    assert scored == [(0.2, 0.25)] * 4 + [(None, None)] * 2
+    assert list((config.run_dir / "routing").iterdir()) == []
 
 
 def test_what_updates_replayed_survives_a_stop_between_them() -> None:

@@ -90,6 +90,40 @@ def test_engine_logprobs_equal_those_of_transformers(client: GenerationClient, b
     assert reference.largest_difference(base_model, generations, temperature=temperature) < 1e-4
 
 
+class Experts:
+    """A RouteSink: what the server said of each answer, [tokens, layers, 2]."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def keep(self, ids: bytes, *, num_inputs: int) -> int:
+        self.kept.append(torch.frombuffer(bytearray(ids), dtype=torch.int32).view(num_inputs, -1, 2))
+        return len(self.kept) - 1
+
+
+def ask_with_experts(client: GenerationClient, sink: Experts, params: SamplingParams, *, num_samples: int) -> list[Generation]:
+    requests = [dataclasses.replace(request, sample_index=index) for request in REQUESTS for index in range(num_samples)]
+
+    async def ask() -> list[Generation]:
+        async with client.session(params, policy_version=None, routes=sink) as session:
+            return await session.generate(requests)
+
+    return client.run(ask())
+
+
+def test_the_server_tells_which_experts_every_token_visited(client: GenerationClient, base_model: Qwen3MoeForCausalLM) -> None:
+    sink = Experts()
+    generations = ask_with_experts(client, sink, sampling(stop_token_ids=(2, 3, 4)), num_samples=4)
+    assert {len(generation.response_token_ids) for generation in generations} >= {1, 12}
+    for generation in generations:
+        assert generation.routes is not None
+        with torch.no_grad():
+            fed = torch.tensor([generation.prompt_token_ids + generation.response_token_ids[:-1]])
+            router_logits = base_model(fed, output_router_logits=True).router_logits
+        expected = torch.stack([logits.topk(2).indices for logits in router_logits], 1)
+        assert sink.kept[generation.routes].sort(-1).values.equal(expected.sort(-1).values.int())  # a set: the order means nothing
+
+
 def test_same_seed_same_responses_to_the_last_bit_another_seed_others(client: GenerationClient) -> None:
     first, again, other = (
         [(g.response_token_ids, g.engine_logprobs) for row in client.generate(REQUESTS, sampling(seed=seed), num_samples=4) for g in row]
@@ -180,19 +214,20 @@ def test_responses_in_flight_survive_an_update_and_tell_their_versions(
     collective: CollectiveWeightSync, client: GenerationClient, base_model: Qwen3MoeForCausalLM, tmp_path: Path
 ) -> None:
     tensors = list(reference.checkpoint_tensors(base_model, tmp_path))
-    results: list[list[Generation]] = []
+    generations: list[Generation] = []
     # Ten times what the server runs at once: some responses are over, some half done and some not begun when the update comes.
-    many = threading.Thread(target=lambda: results.extend(client.generate(REQUESTS, sampling(max_new_tokens=100), num_samples=128)))
+    params = sampling(max_new_tokens=100)
+    many = threading.Thread(target=lambda: generations.extend(ask_with_experts(client, Experts(), params, num_samples=128)))
     many.start()
     try:
         time.sleep(0.5)
         collective.publish(1, iter(tensors))
         many.join(60)
-        generations = [generation for row in results for generation in row]
         assert len(generations) == 5 * 128
         assert {version for generation in generations for version in generation.policy_versions} == {0, 1}
         mixed = [generation for generation in generations if generation.policy_versions == (0, 1)]
-        assert mixed
+        assert mixed and all(generation.routes is None for generation in mixed), "experts of tokens that were computed twice"
+        assert sum(generation.routes is not None for generation in generations) > 128
         # The weights are the same ones under a new version number, so every token must still score as it was sampled.
         assert reference.largest_difference(base_model, mixed[:20] + generations[:20]) < 1e-4
     finally:
