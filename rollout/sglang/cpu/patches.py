@@ -3,7 +3,8 @@
 what                          why
 sgl_kernel                    its CPU kernels are not published as a wheel; torch.ops.sgl_kernel stays empty, so layers take their
                               plain-torch path
-torchvision operators         the default wheel is a CUDA build whose extension does not load beside a CPU build of torch
+torchvision, scipy            serve models with images and sound; they take 1.6 and 1.2 s, and torchvision's default wheel is a CUDA build
+torch.compile                 SGLang decorates 56 small functions for other devices; the compiler takes 0.7 s to import
 host buffers                  are pinned through cudart; plain memory serves on a CPU
 batched attention             SGLang loops over the sequences of a batch (kernels.py)
 seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
@@ -17,18 +18,38 @@ model registry                only the Qwen3 family is imported; the others cost
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import gc
-import importlib
 import importlib.machinery
-import importlib.util
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 from rollout.sglang.cpu import models
+
+
+class _StandIn(types.ModuleType):
+    """A package that is not there. It has every name that is imported from it, and fails when one is called."""
+
+    __version__ = "0.0.0+standin"
+    __path__: list[str] = []  # noqa: RUF012  a package, to the import system
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = self
+        package, _, own = name.rpartition(".")
+        if package:
+            setattr(sys.modules[package], own, self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_: Any, **__: Any) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name} is not there on a CPU; rollout/sglang/cpu replaces what Qwen3 needs")
+
+        return missing
 
 
 def _stand_in_for_sgl_kernel() -> None:
@@ -41,60 +62,27 @@ def _stand_in_for_sgl_kernel() -> None:
             req_to_token[row, first:last] = out_cache_loc[at : at + last - first].to(req_to_token.dtype)
             at += last - first
 
-    class StandIn(types.ModuleType):
-        """Has every name that is imported, and fails when an unknown one is called."""
-
-        __version__ = "0.0.0+standin"
-        __path__: list[str] = []  # noqa: RUF012  a package, to the import system
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-
-            def missing(*_: Any, **__: Any) -> None:
-                raise NotImplementedError(f"sgl_kernel.{name} has no CPU build; rollout/sglang/cpu replaces what Qwen3 needs")
-
-            return missing
-
-    module = StandIn("sgl_kernel")
-    module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
-    module.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu  # type: ignore[attr-defined]
-    sys.modules["sgl_kernel"] = module
+    _StandIn("sgl_kernel").assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu  # type: ignore[attr-defined]
     assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed"), "the real sgl_kernel is loaded: start SGLang without this module"
 
 
-_torchvision_operators: Any = None  # kept: its operators vanish with it
+def _hide_what_takes_long() -> None:
+    sys.modules["scipy"] = sys.modules["torchvision"] = None  # type: ignore[assignment]  # Python's way to say that a module is not there
+    from transformers.utils import is_scipy_available, is_torchvision_available
+
+    assert not is_scipy_available() and not is_torchvision_available()  # transformers remembers the answer, and does without
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        _StandIn(name)
 
 
-def _declare_torchvision_operators() -> None:
-    """torchvision registers shapes for operators that its extension would have defined. Define them, without code, if it did not load."""
-    global _torchvision_operators
+def _compile_nothing() -> None:
     import torch
 
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        spec = importlib.util.find_spec("torchvision")
-        assert spec is not None and spec.submodule_search_locations
-        source = (Path(spec.submodule_search_locations[0]) / "_meta_registrations.py").read_text()
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in sorted(_operator_names(source)):
-            library.define(f"{name}(...) -> ...")
-        _torchvision_operators = library
-        import torchvision  # noqa: F401
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        """torch.compile without options, and with options: a decorator."""
+        return (lambda decorated: decorated) if function is None else function
 
-
-def _operator_names(source: str) -> set[str]:
-    """Names in the decorators `register_meta("name")` and `register_fake("torchvision::name")`."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in ("register_meta", "register_fake", "impl_abstract"):
-                names.add(node.args[0].value.removeprefix("torchvision::"))
-    return names
+    torch.compile = as_it_is  # type: ignore[assignment]
 
 
 def _use_plain_host_memory() -> None:
@@ -292,7 +280,8 @@ def apply() -> None:
         return
     gc.disable()
     _stand_in_for_sgl_kernel()
-    _declare_torchvision_operators()
+    _hide_what_takes_long()
+    _compile_nothing()
     _use_plain_host_memory()
     _use_batched_attention()
     _honour_request_seeds()
