@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -10,16 +11,19 @@ import torch
 
 from megatron_minpro.config import RunConfig
 
+_PR_SET_NAME = 15  # prctl(2)
+
 
 def configure_process(config: RunConfig, *, name: str, log_level: str, device_type: str) -> None:
     """Call once, at the start.
 
     Args:
         config: of the run.
-        name: stands in every line that this process logs.
+        name: stands in every line that this process logs, and in the lists of ps and top.
         log_level: debug | info | warning ...
         device_type: where torch computes: cuda | cpu.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
     logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
     if device_type == "cpu":

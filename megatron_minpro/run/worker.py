@@ -92,10 +92,9 @@ def build_actor(
     return actor
 
 
-def train(config: RunConfig, run_dir: Path, groups: ProcessGroups) -> None:
-    """The whole run of one rank: build, resume, measure, train, measure, export."""
+def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: SamplingProcess | None) -> None:
+    """The whole run of one rank: build, resume, measure, train, measure, export. sampling: rank 0's."""
     first = groups.coordinates.rank == 0
-    sampling = SamplingProcess(run_dir) if first else None  # it loads the prompts meanwhile
     folder = Path(config.model.path)
     actor = build_actor(
         config,
@@ -329,10 +328,12 @@ def _stop_requested(run_dir: Path) -> Callable[[], bool]:
 def main(arguments: list[str]) -> None:
     """Called by rank.py in every rank. arguments: RUN_DIR, and train or warm_up."""
     die_with_parent(parent_pid=os.getppid())
-    run_dir, task = Path(arguments[0]), {"train": train, "warm_up": warm_up}[arguments[1]]
+    run_dir, task = Path(arguments[0]), arguments[1]
     config = load_config(run_dir / CONFIG_FILE, [])
     rank = int(os.environ["RANK"])
     capabilities = detect().choose_layers(config.actor.layers)
+    # First of all: it loads the prompts meanwhile, and only a process without threads can be forked.
+    sampling = SamplingProcess(run_dir, forked=capabilities.device_type == "cpu") if rank == 0 and task == "train" else None
     configure_process(
         config,
         name=f"rank {rank}",
@@ -345,6 +346,9 @@ def main(arguments: list[str]) -> None:
         groups = process_groups.initialize(
             config.layout, backend=capabilities.backend, seed=config.seed, timeout_s=collective_timeout_s(config)
         )
-        task(config, run_dir, groups)
+        if task == "train":
+            train(config, run_dir, groups, sampling)
+        else:
+            warm_up(config, run_dir, groups)
         dist.barrier()
         process_groups.shut_down()

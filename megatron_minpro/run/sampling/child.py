@@ -1,6 +1,6 @@
 """The sampling process itself: `python -m megatron_minpro.run.sampling.child RUN_DIR SOCKET`. Rank 0 starts it, see process.py.
 
-It imports no Megatron-Core and touches no device. It ends with rank 0, whatever becomes of either.
+Without CUDA rank 0 forks it. It uses no Megatron-Core and touches no device. It ends with rank 0, whatever becomes of either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_minpro.config import load_config
 from megatron_minpro.run.process_settings import configure_process
@@ -21,8 +21,12 @@ from rollout.background import in_background
 
 
 def main(arguments: list[str]) -> None:
+    """Entry point of a Python of its own."""
+    serve(Path(arguments[0]), socket.socket(fileno=int(arguments[1])))
+
+
+def serve(run_dir: Path, connection: socket.socket) -> NoReturn:
     """Serve rank 0 until it closes the connection or is gone."""
-    run_dir, connection = Path(arguments[0]), socket.socket(fileno=int(arguments[1]))
     connection.set_inheritable(False)  # graders and tools that are started from here must not hold it open
     config = load_config(run_dir / CONFIG_FILE, [])
     configure_process(config, name="sampling", log_level=config.tracking.log_level, device_type="cpu")

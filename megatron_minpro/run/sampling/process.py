@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_minpro.loop.sampled_batch import SampledBatch
+from megatron_minpro.run.sampling import child
 from megatron_minpro.run.sampling.channel import Channel
 from megatron_minpro.working_folder import child_environment
 from parallel.cuda_environment import without_ours
 from rollout.background import in_background
-from rollout.exec_with_parent import with_parent
+from rollout.exec_with_parent import die_with_parent, with_parent
 from rollout.rolling_gate import Give
 
-_MODULE = "megatron_minpro.run.sampling.child"
 _END_TIMEOUT_S = 10.0
 # They are for the run: rank 0, or the launcher, decides what follows. A job's signal reaches every process of a rank.
 _IGNORED = (signal.SIGINT, signal.SIGUSR1)
@@ -28,28 +31,23 @@ _IGNORED = (signal.SIGINT, signal.SIGUSR1)
 class SamplingProcess:
     """The `Sampler` of a run. Its calls raise ChannelClosed, with how it ended, when the process is gone."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, forked: bool = False) -> None:
         """Start it: it reads RUN_DIR/config.yaml and loads tokenizer and prompts at once.
 
         Call this from the thread that lives longest: the kernel ends the process with the thread that started it.
+
+        Args:
+            forked: from this process, which has imported what it needs: importing takes 4 s. Then this process must have no other thread
+                and must not have looked at CUDA.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-u", "-m", _MODULE, str(run_dir), str(theirs.fileno())]
-        self._popen = subprocess.Popen(
-            with_parent(command, ignored=_IGNORED),
-            stdin=subprocess.DEVNULL,
-            env=without_ours(child_environment()),
-            pass_fds=[theirs.fileno()],
-        )
+        self.pid, self._code = (_forked if forked else _executed)(run_dir, theirs, ours)
         theirs.close()
         self._functions: dict[str, Callable[..., Any]] = {}  # what the process may call
-        self._channel = Channel(ours, self._functions, other_side="the sampling process", describe_end=partial(_describe_end, self._popen))
+        describe_end = partial(_describe_end, self.pid, self._code)
+        self._channel = Channel(ours, self._functions, other_side="the sampling process", describe_end=describe_end)
         self._channel.listen()
-        in_background(self._watch, name="end of the sampling process")
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
+        self._code.add_done_callback(lambda _: self._channel.close())  # a process that it started may still hold its end open
 
     def offer_weights(self, give: Give) -> None:
         """Before `start`, with publish: rolling. give: called in a thread of its own when a server is free for other weights."""
@@ -81,21 +79,47 @@ class SamplingProcess:
             self._channel.call("close")
         self._channel.close()
         try:
-            self._popen.wait(timeout=_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
-
-    def _watch(self) -> None:
-        self._popen.wait()
-        self._channel.close()  # a process that it started may still hold its end open
+            self._code.result(_END_TIMEOUT_S)
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)
+            self._code.result()
 
 
-def _describe_end(popen: subprocess.Popen[bytes]) -> str:
-    name = f"the sampling process (pid {popen.pid})"
+def _executed(run_dir: Path, theirs: socket.socket, _ours: socket.socket) -> tuple[int, Future[int]]:
+    """Its process id, and its exit code (negative: a signal) once it has ended."""
+    command = [sys.executable, "-u", "-m", child.__name__, str(run_dir), str(theirs.fileno())]
+    popen = subprocess.Popen(
+        with_parent(command, ignored=_IGNORED),
+        stdin=subprocess.DEVNULL,
+        env=without_ours(child_environment()),
+        pass_fds=[theirs.fileno()],
+    )
+    return popen.pid, in_background(popen.wait, name="end of the sampling process")
+
+
+def _forked(run_dir: Path, theirs: socket.socket, ours: socket.socket) -> tuple[int, Future[int]]:
+    """As _executed."""
+    parent_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for number in _IGNORED:
+                signal.signal(number, signal.SIG_IGN)
+            die_with_parent(parent_pid=parent_pid)
+            ours.close()
+            child.serve(run_dir, theirs)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # serve ends the process itself
+    return pid, in_background(lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), name="end of the sampling process")
+
+
+def _describe_end(pid: int, code: Future[int]) -> str:
+    name = f"the sampling process (pid {pid})"
     try:
-        code = popen.wait(timeout=_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+        ended = code.result(_END_TIMEOUT_S)
+    except TimeoutError:
         return f"{name} closed the connection and runs on"
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}, see the log"
+    how = f"was ended by {signal.Signals(-ended).name}" if ended < 0 else f"ended with exit code {ended}, see the log"
     return f"{name} {how}"

@@ -34,7 +34,9 @@ import sys, time
 from pathlib import Path
 from megatron_minpro.run.sampling.process import SamplingProcess
 
-print(SamplingProcess(Path(sys.argv[1])).pid, flush=True)
+process = SamplingProcess(Path(sys.argv[1]), forked=sys.argv[2] == "forked")
+process.start(cursor=None, endpoints=["http://127.0.0.1:9"], next_step=0, device_type="cpu")
+print("pid", process.pid, len(process.example_tokens(3)), flush=True)
 time.sleep(600)
 """
 
@@ -133,11 +135,18 @@ def test_it_ends_with_a_batch_under_way_and_its_requests_end_too(run_dir: Path) 
         batch.result(timeout=20)
 
 
-def test_it_ends_at_once_with_rank_0(run_dir: Path) -> None:
-    rank_0 = subprocess.Popen([sys.executable, "-c", RANK_0, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("how", ["forked", "executed"])
+def test_it_ends_at_once_with_rank_0(how: str, run_dir: Path) -> None:
+    rank_0 = subprocess.Popen([sys.executable, "-c", RANK_0, str(run_dir), how], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert rank_0.stdout is not None
-    pid = int(rank_0.stdout.readline())
-    assert psutil.pid_exists(pid)
+    line = next(line for line in rank_0.stdout if line.startswith("pid "))  # among what the process logs
+    pid, prompts = map(int, line.split()[1:])
+    sampling = psutil.Process(pid)
+    assert (prompts, sampling.name()) == (3, "sampling")
+    assert (sampling.cmdline() == psutil.Process(rank_0.pid).cmdline()) == (how == "forked")
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(pid, number)
+    assert not gone(pid, within_s=0.2)
     rank_0.kill()
     rank_0.wait()
     assert gone(pid, within_s=5)
