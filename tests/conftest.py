@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return GroupScheduling(config, log)
 
 
+_cpu_s = 0.0  # of this process and of all that it has started and that have ended, when the last report was made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Each report says how many seconds of processor time the phase took."""
+    global _cpu_s
+    report = yield
+    now = sum(os.times()[:4])
+    report.cpu_s, _cpu_s = now - _cpu_s, now
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Where the time went, and how exact the layouts are."""
     reports = [report for kind in ("passed", "failed", "error", "") for report in terminalreporter.stats.get(kind, ())]
@@ -77,15 +90,19 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _write_times(terminalreporter: Any, reports: list[Any]) -> None:
-    """Seconds of each group's tests and fixtures, while others ran beside them."""
+    """Seconds of each group's tests and fixtures, while others ran beside them, and of the processors."""
     seconds: Counter[str] = Counter()
+    cpu: defaultdict[str, float] = defaultdict(float)  # without the jobs of Slurm, which are not our children
     for report in reports:
         seconds[group_of(report.nodeid)] += report.duration
+        cpu[group_of(report.nodeid)] += getattr(report, "cpu_s", 0.0)
     longest = [(group, spent) for group, spent in seconds.most_common(SHOWN_GROUPS) if spent >= SHOWN_S]
     if longest:
         terminalreporter.section("seconds by group of tests (tests/conftest.py)")
+        terminalreporter.write_line("   time     cpu")
         for group, spent in longest:
-            terminalreporter.write_line(f"{spent:7.0f}  {group}")
+            terminalreporter.write_line(f"{spent:7.0f} {cpu[group]:7.0f}  {group}")
+        terminalreporter.write_line(f"        {sum(cpu.values()):7.0f}  of all")
 
 
 def _write_parity(terminalreporter: Any, reports: list[Any]) -> None:
