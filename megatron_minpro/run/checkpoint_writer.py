@@ -233,7 +233,7 @@ class CheckpointWriter:
             try:
                 if partial.exists():
                     shutil.rmtree(partial)
-                partial.mkdir()
+                partial.mkdir(parents=True)  # the first one makes the folder around it
                 keep_experts(self._routing, partial, waiting)
             except OSError as error:
                 trouble = [error]

@@ -93,7 +93,6 @@ def load(checkpoint: Path, *, actor: FakeActor | None = None, config: RunConfig 
 
 
 def writer(directory: Path, group: dist.ProcessGroup, *, keep: int = 2) -> CheckpointWriter:
-    directory.mkdir(exist_ok=True)
     return CheckpointWriter(directory, routing=directory.parent / "routing", keep=keep, control_group=group, saving_group=group)
 
 
