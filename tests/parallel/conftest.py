@@ -433,3 +433,24 @@ def check_parity(request: pytest.FixtureRequest) -> Callable[[Family, str, dict[
         assert weight_error < 2e-6
 
     return check
+
+
+@pytest.fixture
+def check_replayed(request: pytest.FixtureRequest) -> Callable[[Family, str, RunResult], None]:
+    """check_replayed(family, run's name, result of `replaying_probe`): as `check_parity`, with the rows of experts of Family.replayed."""
+
+    def check(family: Family, name: str, found: RunResult) -> None:
+        expected = family.replayed
+        assert expected is not None
+        logprobs = {f"logprobs.{i}": x for i, x in enumerate(expected.logprobs)}
+        logprob_error, sequence = largest_relative_error({name: found.tensors[name] for name in logprobs}, logprobs)
+        gradient_error, weight = largest_relative_error(found.gradients(), expected.gradients)
+        request.node.user_properties.append((PARITY, (family.name, name, f"{logprob_error:.1e}", f"{gradient_error:.1e}", "", "")))
+        assert logprob_error < 1e-5, sequence
+        assert gradient_error < 1e-5, weight
+        assert found.notes["statistics"] == pytest.approx([float(torch.cat(expected.logprobs).double().sum())], rel=1e-6)
+        missing = sum(48 if rows is None else int((rows == 255).all(-1).sum()) for rows in expected.rows)
+        assert found.notes["routing"] == {"replayed": 8 * 48 - missing, "missing": missing, "differing": expected.differing}
+        assert missing == 48 + 4 * 5 + 1 and expected.differing > 200  # of 315: five of six random pairs are others
+
+    return check

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from parallel.layers.attention_grid import length_classes
-from tests.conftest import PARITY
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the first test of a world size runs all of its layouts
 
@@ -328,20 +327,9 @@ def test_bad_mini_batches_are_refused_before_anything_is_exchanged(families: Cal
 
 @pytest.mark.parametrize(("layout", "run"), [*((x, "replay") for x in LAYOUTS), *((x, f"replay, {v}") for v, (x, _) in REPLAYED.items())])
 def test_given_experts_are_visited_on_every_layout(
-    layout: str, run: str, families: Callable, results: Callable, relative_error: Callable, request: pytest.FixtureRequest
+    layout: str, run: str, families: Callable, results: Callable, check_replayed: Callable
 ) -> None:
-    expected, found = families("moe").replayed, results("moe", layout)[run]
-    logprobs = {f"logprobs.{i}": x for i, x in enumerate(expected.logprobs)}
-    logprob_error, sequence = relative_error({name: found.tensors[name] for name in logprobs}, logprobs)
-    gradient_error, weight = relative_error(found.gradients(), expected.gradients)
-    row = ("moe", f"{layout}, {run}" if run == "replay" else run, f"{logprob_error:.1e}", f"{gradient_error:.1e}", "", "")
-    request.node.user_properties.append((PARITY, row))
-    assert logprob_error < 1e-5, sequence
-    assert gradient_error < 1e-5, weight
-    assert found.notes["statistics"] == pytest.approx([float(torch.cat(expected.logprobs).double().sum())], rel=1e-6)
-    missing = sum(48 if rows is None else int((rows == 255).all(-1).sum()) for rows in expected.rows)
-    assert found.notes["routing"] == {"replayed": 8 * 48 - missing, "missing": missing, "differing": expected.differing}
-    assert missing == 48 + 4 * 5 + 1 and expected.differing > 200  # of 315: five of six random pairs are others
+    check_replayed(families("moe"), f"{layout}, {run}" if run == "replay" else run, results("moe", layout)[run])
 
 
 @pytest.mark.parametrize("layout", REPLAYED_AND_BALANCED)

@@ -21,6 +21,7 @@ LAYOUTS = {
     "etp2": {"world_size": 2, "etp": 2},
     "pp2": {"world_size": 2, "pp": 2},
     "cp2": {"world_size": 2, "cp": 2},
+    "pp2, 1 and 3 layers": {"world_size": 2, "pp": 2, "layers_in_first_stage": 1},
 }
 
 
@@ -42,11 +43,13 @@ def results(
     families: Callable,
     recipes: dict[str, dict],
     balanced_probe: dict,
+    replaying_probe: dict,
     launch_actors: Callable,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict]:
     jobs = {name: (layout, {**recipes, "balanced": balanced_probe}) for name, layout in LAYOUTS.items()}
     jobs["ep2"][1]["reloaded"] = {**recipes["train"], "reload_before_step": 2}
+    jobs["pp2"][1]["replay"] = replaying_probe
     return launch_actors(families("moe").directory, tmp_path_factory.mktemp("ranks"), jobs, python_path=(overlay,))
 
 
@@ -63,3 +66,7 @@ def test_logprobs_gradients_and_steps_equal_transformers(
 
 def test_a_checkpoint_continues_bit_for_bit(results: dict) -> None:
     assert results["ep2"]["reloaded"].reports == results["ep2"]["train"].reports
+
+
+def test_given_experts_are_visited_in_a_pipeline(families: Callable, results: dict, check_replayed: Callable) -> None:
+    check_replayed(families("moe"), f"pp2, replay, megatron-core {VERSION}", results["pp2"]["replay"])
