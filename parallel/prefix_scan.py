@@ -49,6 +49,29 @@ class PrefixSum:
 
 
 @dataclass(frozen=True, eq=False)
+class PrefixMoment:
+    """Sum of n_i x_i over the *earlier* unmasked tokens i < t of the sequence, n_i = how many unmasked tokens lie before i: -> [T].
+
+    With an exclusive PrefixSum it gives every sum whose weights are linear in the token's place. x is finite where the mask is True.
+    """
+
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixDecayedSum:
+    """y_t = decay y_{t-1} + x_t over the unmasked tokens of the sequence, y = 0 before the first: -> [T]. A masked token keeps y.
+
+    0 <= decay < 1. x is finite where the mask is True.
+    """
+
+    x_T: Float32[Tensor, " T"]
+    mask_T: Bool[Tensor, " T"]
+    decay: float
+
+
+@dataclass(frozen=True, eq=False)
 class SequenceSum:
     """Sum of x over the unmasked tokens of each sequence: -> [S], the same on every rank. `shard.per_token` spreads it to [T]."""
 
@@ -72,7 +95,7 @@ class SequenceMax:
     mask_T: Bool[Tensor, " T"]
 
 
-Request = PrefixMin | PrefixSum | SequenceSum | SequenceMean | SequenceMax
+Request = PrefixMin | PrefixSum | PrefixMoment | PrefixDecayedSum | SequenceSum | SequenceMean | SequenceMax
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +103,7 @@ class LocalScan:
     """One request after its local pass."""
 
     summary: Float32[Tensor, "N S columns"]  # columns of this request: what other ranks must know
-    running_T: Float[Tensor, " T"]  # the scan inside each local chunk, as the request asks; empty for per-sequence requests
+    running_T: Float[Tensor, "*rows T"]  # the scan inside each local chunk, as the request asks; empty for per-sequence requests
 
 
 def scan(shard: SequenceShard, requests: Sequence[Request]) -> list[Float32[Tensor, " _"]]:
@@ -146,6 +169,21 @@ def _local(shard: SequenceShard, request: Request) -> LocalScan:
                 join = torch.minimum if isinstance(request, PrefixMin) else torch.add
                 totals = join(totals, torch.where(mask_T[last], x_T[last], identity))
             return LocalScan(_columns(shard, totals), running_T)
+        case PrefixMoment():
+            ones_T = torch.ones_like(x_T)
+            place_T = _running_sum(shard, _masked_rows(shard, ones_T, mask_T, 0.0, shift=1))  # in its chunk, from 0
+            placed_T = place_T.float() * x_T
+            running_2T = torch.stack([_running_sum(shard, _masked_rows(shard, y_T, mask_T, 0.0, shift=1)) for y_T in (placed_T, x_T)])
+            if shard.num_chunks == 1:
+                return LocalScan(x_T.new_empty(1, shard.num_sequences, 0), running_2T)
+            totals_3 = [_chunk_reduce(shard, y_T, mask_T, "sum") for y_T in (ones_T, x_T, placed_T)]
+            return LocalScan(_columns(shard, *totals_3), running_2T)
+        case PrefixDecayedSum():
+            count_T = _running_sum(shard, _masked_rows(shard, torch.ones_like(x_T), mask_T, 0.0))
+            running_2T = torch.stack([_running_decayed_sum(shard, x_T, mask_T, request.decay), count_T])
+            if shard.num_chunks == 1:
+                return LocalScan(x_T.new_empty(1, shard.num_sequences, 0), running_2T)
+            return LocalScan(_columns(shard, *running_2T[:, shard.chunk_starts[1:] - 1]), running_2T)
         case SequenceSum():
             return LocalScan(_columns(shard, _chunk_reduce(shard, x_T, mask_T, "sum")), x_T[:0])
         case SequenceMean():
@@ -168,6 +206,26 @@ def _fold(shard: SequenceShard, request: Request, local: LocalScan, chunks: Tens
             sum_T = local.running_T
             if shard.num_chunks > 1:
                 sum_T = sum_T + _per_token(shard, torch.stack([chunks[:j, :, 0].double().sum(0) for j in shard.chunk_indices]))
+            return sum_T.float()
+        case PrefixMoment():
+            moment_T, sum_T = local.running_T
+            if shard.num_chunks > 1:
+                count, total, moment = chunks.double().unbind(-1)
+                count_before = torch.stack([count[:j].sum(0) for j in range(shard.num_chunks)])
+                moment = moment + count_before * total
+                before = torch.stack([moment[:j].sum(0) for j in shard.chunk_indices])
+                count_T = _per_token(shard, count_before[list(shard.chunk_indices)])
+                moment_T = moment_T + count_T * sum_T + _per_token(shard, before)
+            return moment_T.float()
+        case PrefixDecayedSum():
+            sum_T, count_T = local.running_T
+            if shard.num_chunks > 1:
+                value, count = chunks.double().unbind(-1)
+                carried = [torch.zeros_like(value[0])]
+                for j in range(shard.num_chunks - 1):
+                    carried.append(carried[j] * request.decay ** count[j] + value[j])
+                before = torch.stack([carried[j] for j in shard.chunk_indices])
+                sum_T = sum_T + request.decay**count_T * _per_token(shard, before)
             return sum_T.float()
         case SequenceSum():
             return chunks[..., 0].double().sum(0).float()
@@ -260,6 +318,22 @@ def _running_sum(shard: SequenceShard, x_RL: Tensor) -> Tensor:
     running_T = running_sum(x_RL.view(-1)[: shard.num_local_tokens])
     before = torch.cat([running_T.new_zeros(1), running_T[shard.chunk_starts[1:-1] - 1]])
     return running_T.sub_(before.index_select(0, shard.chunk_id_T))
+
+
+def _running_decayed_sum(shard: SequenceShard, x_T: Tensor, mask_T: Tensor, decay: float) -> Tensor:
+    """y_t = decay y_{t-1} + x_t inside each local chunk: [T] -> float64 [T]. log2(longest chunk) passes, each joins twice as many tokens.
+
+    It never divides by a power of the decay, which would overflow after some thousand tokens.
+    """
+    y_T = torch.where(mask_T, x_T, 0.0).double()
+    factor_T = torch.where(mask_T, decay, 1.0).double()
+    factor_T.index_fill_(0, shard.chunk_starts[:-1], 0.0)  # nothing comes from before a chunk
+    joined = 1
+    while joined < max(shard.padded_lengths, default=0) // shard.num_chunks:
+        y_T = torch.cat([y_T[:joined], y_T[joined:] + factor_T[joined:] * y_T[:-joined]])
+        factor_T = torch.cat([factor_T[:joined], factor_T[joined:] * factor_T[:-joined]])
+        joined *= 2
+    return y_T
 
 
 def _chunk_reduce(shard: SequenceShard, x_T: Tensor, mask_T: Tensor, reduce: Literal["sum", "max"]) -> Tensor:

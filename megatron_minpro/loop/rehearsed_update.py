@@ -15,4 +15,4 @@ def update(
     actor: MegatronActor, sequences: Sequence[TokenSequence], *, learning_rate: float, name: str, options: Mapping[str, Any]
 ) -> None:
     """Train one mini-batch for the objective of that name with those options."""
-    train_mini_batch(actor, sequences, make_objective(name, **options), learning_rate=learning_rate)
+    train_mini_batch(actor, sequences, make_objective(name, **options), lag=0, learning_rate=learning_rate)

@@ -38,7 +38,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
             lag = run.actor.policy_version - batch.policy_version
             sequences = [sample.training_sequence(experts[sample.sample_id]) for sample in samples]
             rate = training_rate(run.config.actor, run.actor.policy_version)
-            report = train_mini_batch(run.actor, sequences, run.objective, learning_rate=rate)
+            report = train_mini_batch(run.actor, sequences, run.objective, lag=lag // updates, learning_rate=rate)
         took_s = under_way.timer.seconds["update"] - before_s
         under_way.metrics[LONGEST_UPDATE] = max(took_s, under_way.metrics.get(LONGEST_UPDATE, 0.0))
         under_way.updates += 1
@@ -79,11 +79,14 @@ def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) ->
 
 
 def train_mini_batch(
-    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, learning_rate: float
+    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, lag: int, learning_rate: float
 ) -> UpdateReport:
-    """One optimizer step; before it, a forward pass for the few objectives that must know the whole mini-batch."""
+    """One optimizer step; before it, a forward pass for the few objectives that must know the whole mini-batch.
+
+    lag: whole global steps of training between the weights that sampled and the current ones.
+    """
     statistics = minibatch_statistics(actor, sequences, objective)
-    return actor.update(sequences, make_loss_function(objective, statistics), learning_rate=learning_rate)
+    return actor.update(sequences, make_loss_function(objective, statistics, lag=lag), learning_rate=learning_rate)
 
 
 def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective) -> torch.Tensor | None:
@@ -97,13 +100,13 @@ def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence
     return actor.sum_statistics(sequences, statistics_fn)
 
 
-def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None) -> LossFunction:
+def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None, *, lag: int | None = None) -> LossFunction:
     """The actor's view of an objective, plus the entropy of the trained tokens."""
 
     def loss_fn(
         *, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        batch = TokenBatch(**tokens, **by_token(streams))
+        batch = TokenBatch(**tokens, **by_token(streams), lag=lag)
         out = objective(batch, statistics)
         entropy = entropy_T[batch.loss_mask_T]
         return out.loss, {**out.metrics, "policy/entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])}

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
 from megatron_minpro.objectives.options import check_choice
-from parallel.prefix_scan import Request, SequenceSum
+from parallel.prefix_scan import SequenceSum
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
 
 
-def divisor_requests(batch: TokenBatch, aggregation: str, aggregation_length: int | None) -> list[Request]:
-    """What `divisors` must know from other ranks. Raises ValueError for an unknown name, or a length that is missing or out of place."""
+def check_aggregation(aggregation: str, aggregation_length: int | None) -> None:
+    """Raise ValueError for an unknown name, or a length that is missing or out of place."""
     check_choice("aggregation", aggregation, AGGREGATIONS)
     if aggregation == "constant":
         if not isinstance(aggregation_length, int) or isinstance(aggregation_length, bool) or aggregation_length < 1:
@@ -34,23 +34,25 @@ def divisor_requests(batch: TokenBatch, aggregation: str, aggregation_length: in
             )
     elif aggregation_length is not None:
         raise ValueError(f"aggregation_length={aggregation_length!r} has no meaning with aggregation={aggregation}; leave it out")
-    return [trained_tokens(batch)] if aggregation == "seq_mean_token_mean" else []
 
 
 def divisors(
-    batch: TokenBatch, aggregation: str, aggregation_length: int | None, answers: list[Float32[Tensor, " S"]]
+    batch: TokenBatch, aggregation: str, aggregation_length: int | None, num_trained_S: Float32[Tensor, " S"]
 ) -> Float32[Tensor, " T"]:
-    """fp32 [T], at least 1: the mini-batch's loss is the sum of every token's loss over its divisor."""
+    """fp32 [T], at least 1: the mini-batch's loss is the sum of every token's loss over its divisor.
+
+    num_trained_S: the answer to `trained_tokens`. The aggregation was checked.
+    """
     ones_T = torch.ones_like(batch.logprobs_T, requires_grad=False)
     match aggregation:
         case "token_mean":
             return ones_T * batch.global_tokens
         case "seq_mean_token_mean":
-            return batch.shard.per_token(answers[0].clamp(min=1.0)) * batch.global_sequences
+            return batch.shard.per_token(num_trained_S.clamp(min=1.0)) * batch.global_sequences
         case "seq_mean_token_sum":
             return ones_T * batch.global_sequences
         case "constant":
-            assert aggregation_length is not None  # divisor_requests refused it
+            assert aggregation_length is not None  # check_aggregation refused it
             return ones_T * (batch.global_sequences * aggregation_length)
     raise AssertionError(aggregation)
 

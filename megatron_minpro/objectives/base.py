@@ -54,6 +54,7 @@ class TokenBatch:
     shard: SequenceShard  # sequence and position of every local token; the scans
     global_tokens: int  # trained tokens of the whole mini-batch, over DP, CP and micro-batches
     global_sequences: int  # sequences of the whole mini-batch with at least one trained token
+    lag: int | None = None  # whole global steps of training between the weights that sampled the batch and these; None: unknown
     correction_weights_T: Float32[Tensor, " T"] | None = None  # multiplies each token's loss, without gradient; None multiplies nothing
 
     def __post_init__(self) -> None:
@@ -76,6 +77,8 @@ class TokenBatch:
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}: a mini-batch needs a trained token")
+        if self.lag is not None and (not isinstance(self.lag, int) or isinstance(self.lag, bool) or self.lag < 0):
+            raise ValueError(f"lag must be a whole number of at least 0, got {self.lag!r}")
         self._check_values()
 
     def _check_values(self) -> None:
@@ -103,7 +106,7 @@ class ObjectiveOutput:
 
     loss: Float32[Tensor, ""]  # with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
     weights_T: Float32[Tensor, " T"]  # detached, 0 if masked: d loss / d logprobs_T = -weights_T * advantages_T / divisor
-    metrics: dict[str, Float64[Tensor, " _"]]  # (sum, count), or counts of metrics.py's bins where the key ends in /histogram
+    metrics: dict[str, Float64[Tensor, " _"]]  # each kind of metrics.py adds up
 
 
 @dataclass(frozen=True, kw_only=True)

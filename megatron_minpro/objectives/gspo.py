@@ -6,7 +6,6 @@ from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.options import log_bounds
 from megatron_minpro.objectives.policy_gradient import ppo_clip
 from megatron_minpro.objectives.ratios import log_ratio, scan_batch
-from parallel.prefix_scan import SequenceMean
 
 
 def gspo(batch: TokenBatch, *, clip_low: float = 2e-3, clip_high: float = 2e-3) -> ObjectiveOutput:
@@ -27,8 +26,8 @@ def gspo(batch: TokenBatch, *, clip_low: float = 2e-3, clip_high: float = 2e-3) 
     """
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)
-    mean = SequenceMean(log_ratio_T, batch.loss_mask_T)
-    scanned = scan_batch(batch, log_ratio_T, mean, aggregation="seq_mean_token_mean", aggregation_length=None)
+    scanned = scan_batch(batch, log_ratio_T, aggregation="seq_mean_token_mean", aggregation_length=None)
+    mean_S = scanned.sequence_S / scanned.num_trained_S.clamp(min=1.0)
     # The value is the sequence's, the gradient the token's own.
-    sequence_log_ratio_T = batch.shard.per_token(scanned.results[0]) + (log_ratio_T - log_ratio_T.detach())
+    sequence_log_ratio_T = batch.shard.per_token(mean_S) + (log_ratio_T - log_ratio_T.detach())
     return ppo_clip(batch, log_ratio_T, scanned, sequence_log_ratio_T, log_low=log_low, log_high=log_high)

@@ -1,7 +1,8 @@
 """What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
 
-A metric is float64, [2] = (sum, count), or [NUM_BINS] = counts per bin where its name ends in `/histogram`. `finalize_metrics` makes
-means and quantiles of the totals. megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens.
+A metric is float64, [2] = (sum, count), [NUM_BINS] = counts per bin where its name ends in `/histogram`, or what effective_sample_size.py
+sums where it ends in `/weight_sums`. `finalize_metrics` makes means, quantiles and sample sizes of the totals.
+megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens, S sequences.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
-from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, ratio
+from megatron_minpro.objectives.effective_sample_size import WEIGHT_SUMS_SUFFIX, effective_sample_size, weight_sums
+from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, ratio
 
 # A log ratio within this is that of a ratio of 1: log-probs down to -20 carry fp32 errors of 2e-6 and more when packed differently.
 UNIT_LOG_RATIO = 1e-5
+# A token with a smaller weight teaches next to nothing.
+VANISHED_WEIGHT = 0.01
 
 HISTOGRAM_SUFFIX = "/histogram"
+_SUFFIXES = f"{HISTOGRAM_SUFFIX} or {WEIGHT_SUMS_SUFFIX}"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 # Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
@@ -33,7 +38,7 @@ def token_metrics(
     batch: TokenBatch,
     *,
     log_ratio_T: Float[Tensor, " T"],
-    prefix_min_T: Float[Tensor, " T"],
+    scanned: Scanned,
     weights_T: Float[Tensor, " T"],
     hard_T: Bool[Tensor, " T"],
     soft_T: Bool[Tensor, " T"],
@@ -49,7 +54,8 @@ def token_metrics(
     mask_T = batch.loss_mask_T
     count = mask_T.sum().double()
     mean_of = partial(_sum_and_count, mask_T=mask_T, count=count)
-    d_T = log_ratio_T.detach()
+    d_T, prefix_min_T = log_ratio_T.detach(), scanned.prefix_min_T
+    share_S = (scanned.num_trained_S > 0).double() / batch.shard.cp_size  # every context-parallel rank knows the whole sequence's ratio
     ratio_T = ratio(d_T.double())
     bounded_T = d_T.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {
@@ -60,11 +66,15 @@ def token_metrics(
         "prefix_min/mean": mean_of(ratio(prefix_min_T.double())),
         "weight/mean": mean_of(weights_T),
         "weight/mean_square": mean_of(weights_T.double().square()),
+        "weight/vanished": mean_of(weights_T.abs() < VANISHED_WEIGHT),
         "clip/hard": mean_of(hard_T),
         "clip/soft": mean_of(soft_T),
         "advantage/mean": mean_of(batch.advantages_T),
         "policy/kl_to_behaviour": mean_of(torch.expm1(bounded_T) - bounded_T),
         "loss/policy": torch.stack([loss.double(), count / batch.global_tokens]),
+        "effective_sample_size/token/weight_sums": weight_sums(d_T, mask_T.double()),
+        "effective_sample_size/prefix/weight_sums": weight_sums(scanned.cumulative_T, mask_T.double()),
+        "effective_sample_size/sequence/weight_sums": weight_sums(scanned.sequence_S, share_S),
         "log_ratio/histogram": histogram(d_T, mask_T),
         "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
     }
@@ -91,8 +101,8 @@ def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, and
-    weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, effective sample sizes of
+    weight sums, and weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
 
     A metric without any token is NaN, never 0. Raises ValueError for a shape that is neither.
     """
@@ -101,11 +111,13 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
         if name.endswith(HISTOGRAM_SUFFIX):
             stem = name.removesuffix(HISTOGRAM_SUFFIX)
             final |= {f"{stem}/p{round(100 * q):02d}": histogram_quantile(value, q) for q in QUANTILES}
+        elif name.endswith(WEIGHT_SUMS_SUFFIX):
+            final[name.removesuffix(WEIGHT_SUMS_SUFFIX)] = effective_sample_size(value)
         elif tuple(value.shape) == (2,):
             total, count = value.tolist()
             final[name] = total / count if count else math.nan
         else:
-            raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {HISTOGRAM_SUFFIX!r}")
+            raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {_SUFFIXES}")
     if "weight/mean" in final and "weight/mean_square" in final:
         mean_square = final["weight/mean_square"]
         final["weight/effective_sample_size"] = final["weight/mean"] ** 2 / mean_square if mean_square else math.nan

@@ -1,4 +1,4 @@
-"""The two ways in which the objectives use a ratio: as a fixed weight on log pi, or as PPO's clipped surrogate.
+"""The ways in which the objectives use a ratio: as a fixed weight on log pi, bounded or as it is, or as PPO's clipped surrogate.
 
 Shapes: T local packed tokens.
 """
@@ -45,8 +45,27 @@ def weighted_policy_gradient(
     bounded_T = torch.minimum(torch.maximum(log_weights_T, _as_tensor(log_low, log_weights_T)), _as_tensor(log_high, log_weights_T))
     dropped_T = torch.zeros_like(batch.loss_mask_T) if keep_T is None else ~keep_T
     weights_T = trained(batch, torch.where(dropped_T, 0.0, scale * bounded_T.exp()))
+    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=(bounded_T != log_weights_T) & ~dropped_T)
+
+
+def fixed_weights(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: Scanned, weights_T: Float[Tensor, " T"]) -> ObjectiveOutput:
+    """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with finite weights as they are, which may be negative. Nothing counts as clipped.
+
+    Args:
+        batch: one packed micro-batch.
+        log_ratio_T: log pi_theta - log pi_old, for the metrics.
+        scanned: the answers of `scan_batch`.
+        weights_T: w.
+    """
+    none_T = torch.zeros_like(batch.loss_mask_T)
+    return _fixed(batch, log_ratio_T, scanned, trained(batch, weights_T.detach()), hard_T=none_T, soft_T=none_T)
+
+
+def _fixed(
+    batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, weights_T: Tensor, *, hard_T: Tensor, soft_T: Tensor
+) -> ObjectiveOutput:
     loss_T = -(weights_T * advantages(batch)) * trained(batch, batch.logprobs_T)
-    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=dropped_T, soft_T=(bounded_T != log_weights_T) & ~dropped_T)
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=soft_T)
 
 
 def ppo_clip(
@@ -58,6 +77,7 @@ def ppo_clip(
     log_low: float | Float[Tensor, " T"],
     log_high: float | Float[Tensor, " T"],
     dual_clip: float | None = None,
+    keep_T: Bool[Tensor, " T"] | None = None,
 ) -> ObjectiveOutput:
     """loss = sum_t max(-A r, -A clip(r, low, high)) / divisor (PPO, arXiv:1707.06347, eq. 7), r = exp(differentiable_log_ratio_T).
 
@@ -71,6 +91,7 @@ def ppo_clip(
         differentiable_log_ratio_T: log of the ratio r that is clipped, with gradient.
         log_low, log_high: the bounds, in log space: numbers or [T].
         dual_clip: c: for A < 0 the loss is also at most -A c (arXiv:1912.09729, eq. 5); None: off.
+        keep_T: tokens where it is False have loss and gradient 0 (counted as hard-clipped); their share of the divisor remains.
     """
     d_T, advantages_T = differentiable_log_ratio_T, advantages(batch)
     ratio_T = ratio(d_T)
@@ -81,6 +102,8 @@ def ppo_clip(
     loss_T = -advantages_T * torch.where(gated_T, ratio(limit_T), ratio_T)
     overflow_T = (d_T.abs() > MAX_LOG_RATIO) & (advantages_T != 0)
     hard_T = gated_T | overflow_T
+    if keep_T is not None:
+        loss_T, hard_T = torch.where(keep_T, loss_T, 0.0), hard_T | ~keep_T
     weights_T = trained(batch, torch.where(hard_T, 0.0, ratio_T.detach()))
     return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=torch.zeros_like(hard_T))
 
@@ -95,7 +118,7 @@ def _output(
     metrics = token_metrics(
         batch,
         log_ratio_T=log_ratio_T.detach(),
-        prefix_min_T=scanned.prefix_min_T,
+        scanned=scanned,
         weights_T=weights_T,
         hard_T=hard_T,
         soft_T=soft_T,

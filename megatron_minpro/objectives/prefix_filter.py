@@ -52,8 +52,7 @@ def prefix_filter(
         raise ValueError(f"fraction must be below 1, got {fraction!r}")
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)
-    cumulative = PrefixSum(log_ratio_T, batch.loss_mask_T)
-    scanned = scan_batch(batch, log_ratio_T, cumulative, aggregation=aggregation, aggregation_length=aggregation_length)
+    scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
     num_dropped_bins = (statistics.cumsum(0) <= fraction * statistics.sum()).sum()
-    keep_T = bin_of(scanned.results[0]) >= num_dropped_bins
+    keep_T = bin_of(scanned.cumulative_T) >= num_dropped_bins
     return weighted_policy_gradient(batch, log_ratio_T, scanned, log_ratio_T, log_low=log_low, log_high=log_high, keep_T=keep_T)

@@ -6,7 +6,6 @@ from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.options import log_bounds
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import log_ratio, scan_batch
-from parallel.prefix_scan import PrefixSum
 
 
 def prefix_ratio(
@@ -34,6 +33,5 @@ def prefix_ratio(
     """
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)
-    cumulative = PrefixSum(log_ratio_T, batch.loss_mask_T)
-    scanned = scan_batch(batch, log_ratio_T, cumulative, aggregation=aggregation, aggregation_length=aggregation_length)
-    return weighted_policy_gradient(batch, log_ratio_T, scanned, scanned.results[0], log_low=log_low, log_high=log_high)
+    scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
+    return weighted_policy_gradient(batch, log_ratio_T, scanned, scanned.cumulative_T, log_low=log_low, log_high=log_high)

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from megatron_minpro.objectives.aggregation import divisor_requests, divisors
+from megatron_minpro.objectives.aggregation import check_aggregation, divisors, trained_tokens
 from megatron_minpro.objectives.base import TokenBatch
-from parallel.prefix_scan import PrefixMin, Request, scan
+from parallel.prefix_scan import PrefixMin, PrefixSum, Request, SequenceSum, scan
 
 # Where a ratio itself is needed, unbounded, its log ratio is held within this: exp(20) = 4.9e8 squares without overflow in fp32.
 MAX_LOG_RATIO = 20.0
@@ -26,6 +26,9 @@ class Scanned:
     """Answers of the one scan over a batch."""
 
     prefix_min_T: Float32[Tensor, " T"]  # log of the smallest ratio among earlier trained tokens, 0 where there is none
+    cumulative_T: Float32[Tensor, " T"]  # log of the product of the ratios up to and with the token
+    sequence_S: Float32[Tensor, " S"]  # log of the product of all ratios of the sequence
+    num_trained_S: Float32[Tensor, " S"]  # trained tokens of the sequence
     divisors_T: Float32[Tensor, " T"]  # the aggregation's divisor of every token's loss
     results: list[Float32[Tensor, " _"]]  # [T] or [S]: of the objective's own requests, in order
 
@@ -56,11 +59,24 @@ def ratio(log_ratio_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
 def scan_batch(
     batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], *requests: Request, aggregation: str, aggregation_length: int | None
 ) -> Scanned:
-    """The scan for an objective's own requests, its aggregation and the prefix-min that all objectives report: one collective together."""
-    shared = [PrefixMin(log_ratio_T, batch.loss_mask_T), *divisor_requests(batch, aggregation, aggregation_length)]
-    answers = scan(batch.shard, [*shared, *requests])
+    """The scan for an objective's own requests and for what all objectives' metrics and the aggregation need: one collective together.
+
+    Raises ValueError for an unknown aggregation, or a length that is missing or out of place.
+    """
+    check_aggregation(aggregation, aggregation_length)
+    mask_T = batch.loss_mask_T
+    shared: list[Request] = [
+        PrefixMin(log_ratio_T, mask_T),
+        PrefixSum(log_ratio_T, mask_T),
+        SequenceSum(log_ratio_T, mask_T),
+        trained_tokens(batch),
+    ]
+    prefix_min_T, cumulative_T, sequence_S, num_trained_S, *results = scan(batch.shard, [*shared, *requests])
     return Scanned(
-        prefix_min_T=answers[0],
-        divisors_T=divisors(batch, aggregation, aggregation_length, answers[1 : len(shared)]),
-        results=answers[len(shared) :],
+        prefix_min_T=prefix_min_T,
+        cumulative_T=cumulative_T,
+        sequence_S=sequence_S,
+        num_trained_S=num_trained_S,
+        divisors_T=divisors(batch, aggregation, aggregation_length, num_trained_S),
+        results=results,
     )

@@ -28,6 +28,16 @@ OBJECTIVES = PlugIns(
         "m2po": f"{_FOLDER}.m2po:m2po",
         "ctpo": f"{_FOLDER}.ctpo:ctpo",
         "topr": f"{_FOLDER}.topr:topr",
+        "dppo_tv": f"{_FOLDER}.dppo:dppo_tv",
+        "dppo_kl": f"{_FOLDER}.dppo:dppo_kl",
+        "cppo": f"{_FOLDER}.cppo:cppo",
+        "a3po": f"{_FOLDER}.a3po:a3po",
+        "sat": f"{_FOLDER}.sat:sat",
+        "pnpo": f"{_FOLDER}.pnpo:pnpo",
+        "vespo": f"{_FOLDER}.vespo:vespo",
+        "sapo": f"{_FOLDER}.sapo:sapo",
+        "ema_kpo": f"{_FOLDER}.ema_kpo:ema_kpo",
+        "drpo": f"{_FOLDER}.drpo:drpo",
         "prefix_ratio": f"{_FOLDER}.prefix_ratio:prefix_ratio",
         "prefix_filter": f"{_FOLDER}.prefix_filter:prefix_filter",
         "reinforce": f"{_FOLDER}.reinforce:reinforce",
@@ -70,6 +80,7 @@ def _try_options(objective: Objective) -> None:
         shard=SequenceShard.whole([1]),
         global_tokens=1,
         global_sequences=1,
+        lag=0,
     )
     try:
         statistics = objective.minibatch_statistics(batch) if objective.needs_minibatch_statistics else None

@@ -11,7 +11,6 @@ from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.options import check_choice, check_number
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import Scanned, advantages, log_ratio, scan_batch
-from parallel.prefix_scan import Request, SequenceMean, SequenceSum
 
 LEVELS = ("sequence", "sequence_mean", "token")
 
@@ -50,8 +49,7 @@ def topr(
     log_low_positive, log_high_positive = _log_taper("positive", positive_low, positive_high)
     log_low_negative, log_high_negative = _log_taper("negative", negative_low, negative_high)
     log_ratio_T = log_ratio(batch)
-    requests = _requests(batch, log_ratio_T, level)
-    scanned = scan_batch(batch, log_ratio_T, *requests, aggregation=aggregation, aggregation_length=aggregation_length)
+    scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
     good_T = advantages(batch) > 0
     return weighted_policy_gradient(
         batch,
@@ -71,14 +69,10 @@ def _log_taper(side: str, low: float, high: float) -> tuple[float, float]:
     return (math.log(low) if low > 0 else -math.inf), (math.log(high) if high > 0 else -math.inf)
 
 
-def _requests(batch: TokenBatch, log_ratio_T: Tensor, level: str) -> list[Request]:
+def _at_level(batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, level: str) -> Tensor:
     match level:
         case "sequence":
-            return [SequenceSum(log_ratio_T, batch.loss_mask_T)]
+            return batch.shard.per_token(scanned.sequence_S)
         case "sequence_mean":
-            return [SequenceMean(log_ratio_T, batch.loss_mask_T)]
-    return []
-
-
-def _at_level(batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, level: str) -> Tensor:
-    return log_ratio_T if level == "token" else batch.shard.per_token(scanned.results[0])
+            return batch.shard.per_token(scanned.sequence_S / scanned.num_trained_S.clamp(min=1.0))
+    return log_ratio_T

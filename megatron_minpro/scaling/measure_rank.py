@@ -58,7 +58,7 @@ def measure(config: RunConfig, settings: Settings, layout: ParallelLayout, seque
     objective = make_objective(config.objective.name, **config.objective.options)
 
     def step() -> None:
-        train_mini_batch(actor, batch, objective, learning_rate=config.actor.optimizer.learning_rate)
+        train_mini_batch(actor, batch, objective, lag=0, learning_rate=config.actor.optimizer.learning_rate)
 
     for _ in range(settings.warm_up):
         step()

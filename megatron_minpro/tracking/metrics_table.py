@@ -25,6 +25,7 @@ class Combined(StrEnum):
 
     TOKEN_MEAN = "sums and token counts are added over ranks, micro-batches and updates; the value is sum / count"
     QUANTILE = "histogram counts are added over ranks, micro-batches and updates; the value is a quantile of the total"
+    WEIGHT_SUMS = "sums of W and W^2 are added over ranks, micro-batches and updates; the value is that of the totals"
     DERIVED = "computed from other metrics of the same step"
     UPDATE_MEAN = "the same on all ranks; mean over the step's updates"
     UPDATE_MIN = "the same on all ranks; smallest of the step's updates"
@@ -180,6 +181,21 @@ METRICS: tuple[Metric, ...] = (
         Combined.DERIVED,
         _OBJECTIVES,
         "mean^2 / mean_square: the share of tokens that would do as well with equal weights (Kish, 1965)",
+    ),
+    _metric("weight/vanished", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens with |weight| < 0.01, clipped ones included"),
+    *(
+        _metric(
+            f"effective_sample_size/{level}",
+            "fraction",
+            Combined.WEIGHT_SUMS,
+            "objectives/effective_sample_size.py",
+            f"(sum W)^2 / (B sum W^2) over the B {items}: 1 where all W are equal, 1 / B where one outweighs all others",
+        )
+        for level, items in (
+            ("token", "trained tokens, W = rho"),
+            ("prefix", "trained tokens, W = product of rho up to and with the token"),
+            ("sequence", "responses, W = product of all rho of the response"),
+        )
     ),
     _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
     _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),

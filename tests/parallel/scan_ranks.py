@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.prefix_scan import PrefixMin, PrefixSum, SequenceMax, SequenceMean, SequenceSum, scan
+from parallel.prefix_scan import PrefixDecayedSum, PrefixMin, PrefixMoment, PrefixSum, SequenceMax, SequenceMean, SequenceSum, scan
 from parallel.sequence_shard import SequenceShard
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all_single", "barrier")
@@ -37,14 +37,15 @@ def main() -> None:
         x_T, mask_T = shard.local(given["xs"], fill=float("nan")).requires_grad_(), shard.local(given["masks"], fill=False)
         entered.clear()
         sent.clear()
-        prefix = [PrefixMin(x_T, mask_T), PrefixSum(x_T, mask_T), PrefixSum(x_T, mask_T, exclusive=True)]
+        sums = [PrefixSum(x_T, mask_T), PrefixSum(x_T, mask_T, exclusive=True)]
+        prefix = [PrefixMin(x_T, mask_T), *sums, PrefixMoment(x_T, mask_T), PrefixDecayedSum(x_T, mask_T, decay=0.9)]
         answers = scan(shard, [*prefix, SequenceSum(x_T, mask_T), SequenceMean(x_T, mask_T), SequenceMax(x_T, mask_T)])
         result = {"collectives_of_scan": list(entered), "numbers_sent": sum(sent), "trained_tokens": int(mask_T.sum())}
         entered.clear()
-        (x_T * sum(answers[:3]) * shard.per_token(sum(answers[3:])))[mask_T].sum().backward()
+        (x_T * sum(answers[:5]) * shard.per_token(sum(answers[5:])))[mask_T].sum().backward()
         result["collectives_of_backward"] = list(entered)
         x_T = x_T.detach()
-        result["answers"] = [*(shard.assemble(answer) for answer in answers[:3]), *(list(answer) for answer in answers[3:])]
+        result["answers"] = [*(shard.assemble(answer) for answer in answers[:5]), *(list(answer) for answer in answers[5:])]
         for whole, again in zip(given["masks"], shard.assemble(mask_T), strict=True):
             assert torch.equal(whole, again), "assemble must keep booleans"
         torch.save(result, directory / f"cp{cp_size}_rank{dist.get_rank()}.pt")

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.prefix_scan import (
+    PrefixDecayedSum,
     PrefixMin,
+    PrefixMoment,
     PrefixSum,
     SequenceMax,
     SequenceMean,
@@ -26,7 +28,9 @@ from parallel.prefix_scan import (
 from parallel.sequence_shard import SequenceShard
 from tests.rank_pool import RankPool
 
-CALLS = ("min", "sum", "exclusive_sum", "sequence_sum", "sequence_mean", "sequence_max")
+PREFIX = ("min", "sum", "exclusive_sum", "moment", "decayed_sum")
+CALLS = (*PREFIX, "sequence_sum", "sequence_mean", "sequence_max")
+DECAY = 0.9
 
 
 def requests_for(x_T: Tensor, mask_T: Tensor) -> list:
@@ -34,6 +38,8 @@ def requests_for(x_T: Tensor, mask_T: Tensor) -> list:
         PrefixMin(x_T, mask_T),
         PrefixSum(x_T, mask_T),
         PrefixSum(x_T, mask_T, exclusive=True),
+        PrefixMoment(x_T, mask_T),
+        PrefixDecayedSum(x_T, mask_T, decay=DECAY),
         SequenceSum(x_T, mask_T),
         SequenceMean(x_T, mask_T),
         SequenceMax(x_T, mask_T),
@@ -42,17 +48,24 @@ def requests_for(x_T: Tensor, mask_T: Tensor) -> list:
 
 def reference(x: list[float], mask: list[bool]) -> dict[str, list[float] | float]:
     """One sequence, token by token, in Python's float64."""
-    prefix_min, inclusive, exclusive, seen = [], [], [], []
+    prefix_min, inclusive, exclusive, moment, decayed, seen = [], [], [], [], [], []
+    y = products = 0.0
     for value, kept in zip(x, mask, strict=True):
         prefix_min.append(min(seen) if seen else 0.0)
         exclusive.append(math.fsum(seen))
+        moment.append(products)
         if kept:
+            products += len(seen) * value
+            y = DECAY * y + value
             seen.append(value)
+        decayed.append(y)
         inclusive.append(math.fsum(seen))
     return {
         "min": prefix_min,
         "sum": inclusive,
         "exclusive_sum": exclusive,
+        "moment": moment,
+        "decayed_sum": decayed,
         "sequence_sum": math.fsum(seen),
         "sequence_mean": math.fsum(seen) / len(seen) if seen else 0.0,
         "sequence_max": max(seen) if seen else 0.0,
@@ -67,22 +80,24 @@ def simulated_scan(lengths: list[int], cp_size: int, xs: list[Tensor], masks: li
     summaries = torch.stack([torch.cat([one.summary for one in rank], dim=-1) for rank in local])
     chunks = in_sequence_order(summaries) if cp_size > 1 else summaries[0]
     answers = [fold(shard, request, rank, chunks) for shard, request, rank in zip(shards, requests, local, strict=True)]
-    prefix = [shards[0].join([rank[i] for rank in answers]) for i in range(3)]
-    for i in range(3, 6):
+    prefix = [shards[0].join([rank[i] for rank in answers]) for i in range(len(PREFIX))]
+    for i in range(len(PREFIX), len(CALLS)):
         assert all(torch.equal(rank[i], answers[0][i]) for rank in answers), "per-sequence answers are the same on every rank"
-    return [*prefix, *(list(answers[0][i]) for i in range(3, 6))]
+    return [*prefix, *(list(answers[0][i]) for i in range(len(PREFIX), len(CALLS)))]
 
 
 def assert_equals_reference(answers: list[list[Tensor]], xs: list[Tensor], masks: list[Tensor]) -> None:
     for s, (x, mask) in enumerate(zip(xs, masks, strict=True)):
         expected = reference(x.double().tolist(), mask.tolist())
-        magnitude = float(x.double().abs()[mask].sum())
+        sizes = x.double().abs()[mask]
+        moments = float((sizes * torch.arange(len(sizes))).sum())
         for i, name in enumerate(CALLS):
             got, want = answers[i][s].double(), torch.tensor(expected[name], dtype=torch.float64)
             if name in ("min", "sequence_max"):
                 assert torch.equal(got, want), f"{name} of sequence {s} must be exact"
             else:
                 # A chunk's total is rounded to fp32 once, and the answer once more: 2^-24 of the magnitudes each.
+                magnitude = moments if name == "moment" else float(sizes.sum())
                 torch.testing.assert_close(got, want, rtol=2**-23, atol=2**-22 * magnitude, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -123,9 +138,9 @@ def test_long_chunks_over_ranks_equal_torch_on_each_sequence(cp_size: int) -> No
         before = torch.cat([torch.tensor([math.inf]), seen[:-1]])
         assert torch.equal(answers[0][s], before.where(before < math.inf, 0.0))
         sums = (zeroed.cumsum(0), zeroed.cumsum(0) - zeroed, zeroed.sum(), zeroed.sum() / mask.sum())
-        for got, want in zip((answer[s] for answer in answers[1:5]), sums, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=2**-22, atol=2**-22 * float(zeroed.abs().sum()))
-        assert answers[5][s] == x[mask].max()
+        for i, want in zip((1, 2, 5, 6), sums, strict=True):
+            torch.testing.assert_close(answers[i][s].double(), want, rtol=2**-22, atol=2**-22 * float(zeroed.abs().sum()))
+        assert answers[7][s] == x[mask].max()
 
 
 def test_golden_prefix_min_restarts_skips_masked_tokens_and_is_not_capped() -> None:
@@ -157,6 +172,14 @@ def test_a_long_packed_row_does_not_cost_the_last_sequence_its_digits() -> None:
     (sum_T,) = scan(shard, [PrefixSum(x_T, torch.ones_like(x_T, dtype=torch.bool))])
     expected = torch.full((5,), float(torch.tensor(1e-4)), dtype=torch.float64).cumsum(0)
     torch.testing.assert_close(sum_T[-5:].double(), expected, rtol=1e-6, atol=0.0)  # an fp32 running sum is 0.01 wrong here
+
+
+def test_a_decay_of_long_sequences_neither_overflows_nor_leaks() -> None:
+    """0.1 ** 20,000 is 0 in float64, so a running sum of x / decay ** t would be infinite."""
+    lengths = [20_000, 3]
+    x_T = torch.cat([torch.ones(20_000), torch.tensor([1.0, 0.0, 2.0])])
+    (y_T,) = scan(SequenceShard.whole(lengths), [PrefixDecayedSum(x_T, torch.ones(20_003, dtype=torch.bool), decay=0.1)])
+    assert y_T[19_999] == pytest.approx(1 / 0.9) and y_T[-3:].tolist() == pytest.approx([1.0, 0.1, 2.01])
 
 
 def test_infinity_at_an_unmasked_token_stays_in_its_sequence() -> None:
@@ -231,5 +254,5 @@ def test_gloo_ranks_agree_with_the_reference_and_spend_one_collective(ranks: Ran
             out = torch.load(tmp_path / f"cp{cp_size}_rank{rank}.pt", weights_only=True)
             assert out["collectives_of_scan"] == ["all_gather_into_tensor"] and out["collectives_of_backward"] == []
             assert (out["trained_tokens"] == 0) == (rank in idle)
-            assert out["numbers_sent"] == 2 * len(lengths) * 7, "chunks x sequences x columns"
+            assert out["numbers_sent"] == 2 * len(lengths) * 12, "chunks x sequences x columns"
             assert_equals_reference(out["answers"], xs, masks)

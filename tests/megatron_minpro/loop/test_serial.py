@@ -390,6 +390,23 @@ def test_the_loss_reads_the_objectives_streams_and_adds_the_entropy() -> None:
     assert float(corrected.detach()) == pytest.approx(0.5 * -(2 * -2.0) / 4)
 
 
+def test_the_lag_of_the_batch_reaches_the_objective() -> None:
+    """A ratio of 1.4 is beyond A-3PO's bound 1.2 at lag 1 and within 1.44 at lag 2."""
+    for lag, weight in ((1, 0.0), (2, 1.4)):
+        logprobs = torch.tensor([math.log(0.7)], requires_grad=True)
+        loss, _ = make_loss_function(make_objective("a3po"), lag=lag)(
+            logprobs_T=logprobs,
+            entropy_T=torch.zeros(1),
+            loss_mask_T=torch.ones(1, dtype=torch.bool),
+            streams={"behaviour_logprobs": torch.tensor([math.log(0.5)]), "advantages": torch.ones(1)},
+            shard=SequenceShard.whole((1,)),
+            global_tokens=1,
+            global_sequences=1,
+        )
+        loss.backward()
+        assert float(logprobs.grad) == pytest.approx(-weight)
+
+
 def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None:
     asked: list[Any] = []
 

@@ -23,6 +23,7 @@ class Case:
     advantages: list[Tensor]
     masks: list[Tensor]
     corrections: list[Tensor] | None = None
+    lag: int = 3
 
     @classmethod
     def of_ratios(cls, ratios: Sequence[float], advantages: Sequence[float] | float = 1.0) -> Case:
@@ -30,6 +31,13 @@ class Case:
         logprobs = torch.tensor(ratios).log() + math.log(0.25)
         advantage = torch.as_tensor(advantages, dtype=torch.float32).expand(len(ratios)).clone()
         return cls([logprobs], [torch.full_like(logprobs, math.log(0.25))], [advantage], [torch.ones(len(ratios), dtype=torch.bool)])
+
+    @classmethod
+    def of_probabilities(cls, behaviour: Sequence[float], current: Sequence[float], advantages: Sequence[float] | float = 1.0) -> Case:
+        """One fully trained sequence whose sampled tokens have these probabilities under pi_old and pi_theta."""
+        advantage = torch.as_tensor(advantages, dtype=torch.float32).expand(len(current)).clone()
+        logprobs, old = torch.tensor(current).log(), torch.tensor(behaviour).log()
+        return cls([logprobs], [old], [advantage], [torch.ones(len(current), dtype=torch.bool)])
 
     @classmethod
     def random(cls, seed: int, spread: float = 0.5) -> Case:
@@ -65,6 +73,7 @@ class Case:
             shard=shard,
             global_tokens=self.num_tokens,
             global_sequences=self.num_sequences,
+            lag=self.lag,
             correction_weights_T=None if self.corrections is None else shard.local([self.corrections[i] for i in indices], fill=math.nan),
         )
         return batch, shard

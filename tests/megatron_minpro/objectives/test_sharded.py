@@ -16,7 +16,7 @@ def test_four_ranks_equal_one_for_every_objective(cases, run_objective, ranks: R
     # Wide enough to clip, narrow enough that no token of this seed lies on a gate.
     case = cases.random(11, 0.6).corrected()
     torch.save(
-        {name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks", "corrections")}, tmp_path / "case.pt"
+        {name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks", "corrections", "lag")}, tmp_path / "case.pt"
     )
     ranks.run(Path(__file__).with_name("sharded_ranks.py"), tmp_path, world_size=4)
 
