@@ -94,6 +94,9 @@ class TokenFunction(Protocol[Result]):
 # The micro-batch's share of the mini-batch loss, and metrics: sums and counts. Both add up over ranks and micro-batches.
 LossFunction = TokenFunction[tuple[Tensor, Mapping[str, Tensor]]]
 
+# Of one optimizer step. A function sees sums that are equal on all ranks, and so must its result be.
+LearningRate = float | Callable[[Mapping[str, Tensor]], float]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
@@ -319,8 +322,8 @@ class MegatronActor:
         self._end_routing(routing)
         return self._sum_statistics(totals if self._speaks else None)["statistics"]
 
-    def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
-        """Forward, backward, clip, step over one mini-batch.
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: LearningRate) -> UpdateReport:
+        """Forward, backward, clip, step over one mini-batch. A learning rate that is a function gets the mini-batch's sums of metrics.
 
         Raises ValueError for a malformed mini-batch, on every rank and before anything is exchanged; FloatingPointError, on every
         rank, when one of them meets a NaN or infinity at a trained token, or the gradient is not finite: no step is taken then.
@@ -343,7 +346,8 @@ class MegatronActor:
         self._end_routing(routing)
         sums = self._sum_metrics(totals if self._speaks else None)
 
-        set_learning_rate(self._optimizer, learning_rate, weight_decay=self.settings.optimizer.weight_decay)
+        rate = learning_rate(sums) if callable(learning_rate) else learning_rate
+        set_learning_rate(self._optimizer, rate, weight_decay=self.settings.optimizer.weight_decay)
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -353,7 +357,7 @@ class MegatronActor:
         return UpdateReport(
             loss=float(sums.pop("loss")),
             grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             policy_version=self.policy_version,
             num_tokens=counts.tokens,
             metrics=sums,

@@ -339,11 +339,25 @@ class RolloutConfig(Section):
             )
 
 
+class SampleSizeConfig(Section):
+    """VCPO's step size (arXiv:2602.17616): each step's rate times min(1, (ESS / B) / base) ^ exponent."""
+
+    level: Literal["token", "prefix", "sequence"] = Field(
+        description="which metric effective_sample_size/LEVEL of the step's mini-batch is ESS / B; sequence in the paper, which falls to "
+        "1 / B for responses of many thousand tokens"
+    )
+    exponent: float = Field(default=0.5, gt=0, description="0.5 in the paper")
+    base: float = Field(default=1.0, gt=0, le=1, description="ESS / B from which the rate is whole; 1 in the paper")
+
+
 class OptimizerConfig(OptimizerSettings):
     """AdamW. The rate rises linearly over the warm-up and stays."""
 
     learning_rate: float = Field(gt=0, description="after the warm-up")
     warm_up_steps: int = Field(ge=0, description="in global steps (each is updates_per_step optimizer steps)")
+    sample_size: SampleSizeConfig | None = Field(
+        default=None, description="null: the rate does not depend on the effective sample size of the mini-batch"
+    )
 
 
 class ActorConfig(Section):

@@ -9,13 +9,14 @@ import torch
 
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import expected_lag
-from megatron_minpro.loop.learning_rate import training_rate
+from megatron_minpro.config import ActorConfig
+from megatron_minpro.loop.learning_rate import sample_size_factor, training_rate
 from megatron_minpro.loop.routing import experts_of, forget_experts, trained_metrics
 from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.loop.stop_time import LONGEST_UPDATE
 from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
-from parallel.actor import LossFunction, MegatronActor, UpdateReport
+from parallel.actor import LearningRate, LossFunction, MegatronActor, UpdateReport
 from parallel.token_sequence import TokenSequence
 
 
@@ -37,7 +38,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
         with under_way.timer("update"):
             lag = run.actor.policy_version - batch.policy_version
             sequences = [sample.training_sequence(experts[sample.sample_id]) for sample in samples]
-            rate = training_rate(run.config.actor, run.actor.policy_version)
+            rate = _rate(run.config.actor, run.actor.policy_version)
             report = train_mini_batch(run.actor, sequences, run.objective, lag=lag // updates, learning_rate=rate)
         took_s = under_way.timer.seconds["update"] - before_s
         under_way.metrics[LONGEST_UPDATE] = max(took_s, under_way.metrics.get(LONGEST_UPDATE, 0.0))
@@ -78,8 +79,13 @@ def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) ->
     reports.clear()
 
 
+def _rate(actor: ActorConfig, policy_version: int) -> LearningRate:
+    rate, sample_size = training_rate(actor, policy_version), actor.optimizer.sample_size
+    return rate if sample_size is None else lambda sums: rate * sample_size_factor(sample_size, sums)
+
+
 def train_mini_batch(
-    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, lag: int, learning_rate: float
+    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, lag: int, learning_rate: LearningRate
 ) -> UpdateReport:
     """One optimizer step; before it, a forward pass for the few objectives that must know the whole mini-batch.
 

@@ -122,6 +122,7 @@ class Objective:
     options: Mapping[str, object]  # complete, published defaults included
     function: Callable[..., ObjectiveOutput] = field(repr=False)
     statistics_function: Callable[..., Tensor] | None = field(repr=False)  # takes the same options
+    metric_names: frozenset[str] = frozenset()  # keys of ObjectiveOutput.metrics
 
     @property
     def needs_minibatch_statistics(self) -> bool:

@@ -7,6 +7,7 @@ needs statistics of the whole mini-batch is decorated with `with_minibatch_stati
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -65,11 +66,10 @@ def make_objective(name: str, **options: object) -> Objective:
         function=function,
         statistics_function=statistics_function,
     )
-    _try_options(objective)
-    return objective
+    return replace(objective, metric_names=frozenset(_try_options(objective).metrics))
 
 
-def _try_options(objective: Objective) -> None:
+def _try_options(objective: Objective) -> ObjectiveOutput:
     """Run on one token: each function checks its own options, and a wrong one must be found now, not in the first update."""
     zero = torch.zeros(1)
     batch = TokenBatch(
@@ -89,3 +89,4 @@ def _try_options(objective: Objective) -> None:
         raise OBJECTIVES.refused(objective.name, error) from error
     if not isinstance(output, ObjectiveOutput):
         raise OBJECTIVES.refused(objective.name, TypeError(f"returned a {type(output).__name__}, expected an ObjectiveOutput"))
+    return output

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_minibatch_statistics
@@ -64,16 +62,17 @@ def sat(
     def rule(log_ratio_T: Tensor, _scanned: Scanned) -> Bounds:
         size_T = log_ratio_T.abs()
         extreme_T = (bin_of(size_T) > bin_of_q) & (q > 0)
-        tightened_T = 1 / (1 + (size_T.double() / max(q, torch.finfo(torch.float64).tiny)).square())
+        tightened_T = 1 / (1 + (size_T.double() / q).square())  # infinite where q is 0, and then not used
         below_T, above_T = (torch.where(extreme_T & side_T, tightened_T, 1.0) for side_T in (log_ratio_T < 0, log_ratio_T > 0))
         return around_one(clip_low * below_T, clip_high * above_T)
 
     return clip_by(batch, rule, aggregation=aggregation, aggregation_length=aggregation_length)
 
 
-def _quantile(statistics: Float64[Tensor, " two_B"], quantile: float) -> tuple[int, float]:
-    """The bin of the quantile's order statistic, and the mean of the values in it; 0 where it is rounding."""
-    counts, sums = statistics.cpu().view(2, NUM_BINS)
-    rank = max(math.ceil(round(quantile * float(counts.sum()), 6)), 1)  # 0.9 * 10 may come out above 9
-    index = min(int((counts.cumsum(0) < rank).sum()), NUM_BINS - 1)
-    return index, 0.0 if index == ZERO_BIN or not counts[index] else float(sums[index] / counts[index])
+def _quantile(statistics: Float64[Tensor, " two_B"], quantile: float) -> tuple[Int64[Tensor, ""], Float64[Tensor, ""]]:
+    """The bin of the quantile's order statistic, and the mean of the values in it; 0 where it is rounding. Scalar tensors."""
+    counts, sums = statistics.view(2, NUM_BINS)
+    rank = (quantile * counts.sum() - 1e-6).ceil().clamp(min=1)  # 0.9 * 10 may come out above 9
+    index = (counts.cumsum(0) < rank).sum().clamp(max=NUM_BINS - 1)
+    mean = sums[index] / counts[index].clamp(min=1)
+    return index, torch.where(index > ZERO_BIN, mean, 0.0)

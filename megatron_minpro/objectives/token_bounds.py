@@ -54,7 +54,7 @@ def total_variation_bounds(batch: TokenBatch, below: float | Float[Tensor, " T"]
     probability_T = trained(batch, batch.behaviour_logprobs_T).detach().double().exp()
 
     def moved(distance: float | Tensor) -> Tensor:
-        distance_T = torch.as_tensor(distance, dtype=torch.float64, device=probability_T.device)
+        distance_T = distance if isinstance(distance, Tensor) else torch.full_like(probability_T, distance)
         return torch.where(distance_T > 0, distance_T / probability_T, 0.0)  # 0 / 0, of a probability that underflowed, is no bound of 0
 
     return around_one(moved(below), moved(above))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_minpro.config import RunConfig, located
 from megatron_minpro.data.sources import check_prompts
 from megatron_minpro.environments.environment import make_environment
+from megatron_minpro.loop.learning_rate import check_reported
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.registry import PlugInError
@@ -21,7 +22,9 @@ def check_plug_ins(config: RunConfig) -> None:
         ConfigError: a plug-in is missing, not callable, or refuses an option; one line with file, line, setting, value and reason.
     """
     try:
-        make_objective(config.objective.name, **config.objective.options)
+        objective = make_objective(config.objective.name, **config.objective.options)
+        if config.actor.optimizer.sample_size is not None:
+            check_reported(config.actor.optimizer.sample_size, objective)
         make_advantages(config.advantages.estimator, **config.advantages.options)
         make_environment(config.environment.name, **config.environment.options)
         make_reward(config.reward.name, overlong=config.reward.overlong_options, **config.reward.options).close()

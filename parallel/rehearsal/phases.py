@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoints_convert.mapping import hf_shapes
 from parallel import process_groups
-from parallel.actor import ActorSettings, LossFunction, MegatronActor, TokenFunction, UpdateReport
+from parallel.actor import ActorSettings, LearningRate, LossFunction, MegatronActor, TokenFunction, UpdateReport
 from parallel.capabilities import detect
 from parallel.model_check import ModelCheck, check_model
 from parallel.optimizer import inner_optimizers
@@ -50,7 +50,7 @@ class _RehearsedActor(MegatronActor):
         self._announce = announce
         self._hear = hear
 
-    def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: float) -> UpdateReport:
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: LearningRate) -> UpdateReport:
         loss, metrics = loss_fn(**two_tokens(minibatch[0]))
         self._hear(sorted((name, value.shape) for name, value in {"loss": loss, **metrics}.items()))
         return super().update(minibatch, loss_fn, learning_rate=learning_rate)

@@ -337,7 +337,10 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
                 again = actor.logprobs(sequences)
                 notes.setdefault("kept_versions", []).append(actor.policy_version)
             notes.setdefault("kept", []).append(all(torch.equal(x, y) for x, y in zip(scored, again, strict=True)))
-        report = actor.update(sequences, LOSS, learning_rate=run["learning_rate"])
+        # Exactly the rate where every rank has the sums of the whole mini-batch.
+        trained, rate = sum(int(sequence.loss_mask.sum()) for sequence in sequences), run["learning_rate"]
+        report = actor.update(sequences, LOSS, learning_rate=lambda sums, n=trained, rate=rate: rate * (float(sums["ratio/mean"][1]) / n))
+        assert report.learning_rate == rate
         if report.routing is not None:
             notes["routing"] = dataclasses.asdict(report.routing)
         reports.append(

@@ -19,7 +19,7 @@ from megatron_minpro.loop.sampled_batch import SampledBatch, sampled_batch
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
-from parallel.actor import UpdateReport
+from parallel.actor import LearningRate, UpdateReport
 from parallel.routing_replay import RowSink
 from parallel.token_sequence import TokenSequence
 
@@ -52,16 +52,18 @@ class FakeActor:
         self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
         self.learning_rates: list[float] = []
         self.corrections: list[float] = []
+        self.weight_sums: dict[str, torch.Tensor] = {}  # of every mini-batch, for a rate that follows them
         self.unit_ratios = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[torch.Tensor]:
         self.diary.append(("score", self.policy_version))
         return [torch.full((sequence.num_positions,), -(self.policy_version + 1) / 8) for sequence in sequences]
 
-    def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: float) -> UpdateReport:
+    def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: LearningRate) -> UpdateReport:
+        rate = learning_rate(self.weight_sums) if callable(learning_rate) else learning_rate
         seen = {x for sequence in minibatch for x in sequence.streams["behaviour_logprobs"][sequence.loss_mask].tolist()}
         self.trained.append((self.policy_version, seen))
-        self.learning_rates.append(learning_rate)
+        self.learning_rates.append(rate)
         for sequence in minibatch:
             if "correction_weights" in sequence.streams:
                 self.corrections += sequence.streams["correction_weights"][sequence.loss_mask].tolist()
@@ -71,7 +73,7 @@ class FakeActor:
         return UpdateReport(
             loss=float(self.policy_version),
             grad_norm=0.5,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             policy_version=self.policy_version,
             num_tokens=tokens,
             metrics={

@@ -16,6 +16,7 @@ from megatron_minpro.loop.schedule import train
 from megatron_minpro.loop.servers import ServersFailed, publish
 from megatron_minpro.loop.update import make_loss_function, minibatch_statistics
 from megatron_minpro.objectives import make_objective
+from megatron_minpro.objectives.effective_sample_size import weight_sums
 from parallel.actor import UpdateReport
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
@@ -340,6 +341,13 @@ def test_updates_get_the_rate_of_their_own_policy_version(one_rank_group: dist.P
     diary = Diary(config, one_rank_group, make_batch)
     train(diary.run)
     assert diary.actor.learning_rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6])
+    sample_size = "actor.optimizer.sample_size={level: sequence, exponent: 1.0}"
+    config = small_config("actor.optimizer.learning_rate=0.6", "actor.optimizer.warm_up_steps=0", sample_size)
+    diary = Diary(config, one_rank_group, make_batch)
+    sums = weight_sums(torch.tensor([4, 1, 0.5, 0.5]).log(), torch.ones(4, dtype=torch.float64))
+    diary.actor.weight_sums = {"effective_sample_size/sequence/weight_sums": sums}
+    train(diary.run)
+    assert diary.actor.learning_rates == pytest.approx([0.6 * 18 / 35] * 8)
 
 
 def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:

@@ -123,3 +123,12 @@ def test_every_plug_in_may_be_a_module_of_the_working_folder(users_module: Calla
 def test_every_plug_in_that_is_missing_is_refused(users_module: Callable[[str], str], key: str) -> None:
     module = users_module("")
     assert f"{module}.py) has no " in error_of(f"{key}={NAMES[key].format(module)}")
+
+
+def test_a_rate_that_follows_what_the_objective_does_not_report_is_refused(users_module: Callable[[str], str]) -> None:
+    follow = "actor.optimizer.sample_size.level=prefix"
+    check_plug_ins(load_config(TINY, [follow]))
+    module = users_module(MODULE)
+    assert error_of(follow, f"objective={NAMES['objective'].format(module)}") == (
+        f"command line: actor.optimizer.sample_size.level = 'prefix': objective {module}:plain reports no effective_sample_size/prefix"
+    )
