@@ -268,24 +268,28 @@ class MegatronActor:
 
     # -- forward and backward -----------------------------------------------------------------------------------------
 
-    def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[Tensor]:
+    def logprobs(
+        self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None, entropies: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """Log-probabilities under the current weights, no gradient: one fp32 CPU tensor [num_tokens - 1] per sequence.
 
         Args:
             sequences: with rows of experts that are replayed, or without.
             record: takes the routers' own choice; the sequences then have no rows. Every rank writes what it computed.
+            entropies: gets the entropies of the same distributions, one tensor like the log-probabilities per sequence.
 
         Raises:
             ValueError: malformed sequences.
             FloatingPointError: a NaN or infinity where a loss mask is True.
         """
         watch, routing = self._watch(), self._routing(sequences, record)
-        scored: dict[int, Tensor] = {}
+        scored: dict[int, list[Tensor]] = {}  # log-probs and, where wanted, entropies of a sequence
 
         def keep(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            logprobs_T, _ = self._score(micro_batch, hidden, module, watch, with_entropy=False)
+            logprobs_T, entropy_T = self._score(micro_batch, hidden, module, watch, with_entropy=entropies is not None)
             if micro_batch.indices:
-                scored.update(zip(micro_batch.indices, micro_batch.shard.assemble(logprobs_T), strict=False))  # padding may follow
+                values = [micro_batch.shard.assemble(x_T) for x_T in (logprobs_T, entropy_T) if x_T is not None]
+                scored.update(zip(micro_batch.indices, map(list, zip(*values, strict=True)), strict=False))  # padding may follow
             return logprobs_T.sum(), torch.zeros((), dtype=torch.int), None
 
         with torch.no_grad():
@@ -293,14 +297,18 @@ class MegatronActor:
         watch.raise_together("nothing is scored")
         self._end_routing(routing)
         sizes = [sequence.num_positions for sequence in sequences]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
+        flat = torch.zeros(1 if entropies is None else 2, sum(sizes), dtype=torch.float32, device=self._device)
         place = self._groups.coordinates
         if place.tp == 0 and place.cp == 0:  # one rank speaks for each replica
-            parts = flat.split(sizes)
-            for index, logprobs in scored.items():
-                parts[index].copy_(logprobs)
+            parts = [row.split(sizes) for row in flat]
+            for index, values in scored.items():
+                for part, value in zip(parts, values, strict=True):
+                    part[index].copy_(value)
         dist.all_reduce(flat)
-        return list(flat.cpu().split(sizes))
+        logprobs, *rest = (list(row.split(sizes)) for row in flat.cpu())
+        if entropies is not None:
+            entropies += rest[0]
+        return logprobs
 
     def sum_statistics(self, minibatch: Sequence[TokenSequence], statistics_fn: TokenFunction[Tensor]) -> Tensor:
         """Forward only: what statistics_fn makes of every micro-batch, added up over the mini-batch. fp64 on the CPU, on all ranks.

@@ -12,10 +12,10 @@ from megatron_minpro.batch.routing_file import RoutingFile
 from parallel.token_sequence import TokenSequence
 from rollout.records import VersionSpan
 
-# What a sample holds per token of the sequence, and per token that the model wrote. A scored response costs 13 bytes a token: batches
-# wait on every rank.
+# What a sample holds per token of the sequence, and per token that the model wrote. A scored response costs 13 bytes a token, and 4 more
+# with correction weights or entropies: batches wait on every rank.
 SEQUENCE_STREAMS = {"token_ids": torch.int32, "loss_mask": torch.bool}
-RESPONSE_STREAMS = {"engine_logprobs": torch.float32, "behaviour_logprobs": torch.float32, "correction_weights": torch.float32}
+RESPONSE_STREAMS = dict.fromkeys(("engine_logprobs", "behaviour_logprobs", "correction_weights", "behaviour_entropies"), torch.float32)
 STREAMS = SEQUENCE_STREAMS | RESPONSE_STREAMS
 
 
@@ -39,6 +39,7 @@ class Sample:
     correct: bool
     advantage: float
     correction_weights: Tensor | None = None  # fp32 [R] for the server's different log-probs, of corrections.py; None: no correction
+    behaviour_entropies: Tensor | None = None  # fp32 [R] of the distributions that were sampled from; None: the objective needs none
 
     def __post_init__(self) -> None:
         for name, dtype in STREAMS.items():
@@ -69,9 +70,11 @@ class Sample:
         versions = [span.policy_version for span in self.version_spans]
         return min(versions), max(versions)
 
-    def scored_with(self, logprobs: Tensor) -> Sample:
-        """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [L - 1] on logit positions."""
-        return replace(self, behaviour_logprobs=logprobs[self._scored_positions()])
+    def scored_with(self, logprobs: Tensor, entropies: Tensor | None = None) -> Sample:
+        """Take behaviour log-probs from the trainer's scores of the whole sequence, fp32 [L - 1] on logit positions; and entropies."""
+        scored = self._scored_positions()
+        kept = None if entropies is None else entropies[scored]
+        return replace(self, behaviour_logprobs=logprobs[scored], behaviour_entropies=kept)
 
     def sequence(self, experts: Tensor | None = None) -> TokenSequence:
         """The sequence alone, for scoring. experts: rows that the routers replay."""
@@ -85,13 +88,11 @@ class Sample:
         if self.behaviour_logprobs is None:
             raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
         mask = self._scored_positions()
-        behaviour = torch.zeros(len(mask), dtype=torch.float32)
-        behaviour[mask] = self.behaviour_logprobs
-        advantages = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))
-        streams = {"behaviour_logprobs": behaviour, "advantages": advantages}
-        if self.correction_weights is not None:
-            streams["correction_weights"] = torch.zeros(len(mask), dtype=torch.float32)
-            streams["correction_weights"][mask] = self.correction_weights
+        streams = {"advantages": torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), torch.tensor(0.0))}
+        for name in ("behaviour_logprobs", "correction_weights", "behaviour_entropies"):
+            if (values := getattr(self, name)) is not None:
+                streams[name] = torch.zeros(len(mask), dtype=torch.float32)
+                streams[name][mask] = values
         return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams, experts=experts)
 
     def _scored_positions(self) -> Tensor:
@@ -117,8 +118,9 @@ class RolloutBatch:
                 raise ValueError(
                     f"{sample.sample_id}: sampled under policy versions {sample.policy_versions}, expected {self.policy_version} throughout"
                 )
-            if (sample.correction_weights is None) != (self.samples[0].correction_weights is None):
-                raise ValueError(f"{sample.sample_id}: correction_weights must be there for all samples of a batch or for none")
+            for name in ("correction_weights", "behaviour_entropies"):
+                if (getattr(sample, name) is None) != (getattr(self.samples[0], name) is None):
+                    raise ValueError(f"{sample.sample_id}: {name} must be there for all samples of a batch or for none")
 
     @property
     def num_groups(self) -> int:
@@ -128,9 +130,11 @@ class RolloutBatch:
     def num_response_tokens(self) -> int:
         return sum(sample.num_response_tokens for sample in self.samples)
 
-    def scored_with(self, logprobs: Sequence[Tensor]) -> RolloutBatch:
-        """The same batch with the trainer's log-probs of every sample as behaviour log-probs."""
-        return replace(self, samples=tuple(sample.scored_with(x) for sample, x in zip(self.samples, logprobs, strict=True)))
+    def scored_with(self, logprobs: Sequence[Tensor], entropies: Sequence[Tensor] | None = None) -> RolloutBatch:
+        """The same batch with the trainer's log-probs of every sample as behaviour log-probs, and with the trainer's entropies."""
+        with_entropies = [None] * len(self.samples) if entropies is None else entropies
+        scores = zip(self.samples, logprobs, with_entropies, strict=True)
+        return replace(self, samples=tuple(sample.scored_with(x, entropy) for sample, x, entropy in scores))
 
     def scored_by_engine(self) -> RolloutBatch:
         """The same batch with the server's own log-probs as behaviour log-probs."""

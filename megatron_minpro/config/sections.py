@@ -59,8 +59,8 @@ class ObjectiveConfig(Choice):
     """What is optimised. The other keys are the objective's options; see megatron_minpro/objectives."""
 
     name: str = Field(
-        description="minpro, cispo, scaled_cispo, grpo, gspo, m2po, ctpo, topr, dppo_tv, dppo_kl, cppo, a3po, sat, pnpo, vespo, sapo, "
-        "ema_kpo, drpo, prefix_ratio, prefix_filter, reinforce, or package.module:function"
+        description="minpro, cispo, scaled_cispo, grpo, gspo, m2po, ctpo, topr, dppo_tv, dppo_kl, cppo, a3po, sat, estr, pnpo, vespo, "
+        "sapo, ema_kpo, drpo, prefix_ratio, prefix_filter, reinforce, or package.module:function"
     )
 
 

@@ -20,20 +20,23 @@ from megatron_minpro.loop.training_run import TrainingRun, share
 from parallel.routing_replay import RoutingCounts
 
 
-def score_with_experts(run: TrainingRun, batch: RolloutBatch, metrics: dict[str, float]) -> tuple[list[Tensor], RolloutBatch]:
+def score_with_experts(
+    run: TrainingRun, batch: RolloutBatch, metrics: dict[str, float], entropies: list[Tensor] | None
+) -> tuple[list[Tensor], RolloutBatch]:
     """Collective. The trainer's log-probs of the batch, and the batch with the place of its experts.
 
     Args:
         run: the run.
         batch: sampled under the weights that the actor has now.
         metrics: gets how far the trainer's own choice is from the servers', where theirs is replayed.
+        entropies: gets those of the same distributions.
     """
     replay = run.config.actor.routing_replay
     if replay == "none":
-        return run.actor.logprobs([sample.sequence() for sample in batch.samples]), batch
+        return run.actor.logprobs([sample.sequence() for sample in batch.samples], entropies=entropies), batch
     if replay == "server":
         experts = experts_of(run, batch)
-        logprobs = run.actor.logprobs([sample.sequence(experts[sample.sample_id]) for sample in batch.samples])
+        logprobs = run.actor.logprobs([sample.sequence(experts[sample.sample_id]) for sample in batch.samples], entropies=entropies)
         counts = run.actor.routing
         assert counts is not None, "the sampler asks for experts"
         metrics |= {"routing/scored_missing": _missing(counts), **_differing("scored_differing", counts)}
@@ -42,7 +45,7 @@ def score_with_experts(run: TrainingRun, batch: RolloutBatch, metrics: dict[str,
     file = RoutingFile.of(run.actor.architecture, step=batch.sampled_at_step, lengths=lengths)
     create_together(run, file)
     with file.writer(folder_of(run), lengths) as writer:
-        logprobs = run.actor.logprobs([sample.sequence() for sample in batch.samples], record=writer)
+        logprobs = run.actor.logprobs([sample.sequence() for sample in batch.samples], record=writer, entropies=entropies)
     dist.barrier(group=run.control_group)  # every rank has closed the file before one opens it to read
     return logprobs, replace(batch, routing=file)
 

@@ -36,15 +36,19 @@ def take_in(run: TrainingRun, sampled: SampledBatch | None, timer: PhaseTimer, m
 
 
 def score(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dict[str, float]) -> RolloutBatch:
-    """The batch with its behaviour log-probs, under the weights that the actor has now: those that sampled the batch."""
+    """The batch with its behaviour log-probs, under the weights that the actor has now: those that sampled the batch.
+
+    Entropies of the same distributions go with them where the objective needs them.
+    """
     if run.actor.policy_version != batch.policy_version:
         raise RuntimeError(
             f"batch of step {batch.sampled_at_step}: sampled by policy version {batch.policy_version}, "
             f"scored by version {run.actor.policy_version}"
         )
+    entropies: list[torch.Tensor] | None = [] if run.objective.needs_behaviour_entropies else None
     with timer("score"):
-        logprobs, batch = score_with_experts(run, batch, metrics)
-        scored = batch.scored_with(logprobs)
+        logprobs, batch = score_with_experts(run, batch, metrics, entropies)
+        scored = batch.scored_with(logprobs, entropies)
     engine = torch.cat([sample.engine_logprobs for sample in batch.samples])
     trainer = torch.cat([sample.behaviour_logprobs for sample in scored.samples if sample.behaviour_logprobs is not None])
     gap = (engine - trainer).abs()
@@ -52,7 +56,7 @@ def score(run: TrainingRun, batch: RolloutBatch, timer: PhaseTimer, metrics: dic
     check_gap(metrics, run.config)
     check_every_token(gap, run.config)
     if run.config.behaviour_logprobs == "engine":
-        return batch.scored_by_engine()
+        return scored.scored_by_engine()
     if run.config.corrections.active:
         scored, corrected = correct(scored, run.config.corrections)
         metrics |= corrected

@@ -1,6 +1,13 @@
 """Policy objectives: pure functions of a TokenBatch, one file each. `make_objective(name, **options)` gives one by name or import path."""
 
-from megatron_minpro.objectives.base import NonFiniteTokenError, Objective, ObjectiveOutput, TokenBatch, with_minibatch_statistics
+from megatron_minpro.objectives.base import (
+    NonFiniteTokenError,
+    Objective,
+    ObjectiveOutput,
+    TokenBatch,
+    with_behaviour_entropies,
+    with_minibatch_statistics,
+)
 from megatron_minpro.objectives.metrics import add_metrics, finalize_metrics
 from megatron_minpro.objectives.registry import OBJECTIVES, make_objective
 
@@ -13,5 +20,6 @@ __all__ = [
     "add_metrics",
     "finalize_metrics",
     "make_objective",
+    "with_behaviour_entropies",
     "with_minibatch_statistics",
 ]

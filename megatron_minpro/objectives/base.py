@@ -34,6 +34,12 @@ def with_minibatch_statistics(statistics: Statistics) -> Callable[[Loss], Loss]:
     return declare
 
 
+def with_behaviour_entropies(objective: Loss) -> Loss:
+    """Declare that an objective needs `behaviour_entropies_T`: the batch is then scored with them."""
+    objective.needs_behaviour_entropies = True  # type: ignore[attr-defined]
+    return objective
+
+
 class NonFiniteTokenError(ValueError):
     """A trained token has a NaN or infinite value. One rank may see it alone: the caller must stop all ranks together."""
 
@@ -54,6 +60,7 @@ class TokenBatch:
     shard: SequenceShard  # sequence and position of every local token; the scans
     global_tokens: int  # trained tokens of the whole mini-batch, over DP, CP and micro-batches
     global_sequences: int  # sequences of the whole mini-batch with at least one trained token
+    behaviour_entropies_T: Float32[Tensor, " T"] | None = None  # of pi_old's distribution at the token, nats; None: not recorded
     lag: int | None = None  # whole global steps of training between the weights that sampled the batch and these; None: unknown
     correction_weights_T: Float32[Tensor, " T"] | None = None  # multiplies each token's loss, without gradient; None multiplies nothing
 
@@ -65,8 +72,7 @@ class TokenBatch:
             "advantages_T": torch.float32,
             "loss_mask_T": torch.bool,
         }
-        if self.correction_weights_T is not None:
-            expected["correction_weights_T"] = torch.float32
+        expected |= dict.fromkeys(self._optional_streams(), torch.float32)
         for name, dtype in expected.items():
             x = getattr(self, name)
             if x.dtype != dtype:
@@ -81,9 +87,12 @@ class TokenBatch:
             raise ValueError(f"lag must be a whole number of at least 0, got {self.lag!r}")
         self._check_values()
 
+    def _optional_streams(self) -> list[str]:
+        return [name for name in ("correction_weights_T", "behaviour_entropies_T") if getattr(self, name) is not None]
+
     def _check_values(self) -> None:
         names = ["logprobs_T", "behaviour_logprobs_T", "advantages_T"]
-        names += ["correction_weights_T"] if self.correction_weights_T is not None else []
+        names += self._optional_streams()
         finite = torch.stack([torch.isfinite(getattr(self, name).detach()) for name in names])
         wrong_T = self.loss_mask_T & ~(finite.all(0) & ~self.shard.padding_T)
         if not wrong_T.any():  # the only wait for the device
@@ -122,6 +131,7 @@ class Objective:
     options: Mapping[str, object]  # complete, published defaults included
     function: Callable[..., ObjectiveOutput] = field(repr=False)
     statistics_function: Callable[..., Tensor] | None = field(repr=False)  # takes the same options
+    needs_behaviour_entropies: bool = False
     metric_names: frozenset[str] = frozenset()  # keys of ObjectiveOutput.metrics
 
     @property

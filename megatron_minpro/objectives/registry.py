@@ -2,7 +2,8 @@
 
 An objective is a function `objective(batch, *, options) -> ObjectiveOutput` (see base.py). It lives in this package and has a line in the
 table, or it lives in a module of your own and the configuration names it: `objective.name=my_module:my_objective`. An objective that
-needs statistics of the whole mini-batch is decorated with `with_minibatch_statistics`.
+needs statistics of the whole mini-batch is decorated with `with_minibatch_statistics`, one that needs the sampler's entropies with
+`with_behaviour_entropies`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ OBJECTIVES = PlugIns(
         "cppo": f"{_FOLDER}.cppo:cppo",
         "a3po": f"{_FOLDER}.a3po:a3po",
         "sat": f"{_FOLDER}.sat:sat",
+        "estr": f"{_FOLDER}.estr:estr",
         "pnpo": f"{_FOLDER}.pnpo:pnpo",
         "vespo": f"{_FOLDER}.vespo:vespo",
         "sapo": f"{_FOLDER}.sapo:sapo",
@@ -65,6 +67,7 @@ def make_objective(name: str, **options: object) -> Objective:
         options=MappingProxyType(OBJECTIVES.defaults(name, function, passed=passed) | options),
         function=function,
         statistics_function=statistics_function,
+        needs_behaviour_entropies=getattr(function, "needs_behaviour_entropies", False),
     )
     return replace(objective, metric_names=frozenset(_try_options(objective).metrics))
 
@@ -80,6 +83,7 @@ def _try_options(objective: Objective) -> ObjectiveOutput:
         shard=SequenceShard.whole([1]),
         global_tokens=1,
         global_sequences=1,
+        behaviour_entropies_T=zero,
         lag=0,
     )
     try:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig
+from megatron_minpro.loop.rehearsed_update import with_entropies
 from megatron_minpro.loop.update import train_mini_batch
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.worker import build_actor
@@ -56,9 +57,10 @@ def measure(config: RunConfig, settings: Settings, layout: ParallelLayout, seque
         seed=config.seed,
     )
     objective = make_objective(config.objective.name, **config.objective.options)
+    trained = with_entropies(batch, objective)
 
     def step() -> None:
-        train_mini_batch(actor, batch, objective, lag=0, learning_rate=config.actor.optimizer.learning_rate)
+        train_mini_batch(actor, trained, objective, lag=0, learning_rate=config.actor.optimizer.learning_rate)
 
     for _ in range(settings.warm_up):
         step()

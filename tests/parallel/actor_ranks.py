@@ -13,6 +13,7 @@ rows of experts of FIXTURE_DIR/replayed), record (score once more, record the ex
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import weakref
@@ -293,7 +294,9 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
         actor.load(Path(run["load"]), policy_version=first_step)
     sequences = read_sequences(fixture / "replayed" if run.get("replay") else fixture)
     results = {f"before.{name}": tensor for name, tensor in exported(actor).items()}
-    results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences))}
+    entropies: list[torch.Tensor] = []
+    results |= {f"logprobs.{i}": x.clone() for i, x in enumerate(actor.logprobs(sequences, entropies=entropies))}
+    entropy = sum(float(x[sequence.loss_mask].double().sum()) for x, sequence in zip(entropies, sequences, strict=True))
     plans = plan_replicas(
         [sequence.num_positions for sequence in sequences],
         layout,
@@ -341,6 +344,8 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
         trained, rate = sum(int(sequence.loss_mask.sum()) for sequence in sequences), run["learning_rate"]
         report = actor.update(sequences, LOSS, learning_rate=lambda sums, n=trained, rate=rate: rate * (float(sums["ratio/mean"][1]) / n))
         assert report.learning_rate == rate
+        if step == first_step:
+            assert math.isclose(float(report.metrics["policy/entropy"][0]), entropy, rel_tol=1e-5), "entropies lie at their tokens"
         if report.routing is not None:
             notes["routing"] = dataclasses.asdict(report.routing)
         reports.append(

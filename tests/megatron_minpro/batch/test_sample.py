@@ -72,12 +72,14 @@ def test_a_conversation_scores_and_trains_the_models_tokens_alone(make_sample: M
     )
     assert (sample.num_response_tokens, sample.policy_versions) == (3, (8, 9))
     assert sample.sequence().loss_mask.tolist() == [False, True, True, False, True, False]
-    scored = sample.scored_with(torch.tensor([-9.0, -1.0, -2.0, -8.0, -3.0, -7.0]))
+    scored = sample.scored_with(torch.tensor([-9.0, -1.0, -2.0, -8.0, -3.0, -7.0]), torch.tensor([9.0, 0.1, 0.2, 8.0, 0.3, 7.0]))
     assert scored.behaviour_logprobs is not None and scored.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0]
     streams = scored.training_sequence().streams
     assert streams["behaviour_logprobs"].tolist() == [0.0, -1.0, -2.0, 0.0, -3.0, 0.0]
     assert streams["advantages"].tolist() == [0.0, 2.0, 2.0, 0.0, 2.0, 0.0]
     assert streams["correction_weights"].tolist() == [0.0, 0.5, 1.0, 0.0, 1.5, 0.0]
+    assert streams["behaviour_entropies"].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.0, 0.3, 0.0])
+    assert "behaviour_entropies" not in sample.scored_with(torch.zeros(6)).training_sequence().streams
 
 
 def test_a_sample_that_was_never_scored_cannot_be_trained(make_sample: Make) -> None:

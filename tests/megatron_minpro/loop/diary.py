@@ -52,11 +52,16 @@ class FakeActor:
         self.trained: list[tuple[int, set[float]]] = []  # policy version met, behaviour log-probs seen
         self.learning_rates: list[float] = []
         self.corrections: list[float] = []
+        self.entropies: list[float] = []
         self.weight_sums: dict[str, torch.Tensor] = {}  # of every mini-batch, for a rate that follows them
         self.unit_ratios = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
-    def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[torch.Tensor]:
+    def logprobs(
+        self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None, entropies: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         self.diary.append(("score", self.policy_version))
+        if entropies is not None:
+            entropies += [torch.full((sequence.num_positions,), (self.policy_version + 1) / 4) for sequence in sequences]
         return [torch.full((sequence.num_positions,), -(self.policy_version + 1) / 8) for sequence in sequences]
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: LearningRate) -> UpdateReport:
@@ -65,6 +70,8 @@ class FakeActor:
         self.trained.append((self.policy_version, seen))
         self.learning_rates.append(rate)
         for sequence in minibatch:
+            if "behaviour_entropies" in sequence.streams:
+                self.entropies += sequence.streams["behaviour_entropies"][sequence.loss_mask].tolist()
             if "correction_weights" in sequence.streams:
                 self.corrections += sequence.streams["correction_weights"][sequence.loss_mask].tolist()
         self.diary.append(("update", self.policy_version))
@@ -199,7 +206,7 @@ class Diary:
         self.run = TrainingRun(
             config=config,
             actor=self.actor,  # type: ignore[arg-type]
-            objective=make_objective("minpro"),
+            objective=make_objective(config.objective.name, **config.objective.options),
             buffer=StalenessBuffer(config.staleness),
             counters=RunCounters(),
             driver=self.driver,  # type: ignore[arg-type]

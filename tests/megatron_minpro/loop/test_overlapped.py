@@ -198,9 +198,9 @@ def test_a_step_is_never_shorter_than_its_ideal(one_rank_group: dist.ProcessGrou
     diary = Diary(small_config(), one_rank_group, make_batch)
     logprobs = diary.actor.logprobs
 
-    def slowly(sequences: Any) -> Any:
+    def slowly(sequences: Any, **given: Any) -> Any:
         time.sleep(0.02)  # a batch is scored in the step after the one that samples it
-        return logprobs(sequences)
+        return logprobs(sequences, **given)
 
     diary.actor.logprobs = slowly  # type: ignore[method-assign]
     train(diary.run)

@@ -44,7 +44,9 @@ class RoutingActor(FakeActor):
         self.seen: list[tuple[int, set[int]]] = []
         self.scored_with: list[set[int]] = []
 
-    def logprobs(self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None) -> list[torch.Tensor]:
+    def logprobs(
+        self, sequences: Sequence[TokenSequence], *, record: RowSink | None = None, entropies: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         if record is not None:
             for index, sequence in enumerate(sequences):
                 for layer in range(ARCHITECTURE.num_hidden_layers):
@@ -52,7 +54,7 @@ class RoutingActor(FakeActor):
                     record.write(index, layer, 0, rows.repeat(sequence.num_positions, 1))
         self.scored_with.append({int(sequence.experts[0, 0, 0]) for sequence in sequences if sequence.experts is not None})
         self.routing = RoutingCounts(replayed=80, missing=20, differing=20) if self.scored_with[-1] else None
-        return super().logprobs(sequences)
+        return super().logprobs(sequences, entropies=entropies)
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: float) -> UpdateReport:
         assert all(sequence.experts is not None for sequence in minibatch)

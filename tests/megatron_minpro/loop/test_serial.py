@@ -350,6 +350,22 @@ def test_updates_get_the_rate_of_their_own_policy_version(one_rank_group: dist.P
     assert diary.actor.learning_rates == pytest.approx([0.6 * 18 / 35] * 8)
 
 
+@pytest.mark.parametrize("behaviour", ["trainer", "engine"])
+def test_entropies_of_the_sampling_weights_go_with_the_batch(
+    one_rank_group: dist.ProcessGroup, make_batch: MakeBatch, behaviour: str
+) -> None:
+    """The actor's entropy is (version + 1) / 4: at staleness 1 each batch keeps that of the version that sampled it, not of the newest."""
+    estr = "objective={name: estr, tau: 1.0}"
+    diary = Diary(small_config(estr, "staleness=1", f"behaviour_logprobs={behaviour}"), one_rank_group, make_batch)
+    train(diary.run)
+    versions = [0, 0, 2, 4]  # of four global steps of two updates each: the first two batches are sampled before any
+    per_batch = len(diary.actor.entropies) // len(versions)
+    assert per_batch > 0 and diary.actor.entropies == [(version + 1) / 4 for version in versions for _ in range(per_batch)]
+    plain = Diary(small_config(f"behaviour_logprobs={behaviour}"), one_rank_group, make_batch)
+    train(plain.run)
+    assert plain.actor.entropies == []
+
+
 def test_sampling_metrics_by_hand(make_sample: MakeSample) -> None:
     described = [  # reward, correct, finish reason, response tokens
         (1.0, True, "stop", 2),

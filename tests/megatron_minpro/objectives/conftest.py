@@ -23,7 +23,12 @@ class Case:
     advantages: list[Tensor]
     masks: list[Tensor]
     corrections: list[Tensor] | None = None
+    entropies: list[Tensor] | None = None  # None: 0.5 everywhere
     lag: int = 3
+
+    @property
+    def behaviour_entropies(self) -> list[Tensor]:
+        return [torch.full_like(x, 0.5) for x in self.behaviour] if self.entropies is None else self.entropies
 
     @classmethod
     def of_ratios(cls, ratios: Sequence[float], advantages: Sequence[float] | float = 1.0) -> Case:
@@ -53,7 +58,8 @@ class Case:
         behaviour = [-2 * torch.rand(length, generator=generator) for length in lengths]
         logprobs = [b + spread * torch.randn(b.shape, generator=generator) for b in behaviour]
         advantages = [torch.randn(1, generator=generator).expand(length).clone() for length in lengths]
-        return cls(logprobs, behaviour, advantages, masks)
+        entropies = [1.5 * torch.rand(length, generator=generator) for length in lengths]
+        return cls(logprobs, behaviour, advantages, masks, entropies=entropies)
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +79,7 @@ class Case:
             shard=shard,
             global_tokens=self.num_tokens,
             global_sequences=self.num_sequences,
+            behaviour_entropies_T=shard.local([self.behaviour_entropies[i] for i in indices], fill=math.nan),
             lag=self.lag,
             correction_weights_T=None if self.corrections is None else shard.local([self.corrections[i] for i in indices], fill=math.nan),
         )
@@ -95,6 +102,7 @@ class Case:
             logprobs=spoil(self.logprobs),
             behaviour=spoil(self.behaviour),
             advantages=spoil(self.advantages),
+            entropies=spoil(self.behaviour_entropies),
             corrections=None if self.corrections is None else spoil(self.corrections),
         )
 

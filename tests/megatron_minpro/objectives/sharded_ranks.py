@@ -44,6 +44,7 @@ def main() -> None:
                 shard=shard,
                 global_tokens=int(sum(mask.sum() for mask in case["masks"])),
                 global_sequences=sum(bool(mask.any()) for mask in case["masks"]),
+                behaviour_entropies_T=shard.local([case["entropies"][i] for i in indices], fill=math.nan),
                 lag=case["lag"],
                 correction_weights_T=shard.local([case["corrections"][i] for i in indices], fill=math.nan),
             )

@@ -96,9 +96,12 @@ def test_correction_weights_of_one_are_no_correction_bit_for_bit(objective, case
 def test_only_the_policys_own_log_probs_carry_a_gradient(objective, cases) -> None:
     batch, _ = cases.random(2, 0.7).corrected().batch([0, 1, 2, 3, 4, 5])
     statistics = objective.minibatch_statistics(batch) if objective.needs_minibatch_statistics else None
-    fixed = [x.requires_grad_() for x in (batch.behaviour_logprobs_T, batch.advantages_T, batch.correction_weights_T)]
+    fixed = [
+        x.requires_grad_()
+        for x in (batch.behaviour_logprobs_T, batch.advantages_T, batch.correction_weights_T, batch.behaviour_entropies_T)
+    ]
     out = objective(batch, statistics)
-    assert torch.autograd.grad(out.loss, fixed, allow_unused=True, retain_graph=True) == (None, None, None)
+    assert torch.autograd.grad(out.loss, fixed, allow_unused=True, retain_graph=True) == (None,) * 4
     assert not out.weights_T.requires_grad and not any(value.requires_grad for value in out.metrics.values())
 
 
@@ -190,6 +193,7 @@ def tokens(**changed: object) -> dict:
         ({"correction_weights_T": torch.ones(4, dtype=torch.float64)}, r"correction_weights_T must be torch.float32, got torch.float64"),
         ({"correction_weights_T": torch.ones(3)}, r"correction_weights_T must have shape \(4,\).* got \(3,\)"),
         ({"global_tokens": 0}, r"global_tokens must be a whole number of at least 1, got 0"),
+        ({"behaviour_entropies_T": torch.ones(3)}, r"behaviour_entropies_T must have shape \(4,\).* got \(3,\)"),
         ({"lag": -1}, r"lag must be a whole number of at least 0, got -1"),
         ({"global_sequences": 1.5}, r"global_sequences must be a whole number of at least 1, got 1.5"),
     ],
@@ -199,7 +203,7 @@ def test_a_wrong_batch_is_refused_by_name(changed: dict, message: str) -> None:
         TokenBatch(**tokens(**changed))
 
 
-@pytest.mark.parametrize("name", ["logprobs_T", "behaviour_logprobs_T", "advantages_T", "correction_weights_T"])
+@pytest.mark.parametrize("name", ["logprobs_T", "behaviour_logprobs_T", "advantages_T", "correction_weights_T", "behaviour_entropies_T"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_trained_token_that_is_not_finite_is_named(name: str, value: float) -> None:
     x_T = torch.tensor([-1.0, value, value, value])
@@ -226,6 +230,7 @@ def test_a_trained_token_that_is_not_finite_is_named(name: str, value: float) ->
         ("cppo", {"w_min": 1.1}, "w_min must be at most 1, got 1.1"),
         ("sat", {"quantile": 1.5}, "quantile must be at most 1, got 1.5"),
         ("dppo_tv", {"delta_high": 0}, "delta_high must be a finite number above 0, got 0"),
+        ("estr", {"tau": 0}, "tau must be a finite number above 0, got 0"),
         ("drpo", {"epsilon": 0.0}, "epsilon must be a finite number above 0, got 0.0"),
         ("ema_kpo", {"noise_ratio": 0}, "noise_ratio must be a finite number above 0, got 0"),
         ("ctpo", {"max_log_ratio": 30.0}, "max_log_ratio must be at most 20.0, got 30.0"),
@@ -264,6 +269,7 @@ MINPRO_WIDTHS = {"clip_low": 1.0, "clip_high": 4.0}
         ("cppo", {"delta": 0.15, "delta_b": 0.015, "w_min": 0.8} | TOKEN_MEAN),
         ("a3po", {"clip_low": 0.2, "clip_high": 0.2} | TOKEN_MEAN),
         ("sat", {"clip_low": 0.2, "clip_high": 0.2, "quantile": 0.9} | TOKEN_MEAN),
+        ("estr", {"tau": 1.6, "epsilon": 0.01, "clip_low": 0.2, "clip_high": 0.28} | TOKEN_MEAN),
         ("pnpo", {"clip_low": 7e-4, "clip_high": 9.5e-4} | SEQUENCE_MEAN),
         ("vespo", {"power_positive": 2.0, "decay_positive": 3.0, "power_negative": 3.0, "decay_negative": 2.0} | TOKEN_MEAN),
         ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05} | SEQUENCE_MEAN),
@@ -281,3 +287,4 @@ def test_defaults_are_the_published_ones(name: str, defaults: dict) -> None:
 def test_given_options_replace_defaults_and_three_need_the_mini_batch() -> None:
     assert make_objective("minpro", clip_high=3.0).options["clip_high"] == 3.0
     assert [name for name in OBJECTIVES.known if make(name).needs_minibatch_statistics] == ["m2po", "sat", "prefix_filter"]
+    assert [name for name in OBJECTIVES.known if make(name).needs_behaviour_entropies] == ["estr"]

@@ -22,7 +22,7 @@ ROWS = [
 
 
 def test_the_readme_has_a_vector_of_every_objective_but_a_control() -> None:
-    assert len(ROWS) == 23
+    assert len(ROWS) == 24
     assert {call.split()[0] for call, _, _ in ROWS} == set(OBJECTIVES.known) - {"scaled_cispo", "prefix_filter"}
 
 
@@ -37,6 +37,7 @@ def test_golden_vector(call: str, advantage: float, weights: list[float]) -> Non
         shard=SequenceShard.whole([len(weights)]),
         global_tokens=len(weights),
         global_sequences=1,
+        behaviour_entropies_T=torch.full((len(weights),), 0.5),
         lag=3,
     )
     name, *options = call.split()

@@ -15,9 +15,7 @@ from tests.rank_pool import RankPool
 def test_four_ranks_equal_one_for_every_objective(cases, run_objective, ranks: RankPool, tmp_path: Path) -> None:
     # Wide enough to clip, narrow enough that no token of this seed lies on a gate.
     case = cases.random(11, 0.6).corrected()
-    torch.save(
-        {name: getattr(case, name) for name in ("logprobs", "behaviour", "advantages", "masks", "corrections", "lag")}, tmp_path / "case.pt"
-    )
+    torch.save(vars(case), tmp_path / "case.pt")
     ranks.run(Path(__file__).with_name("sharded_ranks.py"), tmp_path, world_size=4)
 
     for cp_size in (4, 2):

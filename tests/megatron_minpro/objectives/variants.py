@@ -17,6 +17,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "topr_token": ("topr", {"level": "token", "positive_low": 0.2, "negative_low": 0.1}),
     "cppo_small_budget": ("cppo", {"delta": 0.05, "delta_b": 0.01, "w_min": 0.5}),
     "sat_median": ("sat", {"quantile": 0.5, "clip_low": 1.0, "clip_high": 2.0}),
+    "estr_strict": ("estr", {"tau": 0.3}),
     "pnpo_wide": ("pnpo", {"clip_low": 0.05, "clip_high": 0.2}),
     "ema_kpo_wide": ("ema_kpo", {"noise_ratio": 0.25, "clip_low": 0.5, "clip_high": 1.0}),
     "drpo_small_epsilon": ("drpo", {"epsilon": 0.2}),
