@@ -225,10 +225,14 @@ def _disk(reports: Reports, job: Job) -> Found:
 
 def _memory(reports: Reports, job: Job) -> Found:
     def line(report: NodeReport) -> str | None:
-        if job.needs is None or report.role == "server" or report.memory_bytes >= job.needs.host:
+        if job.needs is None or report.role == "server":
+            return None
+        kept = job.needs.host_of_first if report.node == next(iter(job.devices)) else 0
+        if report.memory_bytes >= job.needs.host + kept:
             return None
         needed = f"{job.needs.host / GIB:.1f} GiB for its part of a checkpoint that is being written"
-        return f"{report.memory_bytes / GIB:.1f} GiB of host memory, expected {needed}"
+        beside = f" and {kept / GIB:.1f} GiB for the weights that wait there for servers (publish: rolling)" if kept else ""
+        return f"{report.memory_bytes / GIB:.1f} GiB of host memory, expected {needed}{beside}"
 
     return _of_each(reports, line)
 

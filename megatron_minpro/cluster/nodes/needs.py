@@ -1,4 +1,4 @@
-"""What a run needs of its nodes beside GPUs: room for its checkpoints on disk, and for one that is being written in host memory."""
+"""What a run needs of its nodes beside GPUs: room for checkpoints and weights on disk, and for what is kept in host memory."""
 
 from __future__ import annotations
 
@@ -10,24 +10,37 @@ from parallel.planner.shape import ModelShape
 
 GIB = 2**30
 _SLACK = GIB  # of logs, responses, metrics
+_VERSIONS = 2  # of the weights: the one that servers have, and the next one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """Bytes. checkpoint: one of them. num_checkpoints: that must still find room. host: memory of a trainer node beside the processes."""
+    """Bytes.
+
+    checkpoint, weights: one checkpoint, one copy of the model's weights. num_checkpoints, num_copies: of them that must still find room on
+    disk. host: memory of a trainer node beside the processes. host_of_first: what the first one needs beyond that.
+    """
 
     checkpoint: int
     num_checkpoints: int
+    weights: int
+    num_copies: int
     host: int
+    host_of_first: int
 
     @property
     def disk(self) -> int:
-        return self.checkpoint * self.num_checkpoints + _SLACK
+        return self.checkpoint * self.num_checkpoints + self.weights * self.num_copies + _SLACK
 
     @property
     def disk_text(self) -> str:
-        size, each = f"{self.disk / GIB:.1f} GiB", f"{self.checkpoint / GIB:.1f} GiB"
-        return f"{size} for logs and {self.num_checkpoints} more checkpoints of {each} (checkpoint.keep + 1 in all)"
+        checkpoints = f"{self.num_checkpoints} more checkpoints of {_gib(self.checkpoint)} (checkpoint.keep + 1 in all)"
+        copies = f"{self.num_copies} x the weights of {_gib(self.weights)} (the exported policy, weight_sync: disk)"
+        return f"{_gib(self.disk)} for logs, {checkpoints} and {copies}"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
 
 
 def needs_of(config: RunConfig, *, trainers: int) -> Needs:
@@ -40,13 +53,16 @@ def needs_of(config: RunConfig, *, trainers: int) -> Needs:
         ValueError: the model's sizes are not known here.
     """
     shape = shape_of(config)
-    checkpoint = checkpoint_bytes(shape, dtype=config.model.dtype)
+    checkpoint, weights = checkpoint_bytes(shape, dtype=config.model.dtype), weight_bytes(shape, dtype=config.model.dtype)
     present = len([path for path in (config.run_dir / "checkpoints").glob("step_*") if path.is_dir()])
-    kept = weight_bytes(shape, dtype=config.model.dtype) // trainers if _keeps_on_host(config) else 0
+    sync, rolling = config.rollout.weight_sync, config.rollout.publish == "rolling"
     return Needs(
         checkpoint=checkpoint,
         num_checkpoints=max(1, config.checkpoint.keep + 1 - present),
-        host=checkpoint // trainers + kept,
+        weights=weights,
+        num_copies=1 + (_VERSIONS if sync == "disk" else 0),
+        host=checkpoint // trainers + (weights // trainers if _keeps_on_host(config) else 0),
+        host_of_first=_VERSIONS * weights if sync == "collective" and rolling else 0,
     )
 
 

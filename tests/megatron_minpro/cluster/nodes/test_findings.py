@@ -41,7 +41,7 @@ SERVERS = Installation(
     caches=(),
 )
 TRAINERS = replace(SERVERS, role="trainer", environment="/t", engine=Package(version=None, error=None))
-NEEDS = Needs(checkpoint=400 * GIB, num_checkpoints=3, host=200 * GIB)
+NEEDS = Needs(checkpoint=400 * GIB, num_checkpoints=3, weights=60 * GIB, num_copies=1, host=200 * GIB, host_of_first=0)
 
 
 def report_of(node: str) -> NodeReport:
@@ -71,6 +71,17 @@ def judge(changes: dict[str, dict[str, Any] | None], **of_job: Any) -> dict[str,
         reports[node] = None if change is None else replace(report_of(node), **change)
     job = Job(gpus_per_node=8, devices=dict.fromkeys(NODES, 8), needs=NEEDS)
     return problems(reports, replace(job, **of_job))
+
+
+def test_the_node_of_rank_0_keeps_weights_for_the_servers() -> None:
+    little = {"memory_bytes": 250 * GIB}
+    assert judge({"n0": little, "n1": little}) == {}
+    expected = (
+        "expected 200.0 GiB for its part of a checkpoint that is being written and 120.0 GiB for the weights that wait there for servers"
+    )
+    assert judge({"n0": little, "n1": little}, needs=replace(NEEDS, host_of_first=120 * GIB)) == {
+        "n0": [f"250.0 GiB of host memory, {expected} (publish: rolling)"]
+    }
 
 
 def test_nothing_is_wrong_with_equal_nodes() -> None:
@@ -115,8 +126,9 @@ ON_A_TRAINER: dict[str, tuple[dict[str, Any] | None, str]] = {
         "NCCL_NVLS_ENABLE unset, most nodes have 0",
     ),
     "a full disk": (
-        {"free_bytes": 1200 * GIB},
-        "1200.0 GiB free for the run folder, expected 1201.0 GiB for logs and 3 more checkpoints of 400.0 GiB (checkpoint.keep + 1 in all)",
+        {"free_bytes": 1260 * GIB},
+        "1260.0 GiB free for the run folder, expected 1261.0 GiB for logs, 3 more checkpoints of 400.0 GiB (checkpoint.keep + 1 in all) "
+        "and 1 x the weights of 60.0 GiB (the exported policy, weight_sync: disk)",
     ),
     "little host memory": (
         {"memory_bytes": 150 * GIB},
