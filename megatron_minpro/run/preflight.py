@@ -7,7 +7,7 @@ from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
 from checkpoints_convert.hf_config import Architecture, read_architecture
-from megatron_minpro.cluster import checks
+from megatron_minpro.cluster import checks, paths
 from megatron_minpro.config import RunConfig, dump_config
 from megatron_minpro.data.rows import is_file, is_source_of_rows
 from megatron_minpro.loop.stop_time import stop_warning
@@ -137,7 +137,7 @@ def _check_here(config: RunConfig, *, resume: str, capabilities: Capabilities, m
     checks.check_warm_up(config)
     check_plug_ins(config)
     checks.check_key_files(config)
-    checks.check_output_folder(config)
+    paths.check_output_folder(config)
     checks.check_passed_options(config, device=capabilities.device_type)
     architecture = _architecture(config)
     checks.check_architecture(config, architecture)
@@ -164,7 +164,7 @@ def _check_here(config: RunConfig, *, resume: str, capabilities: Capabilities, m
 def _check_elsewhere(config: RunConfig, *, resume: str, capabilities: Capabilities) -> list[str]:
     """Checks what is here of a run for another machine; a line for everything that is not."""
     check_plug_ins(config)
-    checks.check_output_folder(config)
+    paths.check_output_folder(config)
     checks.check_passed_options(config, device=capabilities.device_type)
     check_run_folder(config, resume=resume)
     not_checked = [
@@ -177,7 +177,7 @@ def _check_elsewhere(config: RunConfig, *, resume: str, capabilities: Capabiliti
             not_checked.append(f"{section}.source {prompts.source}: the length of its prompts is not checked without the tokenizer")
         elif is_source_of_rows(prompts.source):
             not_checked.append(f"{section}.source {prompts.source} is not on this machine, so its rows are not checked")
-    not_checked += [f"{name} {path} is not on this machine" for name, path in checks.key_files(config).items() if not Path(path).exists()]
+    not_checked += [f"{name} {path} is not on this machine" for name, path in paths.key_files(config).items() if not Path(path).exists()]
     return not_checked
 
 

@@ -13,14 +13,15 @@ Stage = Literal["device", "sum over gloo", "sum over NCCL", "weight broadcast"]
 class Plan:
     """What all members of the job do together.
 
-    store_address, store_port: where they meet. backend: of the broadcast; with nccl the ranks add up over both. ranks: of the trainer.
-    receivers: GPUs of all servers. members: of this node that take part; further ones have only computed. first: the number of this node's
-    first member, among the ranks or among the receivers.
+    store_address, store_port: where they meet. keeps_store: this node's program keeps the store there. backend: of the broadcast; with
+    nccl the ranks add up over both. ranks: of the trainer. receivers: GPUs of all servers. members: of this node that take part; further
+    ones have only computed. first: the number of this node's first member, among the ranks or among the receivers.
     master_address: of the trainer's first node, for the broadcast. timeout_s: of each stage.
     """
 
     store_address: str
     store_port: int
+    keeps_store: bool
     backend: Literal["gloo", "nccl"]
     ranks: int
     receivers: int

@@ -30,6 +30,7 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.working_folder import child_environment
 from parallel.cuda_environment import cuda_environment
 from rollout import nccl_variables
+from rollout.ports import free_ports
 from rollout.routes import route_to_others
 from rollout.sglang.environment import default_server_python, link_packages, server_environment
 from rollout.trial.events import Plan
@@ -82,7 +83,16 @@ def check_cluster(config: RunConfig, membership: Membership, *, announce: Callab
         meeting = Meeting(membership)
         reach.leave_file(config.run_dir, membership.node)
         trial.wait_for_devices(reports_until - 1.0)
-        report = describe_node(config, membership, trial, route=route, port=listener.port, variables=variables, lacking=lacking)
+        report = describe_node(
+            config,
+            membership,
+            trial,
+            route=route,
+            port=listener.port,
+            store_port=free_ports("0.0.0.0", 1)[0] if first else 0,
+            variables=variables,
+            lacking=lacking,
+        )
 
         reports = _parsed(NodeReport, meeting.all_say("report", to_json(report), until=reports_until))
         present = {node: each for node, each in reports.items() if each is not None}
@@ -97,7 +107,7 @@ def check_cluster(config: RunConfig, membership: Membership, *, announce: Callab
             found = findings.trial_faults(_parsed(TrialReport, told))
         if first:
             _write(config.run_dir / REPORT_FILE, reports, found)
-        meeting.leave(among=set(present), until=time.monotonic())
+        meeting.leave(until=time.monotonic())
         if first:
             reach.remove_files(config.run_dir)
             for line in _summary(reports, found):
@@ -143,7 +153,8 @@ def _plan(config: RunConfig, membership: Membership, devices: Mapping[str, int],
     master = reports[membership.nodes[0]]
     return Plan(
         store_address=master.address,
-        store_port=membership.port,
+        store_port=master.store_port,
+        keeps_store=membership.index == 0,
         backend="nccl" if membership.gpus_per_node else "gloo",
         ranks=config.world_size,
         receivers=sum(count for other, count in devices.items() if roles[other] == "server"),

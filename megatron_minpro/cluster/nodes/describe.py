@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from megatron_minpro.cluster.checks import missing_paths
 from megatron_minpro.cluster.facts import REQUIRED, distribution_version
 from megatron_minpro.cluster.nodes.membership import Membership
 from megatron_minpro.cluster.nodes.report import NodeReport
 from megatron_minpro.cluster.nodes.trial import NodeTrial
+from megatron_minpro.cluster.paths import missing_paths
 from megatron_minpro.config import RunConfig
 from rollout.ports import check_port_free
 from rollout.routes import Route
@@ -27,6 +27,7 @@ def describe_node(
     *,
     route: Route,
     port: int,
+    store_port: int,
     variables: Mapping[str, str],
     lacking: Sequence[str],
 ) -> NodeReport:
@@ -37,6 +38,7 @@ def describe_node(
         trial: its processes; they have computed.
         route: to the others.
         port: where they can try to reach it.
+        store_port: where the members of all nodes will meet, if that is on this node.
         variables: of the role's processes.
         lacking: what is known to be missing already.
     """
@@ -54,6 +56,7 @@ def describe_node(
         address=route.address,
         interface=route.interface,
         port=port,
+        store_port=store_port,
         means={other: _address_of(other) for other in membership.nodes},
         interfaces=tuple(psutil.net_if_addrs()),
         installation=installation,

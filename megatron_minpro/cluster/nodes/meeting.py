@@ -1,67 +1,125 @@
-"""How the nodes of a job talk before there is anything else: a TCP store on the first node, in which each says something to all."""
+"""How the nodes of a job talk before there is anything else: each says something to the first node, and hears what all have said.
+
+Over plain TCP, without torch: importing that would take most of the time of a preflight.
+"""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
+import socket
+import threading
 import time
-
-import torch.distributed as dist
 
 from megatron_minpro.cluster.nodes.membership import Membership
 
 _POLL_S = 0.1
+_CONNECT_S = 5.0
 _GRACE_S = 10.0  # the others wait a little longer than the first node, which says who was silent
 
 
 class Meeting:
-    """Made on every node at once; the first one keeps the store."""
+    """Made on every node at once. The first one listens; each of the others comes with one line of JSON and waits for another."""
 
     def __init__(self, membership: Membership) -> None:
-        """Raises TimeoutError when the first node cannot be reached."""
+        """Raises ValueError when the first node's port is not free."""
         self._membership = membership
         self._first = membership.index == 0
-        address = "0.0.0.0" if self._first else membership.nodes[0]
-        timeout = datetime.timedelta(seconds=membership.timeout_s)
-        try:
-            self._store = dist.TCPStore(address, membership.port, is_master=self._first, wait_for_workers=False, timeout=timeout)
-        except dist.DistError as error:
-            reason = str(error).splitlines()[0][:200]
-            raise TimeoutError(f"preflight: {membership.node} cannot reach {address}, port {membership.port}: {reason}") from error
+        self._changed = threading.Condition()
+        self._said: dict[str, dict[str, str]] = {}  # what -> node -> text
+        self._told: dict[str, str] = {}  # what -> the answer to all
+        self._answering = 0  # nodes that have come and not yet been answered
+        if self._first:
+            self._listener = self._listen()
+            threading.Thread(target=self._accept, daemon=True).start()
 
     def all_say(self, what: str, text: str, *, until: float) -> dict[str, str | None]:
         """What every node said; None for those that were silent until `until` (time.monotonic). The same on all nodes.
 
         Raises:
-            TimeoutError: the first node fell silent.
+            TimeoutError: the first node cannot be reached, or fell silent.
         """
-        self._store.set(f"{what}/{self._membership.node}", text)
-        if self._first:
-            said = self._collect(what, until)
-            self._store.set(f"{what}/all", json.dumps(said))
-            return said
-        while not self._store.check([f"{what}/all"]):
-            if time.monotonic() > until + _GRACE_S:
-                raise TimeoutError(f"preflight: {self._membership.nodes[0]} fell silent: no {what} of all nodes came in time")
-            time.sleep(_POLL_S)
-        told: dict[str, str | None] = json.loads(self._store.get(f"{what}/all").decode())
+        told: dict[str, str | None] = json.loads(self._collect(what, text, until) if self._first else self._ask(what, text, until))
         return told
 
-    def leave(self, *, among: set[str], until: float) -> None:
-        """The store ends with the first node's process: it waits until those `among` the nodes have said that they need it no more."""
-        self._store.set(f"left/{self._membership.node}", "1")
-        while self._first and time.monotonic() < until + _GRACE_S:
-            if all(self._store.check([f"left/{node}"]) for node in among):
-                return
-            time.sleep(_POLL_S)
+    def leave(self, *, until: float) -> None:
+        """The first node waits until all who have come are answered, at most a little beyond `until`: its process may end now."""
+        if self._first:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._answering, max(0.0, until + _GRACE_S - time.monotonic()))
+            self._listener.close()
 
-    def _collect(self, what: str, until: float) -> dict[str, str | None]:
-        said: dict[str, str | None] = dict.fromkeys(self._membership.nodes)
-        while None in said.values():
-            for node, each in said.items():
-                if each is None and self._store.check([f"{what}/{node}"]):
-                    said[node] = self._store.get(f"{what}/{node}").decode()
-            if time.monotonic() > until:
-                break
+    # -- the first node -----------------------------------------------------------------------------------------------
+
+    def _listen(self) -> socket.socket:
+        both = socket.has_dualstack_ipv6()
+        family, port = socket.AF_INET6 if both else socket.AF_INET, self._membership.port
+        try:
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=len(self._membership.nodes))
+        except OSError as error:
+            reason = str(error.strerror).partition(" (while ")[0]  # without the address, which is said here
+            raise ValueError(f"--port: {port} on {self._membership.node} cannot be used ({reason}); expected a free port") from error
+
+    def _collect(self, what: str, text: str, until: float) -> str:
+        nodes = self._membership.nodes
+        with self._changed:
+            said = self._said.setdefault(what, {})
+            said[self._membership.node] = text
+            self._changed.wait_for(lambda: said.keys() >= set(nodes), max(0.0, until - time.monotonic()))
+            self._told[what] = json.dumps({node: said.get(node) for node in nodes})
+            self._changed.notify_all()
+            return self._told[what]
+
+    def _accept(self) -> None:
+        try:
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+        except OSError:  # closed
+            return
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, connection.makefile(encoding="utf-8") as lines:
+            try:
+                line = json.loads(lines.readline())
+                what, node, text = str(line["what"]), str(line["node"]), str(line["text"])
+            except (OSError, ValueError, KeyError, TypeError):  # none of ours
+                return
+            with self._changed:
+                self._answering += 1
+                self._said.setdefault(what, {})[node] = text
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: what in self._told)
+            with contextlib.suppress(OSError):  # it has given up
+                connection.sendall(self._told[what].encode() + b"\n")
+            with self._changed:
+                self._answering -= 1
+                self._changed.notify_all()
+
+    # -- the others ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, what: str, text: str, until: float) -> str:
+        first = self._membership.nodes[0]
+        line = json.dumps({"what": what, "node": self._membership.node, "text": text})
+        with self._connect(until) as connection, connection.makefile(encoding="utf-8") as lines:
+            connection.settimeout(max(_POLL_S, until + _GRACE_S - time.monotonic()))
+            try:
+                connection.sendall(line.encode() + b"\n")
+                told = lines.readline()
+            except OSError:
+                told = ""
+        if not told:
+            raise TimeoutError(f"preflight: {first} fell silent: no {what} of all nodes came in time")
+        return told
+
+    def _connect(self, until: float) -> socket.socket:
+        """The first node may begin later than this one."""
+        where = (self._membership.nodes[0], self._membership.port)
+        while True:
+            try:
+                return socket.create_connection(where, timeout=_CONNECT_S)
+            except OSError as error:
+                if time.monotonic() > until:
+                    reason = error.strerror or error
+                    raise TimeoutError(f"preflight: {self._membership.node} cannot reach {where[0]}, port {where[1]}: {reason}") from error
             time.sleep(_POLL_S)
-        return said

@@ -17,11 +17,11 @@ Report = TypeVar("Report")
 class NodeReport:
     """One node's facts.
 
-    device_faults: why small computations on its devices failed. address, interface: from which it reaches the others. port: where it can be
-    tried. means: node -> address that the name means on it. interfaces: of this machine. installation: of its role; None when that could
-    not be described. variables: of NCCL and gloo, as the role's processes get them. versions: of packages. ports_in_use: that
-    its servers need. free_bytes: where the run folder lies. memory_bytes: of host memory, available. missing: what the run needs and it
-    lacks.
+    device_faults: why small computations on its devices failed. address, interface: from which it reaches the others. port: where it can
+    be tried. store_port: the first node's, where all members of the trial meet. means: node -> address that the name means on it.
+    interfaces: of this machine. installation: of its role; None when that could not be described. variables: of NCCL and gloo, as the
+    role's processes get them. versions: of packages. ports_in_use: that its servers need. free_bytes: where the run folder lies.
+    memory_bytes: of host memory, available. missing: what the run needs and it lacks.
     """
 
     node: str
@@ -31,6 +31,7 @@ class NodeReport:
     address: str = "127.0.0.1"
     interface: str = "lo"
     port: int = 0
+    store_port: int = 0
     means: dict[str, str] = field(default_factory=dict)
     interfaces: tuple[str, ...] = ()
     installation: Installation | None = None

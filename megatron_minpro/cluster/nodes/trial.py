@@ -94,8 +94,9 @@ class NodeTrial:
             self._process.stdin.flush()
         except BrokenPipeError:
             return [self._end()]
-        self._wait(lambda: self._process.poll() is not None, until)
-        self._reader.join(max(0.0, min(1.0, until - time.monotonic())))
+        self._wait(lambda: self._exit_code is not None, until)
+        if self._process.poll() is not None:
+            self._reader.join(max(0.0, min(1.0, until - time.monotonic())))
         kind = "rank" if self._role == "trainer" else "server GPU"
         wanted = {member: self._stages(plan, plan.first + member) for member in range(plan.members)}
         return self._faults(wanted, label=lambda member: f"{kind} {plan.first + member}")
@@ -111,7 +112,7 @@ class NodeTrial:
         return wanted
 
     def _faults(self, wanted: Mapping[int, Sequence[Stage]], *, label: Callable[[int], str]) -> list[str]:
-        ended = self._end() if self._process.poll() not in (None, 0) else None
+        ended = self._end() if self._exit_code not in (None, 0) else None
         return stages.faults(self._events(), wanted=wanted, label=label, program_ended=ended)
 
     def _events(self) -> list[Event]:
@@ -123,8 +124,14 @@ class NodeTrial:
     def _end(self) -> str:
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").strip().splitlines()
-        code, reason = self._process.returncode, (words or ["no message"])[-1][:300]
-        return f"the Python of its {self._role} environment ended with exit code {code}: {reason}"
+        reason = (words or ["no message"])[-1][:300]
+        return f"the Python of its {self._role} environment ended with exit code {self._exit_code}: {reason}"
+
+    @property
+    def _exit_code(self) -> int | None:
+        """Of the program, which stays after its members have ended, and says how; None before."""
+        over = next((line for line in list(self._lines) if line.startswith('{"over"')), None)
+        return self._process.poll() if over is None else int(json.loads(over)["over"])
 
     def _read(self) -> None:
         assert self._process.stdout is not None

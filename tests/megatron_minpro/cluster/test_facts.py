@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_minpro.cluster.checks import missing_paths
+from megatron_minpro.cluster.paths import missing_paths
 from megatron_minpro.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -63,6 +63,12 @@ def test_fit_nodes_add_up_broadcast_and_leave_a_report(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
 
 
+def test_a_node_imports_no_torch_to_look_at_itself() -> None:
+    """Its processes do, in the environment of their role. A second import would take most of the time of a preflight."""
+    program = "import sys, megatron_minpro.cluster.nodes.check; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 @pytest.mark.ranks
 def test_every_node_names_those_that_are_unfit(tmp_path: Path) -> None:
     python = tmp_path / "python"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import signal
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch.distributed as dist
 
 from megatron_minpro.cluster.nodes.trial import NodeTrial
 from rollout.ports import free_ports
@@ -28,7 +26,6 @@ def test_a_rank_that_hangs_is_named_and_its_node_told_apart() -> None:
         return NodeTrial(python=Path(sys.executable), environment=ENVIRONMENT, role="trainer", members=2, import_engine=False)
 
     [port] = free_ports("127.0.0.1", 1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
     with start() as one, start() as other, ThreadPoolExecutor() as threads:
         for trial in (one, other):
             trial.wait_for_devices(time.monotonic() + 300)
@@ -40,6 +37,7 @@ def test_a_rank_that_hangs_is_named_and_its_node_told_apart() -> None:
             plan = Plan(
                 store_address="127.0.0.1",
                 store_port=port,
+                keeps_store=first == 0,
                 backend="gloo",
                 ranks=4,
                 receivers=0,
@@ -55,4 +53,3 @@ def test_a_rank_that_hangs_is_named_and_its_node_told_apart() -> None:
         [line] = of_one.result()
         assert line.startswith("rank 0, rank 1: a sum over all ranks with gloo")
     assert psutil.wait_procs([last], timeout=60)[1] == []  # a stopped process too
-    del store
