@@ -78,20 +78,9 @@ step_error() {
   grep --no-filename --max-count=1 '^minpro: error: ' "$logs"*.log | head -n 1 || echo "$1 failed, see $logs*"
 }
 
-# wait_for_files PID SECONDS FILE...: until all files exist. When the process ends first, or time is up, `missing` says so and it returns 1.
-# shellcheck disable=SC2034  # the caller reads `missing`
-wait_for_files() {
-  local pid="$1" deadline=$((SECONDS + $2)) file
-  shift 2
-  for file in "$@"; do
-    until [[ -e "$file" ]]; do
-      missing="the step that should write $file has ended"
-      kill -0 "$pid" 2>/dev/null || return 1
-      missing="no $file in time"
-      ((SECONDS < deadline)) || return 1
-      sleep 1
-    done
-  done
+all_exist() {
+  local file
+  for file in "$@"; do [[ -e $file ]] || return 1; done
 }
 
 # ended STEP EXIT_CODE [REASON]: the attempt is over. Asks what follows and does it; returns only when the run is complete.

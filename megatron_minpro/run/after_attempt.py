@@ -87,7 +87,7 @@ def end_attempt(run_dir: Path, *, job: str, step: str, exit_code: int, max_reque
     attempts = read_attempts(run_dir, job=job)
     if not attempts or attempts[-1].outcome is not None:
         raise ValueError(f"{run_dir / ATTEMPTS_FILE}: holds no attempt of job {job} that has not ended")
-    ended = replace(attempts[-1], ended=newest_place(run_dir), outcome=_outcome(run_dir, exit_code), step=step, exit_code=exit_code)
+    ended = replace(attempts[-1], ended=newest_place(run_dir), outcome=_outcome(run_dir, step, exit_code), step=step, exit_code=exit_code)
     decision = decide([*attempts[:-1], ended], max_requeues=max_requeues)
     try:
         record_end(run_dir, ended, job=job, reason=reason, then=str(decision))
@@ -96,12 +96,13 @@ def end_attempt(run_dir: Path, *, job: str, step: str, exit_code: int, max_reque
     return decision
 
 
-def _outcome(run_dir: Path, exit_code: int) -> Outcome:
-    """result.json is written by ranks that end well."""
+def _outcome(run_dir: Path, step: str, exit_code: int) -> Outcome:
+    """result.json is written by ranks that end well. They may complete a run whose servers have ended: the last batches need none."""
     result = run_dir / RESULT_FILE
-    if exit_code or not result.exists():
-        return "failed"
-    return "complete" if json.loads(result.read_text(encoding="utf-8"))["complete"] else "stopped"
+    complete = json.loads(result.read_text(encoding="utf-8"))["complete"] if result.exists() else None
+    if complete and (step == "serve" or not exit_code):
+        return "complete"
+    return "failed" if exit_code or complete is None else "stopped"
 
 
 def main(arguments: Sequence[str]) -> None:

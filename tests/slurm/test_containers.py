@@ -36,7 +36,10 @@ MINPRO = """#!/usr/bin/env bash
 echo "minpro $*" >>"$STEPS.commands"
 case "$1" in
   train) echo '{"job": "7", "attempt": 0, "event": "began", "checkpoint": "", "policy_version": 0}' >"$RUN_DIR/attempts.jsonl" ;;
-  serve) mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json" && exec sleep 600 ;;
+  serve)
+    mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json"
+    [[ -n ${SERVERS_END:-} ]] || exec sleep 600
+    until [[ -e $RUN_DIR/endpoints.json ]]; do sleep 0.1; done ;;
   evaluate) mkdir -p "$RUN_DIR/evaluation/tables" && touch "$RUN_DIR"/evaluation/tables/{scores,pass_at_k}.md ;;
 esac
 echo "minpro $1"
@@ -44,7 +47,9 @@ echo "minpro $1"
 TORCHRUN = """#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || exit 97
 echo "torchrun $*" >>"$STEPS.commands"
-echo '{"complete": true}' >"$RUN_DIR/result.json"
+[[ $* != *run.rank* ]] || until [[ -e $RUN_DIR/endpoints.json ]]; do sleep 0.1; done
+[[ -z ${SERVERS_END:-} ]] || until [[ -e $RUN_DIR/stop ]]; do sleep 0.1; done
+echo "{\\"complete\\": ${COMPLETE:-true}}" >"$RUN_DIR/result.json"
 """
 PYTHON = f"""#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || {{ echo "Python runs in the $PLACE" >&2; exit 97; }}
@@ -115,7 +120,7 @@ def test_everything_of_ours_runs_in_the_container(folder: Path, script: str) -> 
 def test_without_a_container_the_script_s_own_commands_cost_no_step(folder: Path) -> None:
     done, steps = run(folder, "qwen3_30b_a3b", ALLOWED="node")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert steps == [f"run/logs/{name}-0-%N.log node" for name in ("preflight", "serve", "train")]
+    assert steps[:1] + sorted(steps[1:]) == [f"run/logs/{name}-0-%N.log node" for name in ("preflight", "serve", "train")]
 
 
 def test_a_command_of_ours_on_a_node_without_python_ends_the_job(folder: Path) -> None:
@@ -131,9 +136,9 @@ def test_whole_nodes_without_a_count_of_gpus_are_asked(folder: Path, shown: str,
     variables = {"GPUS_PER_NODE": named} if named else {}
     done, _ = run(folder, "qwen3_30b_a3b", unset="SLURM_GPUS_ON_NODE", ALLOWED="node", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    train, doctor, *_, ranks, _ = (folder / "steps.commands").read_text().splitlines()
+    train, doctor, *started, _ = (folder / "steps.commands").read_text().splitlines()
     assert f"world_size={expected} " in train and f"--gpus {expected} " in doctor
-    assert ranks.startswith("torchrun") and f"--nproc-per-node={expected} " in ranks
+    assert [f"--nproc-per-node={expected} " in line for line in started if line.startswith("torchrun")] == [True]
 
 
 def test_whole_nodes_whose_gpus_cannot_be_counted_end_the_job(folder: Path) -> None:
@@ -148,9 +153,17 @@ def test_the_servers_addresses_are_json_without_a_python(folder: Path) -> None:
     assert (folder / "run" / "endpoints.json").read_text() == '["http://127.0.0.2:21007","http://127.0.0.2:21008"]\n'
 
 
+def test_a_run_whose_servers_have_all_ended_stops_at_once(folder: Path) -> None:
+    """It saves what it has. That counts as a failure, unless what was left to train needed no server."""
+    done, _ = run(folder, "qwen3_30b_a3b", ALLOWED="node", SERVERS_END="yes", COMPLETE="false")
+    why = "the servers of all nodes have ended: serve failed, see run/logs/serve-0-*; the first failure without a new checkpoint"
+    assert f"{why} since the beginning; requeued" in done.stdout
+    done, _ = run(folder, "qwen3_30b_a3b", ALLOWED="node", SERVERS_END="yes")
+    assert done.returncode == 0 and done.stdout.endswith("complete\n")
+
+
 def test_a_requeue_that_slurm_refuses_fails_the_job(folder: Path) -> None:
     """Jobs that wait for its success must not begin. This scontrol refuses."""
-    (folder / ".venv/bin/torchrun").write_text('#!/bin/sh\necho \'{"complete": false}\' >"$RUN_DIR/result.json"\n')
-    done, _ = run(folder, "qwen3_30b_a3b", ALLOWED="node")
+    done, _ = run(folder, "qwen3_30b_a3b", ALLOWED="node", COMPLETE="false")
     assert done.returncode == 1
     assert "stopped with a checkpoint; requeued" in done.stdout and "Slurm does not requeue it" in done.stderr

@@ -97,6 +97,14 @@ def test_ranks_that_end_well_without_a_result_have_failed(tmp_path: Path) -> Non
     assert decision.action == "requeue" and "the first failure" in decision.why
 
 
+@pytest.mark.parametrize(("complete", "action"), [("true", "complete all batches"), ("false", "requeue the first failure")])
+def test_servers_that_end_fail_a_run_that_still_needs_them(tmp_path: Path, complete: str, action: str) -> None:
+    record_beginning(tmp_path, job="7", number=0, checkpoint=None)
+    (tmp_path / "result.json").write_text(f'{{"complete": {complete}}}')  # of ranks that were told to stop
+    decision = end_attempt(tmp_path, job="7", step="serve", exit_code=1, max_requeues=20, reason="")
+    assert str(decision).startswith(action)
+
+
 def test_an_end_without_a_beginning_is_no_answer(tmp_path: Path) -> None:
     record_beginning(tmp_path, job="7", number=0, checkpoint=None)
     with pytest.raises(ValueError, match=r"attempts.jsonl: holds no attempt of job 8 that has not ended"):
