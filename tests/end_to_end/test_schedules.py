@@ -76,19 +76,28 @@ def waited_less(row: dict[str, Any]) -> bool:
     return "time/sample" in row and row["time/wait"] < row["time/sample"]
 
 
-def test_overlapped_equals_serial_with_dynamic_sampling_and_replay(
+def test_an_interrupted_run_with_dynamic_sampling_and_replay_equals_serial(
     minpro: Callable[..., Command], short_run_settings: list[str], two_servers: TwoServers
 ) -> None:
     changes = [
         *("staleness=3", "num_global_steps=4", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
         *("rollout.dynamic_sampling={equal: reward, max_rounds: 2}", "actor.routing_replay=trainer", *two_servers.settings(1)),
     ]
-    runs = [train(minpro, short_run_settings, f"{schedule}_n3", *changes, f"schedule={schedule}") for schedule in ("overlapped", "serial")]
-    assert_equal_runs(*runs)
-    rows = [row for row in metrics_of(runs[0]) if "routing/missing" in row]
+    serial = train(minpro, short_run_settings, "serial_n3", *changes, "schedule=serial")
+    overlapped = serial.with_name("overlapped_n3")
+    first = minpro("train", *short_run_settings, "name=overlapped_n3", *changes, "schedule=overlapped")
+    wait_for(lambda: len(metrics_of(overlapped)) >= 3, first)
+    interrupt(first)
+    code, _, err = first.wait()
+    assert code == 1 and err.strip().splitlines()[-1].startswith("minpro: stopped after"), err
+    latest = overlapped / "checkpoints" / (overlapped / "checkpoints/latest").read_text()
+    assert list((latest / "routing").iterdir()), "batches wait in it, with their experts"
+    train(minpro, short_run_settings, "overlapped_n3", *changes, "schedule=overlapped")
+    assert_equal_runs(serial, overlapped)
+    rows = [row for row in metrics_of(overlapped) if "routing/missing" in row]
     assert len(rows) == 4 and {row["routing/missing"] for row in rows} == {0.0}
     assert rows[0]["routing/differing_lag_min"] == 0.0 < rows[-1]["routing/differing_lag_max"] < 0.5  # the routers have moved
-    assert all(list((run / "routing").iterdir()) == [] for run in runs)
+    assert all(list((run / "routing").iterdir()) == [] for run in (serial, overlapped))
 
 
 def test_servers_return_the_experts_that_the_trainer_would_choose(on_two_servers: tuple[list[str], Path]) -> None:
