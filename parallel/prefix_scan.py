@@ -326,7 +326,7 @@ def _running_decayed_sum(shard: SequenceShard, x_T: Tensor, mask_T: Tensor, deca
     It never divides by a power of the decay, which would overflow after some thousand tokens.
     """
     y_T = torch.where(mask_T, x_T, 0.0).double()
-    factor_T = torch.where(mask_T, decay, 1.0).double()
+    factor_T = torch.ones_like(y_T).masked_fill(mask_T, decay)  # float64: torch.where of two numbers rounds them to fp32
     factor_T.index_fill_(0, shard.chunk_starts[:-1], 0.0)  # nothing comes from before a chunk
     joined = 1
     while joined < max(shard.padded_lengths, default=0) // shard.num_chunks:

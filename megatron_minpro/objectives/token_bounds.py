@@ -9,7 +9,6 @@ Shapes: T local packed tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -24,8 +23,6 @@ from parallel.prefix_scan import Request
 Bounds = tuple[Tensor, Tensor]
 # (log ratios without gradient [T], answers of the scan) -> bounds
 BoundsRule = Callable[[Tensor, Scanned], Bounds]
-
-_EXPM1_IS_FINITE = math.log(torch.finfo(torch.float64).max) - 1
 
 
 def clip_by(batch: TokenBatch, rule: BoundsRule, *requests: Request, aggregation: str, aggregation_length: int | None) -> ObjectiveOutput:
@@ -62,7 +59,7 @@ def total_variation_bounds(batch: TokenBatch, below: float | Float[Tensor, " T"]
 
 def total_variation(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """|pi - pi_old| of the sampled token, the total variation of the two-way choice "this token or another": fp32 [T], 0 if masked."""
-    probability_T = trained(batch, batch.behaviour_logprobs_T).detach().double().exp()
-    # expm1, as the difference of two probabilities near 1 has lost its digits. Probabilities differ by at most 1.
-    moved_T = probability_T * torch.expm1(log_ratio_T.detach().double().clamp(max=_EXPM1_IS_FINITE))
-    return trained(batch, moved_T.abs().clamp(max=1.0).float())
+    larger_T = trained(batch, torch.maximum(batch.behaviour_logprobs_T, batch.logprobs_T).detach()).double().exp()
+    # expm1, as the difference of two probabilities near 1 has lost its digits; of the larger one, as the other may underflow.
+    moved_T = -larger_T * torch.expm1(-log_ratio_T.detach().double().abs())
+    return trained(batch, moved_T.clamp(max=1.0).float())  # rounding may give log p > 0

@@ -182,6 +182,20 @@ def test_a_decay_of_long_sequences_neither_overflows_nor_leaks() -> None:
     assert y_T[19_999] == pytest.approx(1 / 0.9) and y_T[-3:].tolist() == pytest.approx([1.0, 0.1, 2.01])
 
 
+@pytest.mark.parametrize("cp_size", [1, 4])
+def test_a_slow_decay_keeps_its_digits_over_thousands_of_tokens(cp_size: int) -> None:
+    """y of ones tends to 1 / (1 - decay), here 100,000; a decay rounded to fp32 is 0.002 % off after 3,000 tokens."""
+    shards = [SequenceShard.zigzag([3000], rank, cp_size, None) for rank in range(cp_size)]
+    requests = [[PrefixDecayedSum(x_T, x_T == 1, decay=0.99999)] for x_T in (shard.local([torch.ones(3000)], fill=0.0) for shard in shards)]
+    local = [local_scan(shard, request) for shard, request in zip(shards, requests, strict=True)]
+    summaries = torch.stack([one.summary for (one,) in local])
+    chunks = in_sequence_order(summaries) if cp_size > 1 else summaries[0]
+    answers = [fold(shard, request, one, chunks)[0] for shard, request, one in zip(shards, requests, local, strict=True)]
+    expected = (1 - 0.99999 ** torch.arange(1, 3001, dtype=torch.float64)) / (1 - 0.99999)
+    # The chunks' totals and the answer are rounded to fp32.
+    torch.testing.assert_close(shards[0].join(answers)[0].double(), expected, rtol=2**-22, atol=0)
+
+
 def test_infinity_at_an_unmasked_token_stays_in_its_sequence() -> None:
     x_T = torch.tensor([math.inf, 1.0, 2.0, 3.0])
     ones_T = torch.ones(4, dtype=torch.bool)

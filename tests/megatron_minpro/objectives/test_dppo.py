@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megatron_minpro.objectives import make_objective
+from megatron_minpro.objectives.ratios import log_ratio
+from megatron_minpro.objectives.token_bounds import total_variation
 
 OLD, NEW = [0.5, 0.2, 0.02, 0.6, 0.1, 0.9], [0.8, 0.1, 0.06, 0.35, 0.35, 0.45]
 
@@ -65,3 +67,12 @@ def test_a_move_between_two_probabilities_near_one_is_seen(cases, run_objective)
     case.behaviour[0][0], case.logprobs[0][0] = math.log1p(-3e-6), math.log1p(-1e-6)
     for delta, kept in ((1.9e-6, False), (2.1e-6, True)):
         assert bool(run_objective(make_objective("dppo_tv", delta_high=delta), case).weights[0][0] > 0) == kept
+
+
+def test_the_total_variation_of_a_probability_that_underflows(cases) -> None:
+    """e^-800 is 0 in float64. From there to 1/2 and back the probability moves by 1/2."""
+    case = cases.of_probabilities([0.5] * 4, [0.5] * 4)
+    case.behaviour[0][0] = case.logprobs[0][1] = case.behaviour[0][2] = -800.0
+    case.logprobs[0][2] = -790.0
+    batch, _ = case.batch([0])
+    assert total_variation(batch, log_ratio(batch)).tolist() == pytest.approx([0.5, 0.5, 0.0, 0.0])
