@@ -298,6 +298,7 @@ class SlurmCluster:
             time.sleep(0.3)
 
 
+# SchedulerParameters: nothing waits for more jobs to come, nor for the next look at the queue.
 # config_overrides: believe the CPUs and memory written here, whatever this machine has. cred_expire: how long a requeued job waits before
 # it may start again. preempt_send_user_signal: a preempted job gets the signal it asked for, then GraceTime.
 _SLURM_CONF = """\
@@ -320,7 +321,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=2
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 EnforcePartLimits=ALL

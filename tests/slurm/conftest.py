@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,8 +55,42 @@ def started_cluster(*, num_nodes: int, gpus_per_node: int, namespaces: bool) -> 
         shutil.rmtree(folder)
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system in memory, of its own."""
+
+    folder: Path
+    size: int = 1500 << 20  # the preflight wants a GiB
+
+    def mount(self) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", self.folder], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+    @contextmanager
+    def almost_full(self, *, free: int) -> Iterator[None]:
+        """Inside the block no more than `free` bytes are free, on all nodes."""
+        self._resize(shutil.disk_usage(self.folder).used + free)
+        yield
+        self._resize(self.size)
+
+    def _resize(self, size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[SlurmCluster]:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    """Mounted before the cluster starts: each of its nodes has a view of its own of what is mounted."""
+    need_slurm()
+    made = Disk(tmp_path_factory.mktemp("slurm_disk"))
+    made.mount()
+    yield made
+    made.unmount()
+
+
+@pytest.fixture(scope="session")
+def cluster(disk: Disk) -> Iterator[SlurmCluster]:
     """Four nodes of two (fake) GPUs each, with networks of their own."""
     with started_cluster(num_nodes=4, gpus_per_node=2, namespaces=True) as running:
         yield running
@@ -83,16 +118,18 @@ def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jobs:
-    """Submits the production script with the tiny configuration: two nodes train (two ranks each), two serve (one server each)."""
+    """Submits the production script with the tiny configuration: two nodes train (one rank each), two serve (one server each)."""
 
     cluster: SlurmCluster
     folder: Path
+    disk: Disk
     base_model: Path
     numbers: dict[str, int] = field(default_factory=dict)  # of the jobs submitted, by name
 
     def submit(self, name: str, *settings: str, options: tuple[str, ...] = (), **environment: str) -> int:
         """environment: the script's variables that are not as the tests usually have them."""
-        usual = {"CONFIG": "configs/tiny_moe_cpu.yaml", "RUN_DIR": str(self.run_dir(name)), "SERVERS_PER_NODE": "1", "GPUS_SEEN": "0"}
+        usual = {"CONFIG": "configs/tiny_moe_cpu.yaml", "RUN_DIR": str(self.run_dir(name))}
+        usual |= {"GPUS_PER_NODE": "1", "SERVERS_PER_NODE": "1", "GPUS_SEEN": "0"}
         self.numbers[name] = self.cluster.submit(
             "--gpus-per-node=2",
             f"--output={self.folder}/{name}.out",
@@ -100,6 +137,7 @@ class Jobs:
             SCRIPT,
             *SETTINGS,
             f"model.path={self.base_model}",
+            "model.warm_up=null",
             *settings,
             cwd=ROOT,
             environment={"OMP_NUM_THREADS": "1", **usual, **environment},
@@ -107,7 +145,8 @@ class Jobs:
         return self.numbers[name]
 
     def run_dir(self, name: str) -> Path:
-        return self.folder / name
+        """Of the disturbed job: on a disk that can be full."""
+        return (self.disk.folder if name == "disturbed" else self.folder) / name
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         return metrics_of(self.run_dir(name))
@@ -128,7 +167,7 @@ class Jobs:
 
     def kill_ranks(self, index: int) -> bool:
         """Those of one node, with their torchrun. False where there is none yet."""
-        found = self.processes_on(index, "megatron_minpro.run.rank")
+        found = [process for process in self.processes_on(index, "-m megatron_minpro.run.rank") if process.name() not in ("bash", "srun")]
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -152,9 +191,9 @@ class Jobs:
 
 
 @pytest.fixture(scope="session")
-def jobs(cluster: SlurmCluster, small_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def jobs(cluster: SlurmCluster, disk: Disk, small_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """The way to submit jobs."""
-    return Jobs(cluster=cluster, folder=tmp_path_factory.mktemp("slurm_jobs"), base_model=small_base_model)
+    return Jobs(cluster=cluster, folder=tmp_path_factory.mktemp("slurm_jobs"), disk=disk, base_model=small_base_model)
 
 
 @pytest.fixture(scope="session")

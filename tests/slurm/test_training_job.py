@@ -57,8 +57,14 @@ def test_it_trains_on_four_nodes(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbed:
-    """What was seen of one job. It lost a server, a rank, a serving node, came near its time limit, made way for another, lost a node."""
+    """What was seen of one job.
 
+    One of its servers hung, its disk was full, it lost a rank and a serving node, came near its time limit, made way for another job and
+    lost a node.
+    """
+
+    said_by_the_servers: str
+    said_by_the_ranks: str
     saved_before_the_failure: int
     restarts_before_the_failure: int
     said_at_the_failure: str
@@ -80,6 +86,8 @@ class Disturbed:
     logs: set[str]
 
 
+# Of a hang: a step of sampling or of a weight update takes a tenth of a second here.
+TIME_LIMITS = ("rollout.weight_sync_timeout_s=8", "rollout.progress_timeout_s=12")
 ONE_SERVER, TWO_SERVERS = (1, 1), (2, 0)  # those that gave responses, those that gave no answer
 
 
@@ -149,17 +157,26 @@ def progress(jobs: Jobs, name: str) -> Progress:
 def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
     """One job for all these tests: a job spends most of its time in starting."""
     name = "disturbed"
-    cluster, run_dir, job_id = jobs.cluster, jobs.run_dir(name), jobs.submit(name)
+    cluster, run_dir, job_id = jobs.cluster, jobs.run_dir(name), jobs.submit(name, *TIME_LIMITS)
 
     def saved() -> str:
         return (run_dir / "checkpoints/latest").read_text()
 
-    jobs.wait_for_steps(name, job_id, 3)
-    min(jobs.processes_on(3, "rollout.sglang.cpu"), key=lambda process: process.create_time()).kill()
+    def said(log: str) -> str:
+        return (run_dir / "logs" / log).read_text()
+
+    jobs.wait_for_steps(name, job_id, 2)
+    cluster.until(lambda: (run_dir / "checkpoints/latest").exists(), "a checkpoint", timeout_s=360)
+    [scheduler] = jobs.processes_on(3, "sglang::scheduler")  # what computes; its HTTP process goes on
+    scheduler.suspend()
+    cluster.until(lambda: "restarting it" in said("serve-0-n3.log"), "the hang to be noticed", timeout_s=360)
+    with jobs.disk.almost_full(free=256 << 10):
+        cluster.until(lambda: "was not written" in said("train-0-n0.log"), "a checkpoint that finds no room", timeout_s=360)
     with standing_still(jobs):
-        cluster.until(lambda: "runs again" in (run_dir / "logs/serve-0-n3.log").read_text(), "a new server", timeout_s=360)
+        cluster.until(lambda: "runs again" in said("serve-0-n3.log"), "a new server", timeout_s=360)
     jobs.wait_for_steps(name, job_id, 4)
     with standing_still(jobs):
+        said_by_the_servers, said_by_the_ranks = said("serve-0-n3.log"), said("train-0-n0.log")
         restarts_before_the_failure, saved_before_the_failure = cluster.job(job_id).restarts, global_step(saved())
         jobs.kill_ranks(1)
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_failure + 1, "the requeue", timeout_s=360)
@@ -200,6 +217,8 @@ def disturbed(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> Disturbed:
     cluster.until(lambda: cluster.job(job_id).restarts == restarts_before_the_death + 1, "the requeue", timeout_s=360)
     cluster.bring_node_back(1)
     return Disturbed(
+        said_by_the_servers=said_by_the_servers,
+        said_by_the_ranks=said_by_the_ranks,
         saved_before_the_failure=saved_before_the_failure,
         restarts_before_the_failure=restarts_before_the_failure,
         said_at_the_failure=said_at_the_failure,
@@ -230,7 +249,19 @@ def assert_equal_but_for_the_lost(disturbed: Disturbed, undisturbed: list[dict[s
     assert without_times(disturbed.metrics, but=sampled) == without_times(undisturbed, but=sampled)
 
 
-def test_a_killed_server_is_started_again_on_its_node_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+def test_a_server_that_hangs_is_started_again_and_costs_no_number(disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    assert re.search(r"its computing process has answered nothing for \d+ s: .*; restarting it", disturbed.said_by_the_servers)
+    assert disturbed.restarts_before_the_failure == 0
+    assert_equal_but_for_the_lost(disturbed, undisturbed)
+
+
+def test_a_full_disk_costs_a_warning_and_no_number(jobs: Jobs, disturbed: Disturbed, undisturbed: list[dict[str, Any]]) -> None:
+    refused = r"checkpoint step_\d+ was not written, (step_\d+) stays the newest: .*No space left on device.*; it needs about [\d,]+ bytes"
+    room = rf"beside the 2 that are kept \(checkpoint.keep\), [\d,]+ are free on {jobs.disk.folder}; training goes on"
+    found = re.search(f"{refused} {room}", disturbed.said_by_the_ranks)
+    assert found is not None, disturbed.said_by_the_ranks
+    # The next attempt began with the old state, or with one that was written since.
+    assert global_step(found[1]) <= disturbed.saved_before_the_failure
     assert disturbed.restarts_before_the_failure == 0
     assert_equal_but_for_the_lost(disturbed, undisturbed)
 
@@ -279,7 +310,7 @@ def test_a_trainer_node_that_dies_in_mid_step_costs_no_number(disturbed: Disturb
 
 def test_a_second_failure_at_the_same_place_ends_the_job(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> None:
     name = "hopeless"
-    job_id = jobs.submit(name)
+    job_id = jobs.submit(name, options=("--nodes=2", "--nodelist=n0"), TRAINER_NODES="1", GPUS_PER_NODE="2")
     for start in (0, 1):
         jobs.cluster.until(lambda start=start: jobs.cluster.job(job_id).restarts == start and jobs.kill_ranks(0), "ranks", timeout_s=360)
     job = jobs.cluster.wait(job_id, timeout_s=360)
@@ -300,7 +331,8 @@ def test_a_stop_lets_a_save_end_and_is_requeued_only_so_often(jobs: Jobs, undist
         found = [path.name for path in checkpoints.glob(".step_*.partial")]
         return found[0].removeprefix(".").removesuffix(".partial") if found else None
 
-    job_id = jobs.submit("capped", "checkpoint.every=1", MAX_REQUEUES="0")
+    # Two ranks on each of two nodes.
+    job_id = jobs.submit("capped", "checkpoint.every=1", options=("--nodes=3",), GPUS_PER_NODE="2", MAX_REQUEUES="0")
     jobs.wait_for_steps("capped", job_id, 1)
     with standing_still_when(jobs, being_written, "saving") as name:
         jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job_id))
@@ -313,31 +345,38 @@ def test_a_stop_lets_a_save_end_and_is_requeued_only_so_often(jobs: Jobs, undist
     assert global_step(latest) <= global_step(name) + 1, "it was not trained on"
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "environment", "words"),
-    [
-        ("no_config", (), {"CONFIG": "configs/absent.yaml"}, "CONFIG=configs/absent.yaml does not exist"),
-        ("no_server_node", (), {"TRAINER_NODES": "4"}, "4 nodes, of which TRAINER_NODES=4 train: none is left to serve rollouts"),
-        ("bad_key", ("sed=1",), {}, "unknown key sed; did you mean seed?"),
-        ("bad_layout", ("parallel.ep=3",), {}, "parallel"),
-        ("undisturbed", ("seed=7",), {}, "seed: 0 there, 7 here"),
-        ("no_gpus", (), {"GPUS_SEEN": "2"}, "--exclude=n0,n1,n2,n3"),
-        ("no_model", ("model.path=absent", "model.warm_up=null"), {}, "/absent does not exist and model.warm_up is null"),
-    ],
-)
-def test_a_job_that_cannot_work_ends_at_once_and_says_why(
-    name: str,
-    settings: tuple[str, ...],
-    environment: dict[str, str],
-    words: str,
-    jobs: Jobs,
-    undisturbed: list[dict[str, Any]],
-) -> None:
-    output = f"--output={jobs.folder}/refused_{name}.out"
-    job = jobs.cluster.wait(jobs.submit(name, *settings, options=(output,), **environment), timeout_s=360)
+# What cannot work: settings, variables of the script, and what is said.
+REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
+    "no_config": ((), {"CONFIG": "configs/absent.yaml"}, "CONFIG=configs/absent.yaml does not exist"),
+    "no_server_node": ((), {"TRAINER_NODES": "2"}, "2 nodes, of which TRAINER_NODES=2 train: none is left to serve rollouts"),
+    "bad_key": (("sed=1",), {}, "unknown key sed; did you mean seed?"),
+    "bad_layout": (("parallel.ep=3",), {}, "parallel"),
+    "undisturbed": (("seed=7",), {}, "seed: 0 there, 7 here"),
+    "no_model": (("model.path=absent",), {}, "/absent does not exist and model.warm_up is null"),
+    "no_gpus": ((), {"GPUS_SEEN": "2"}, "Submit again with --exclude="),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(jobs: Jobs, undisturbed: list[dict[str, Any]]) -> dict[str, int]:
+    """All of them, submitted at once. They take two nodes each, so two run at the same time."""
+
+    def submit(name: str) -> int:
+        settings, environment, _ = REFUSED[name]
+        options = ("--nodes=2", f"--output={jobs.folder}/refused_{name}.out")
+        return jobs.submit(name, *settings, options=options, **{"TRAINER_NODES": "1", "GPUS_PER_NODE": "2", **environment})
+
+    return {name: submit(name) for name in REFUSED}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_job_that_cannot_work_ends_at_once_and_says_why(name: str, jobs: Jobs, refused: dict[str, int]) -> None:
+    job = jobs.cluster.wait(refused[name], timeout_s=360)
     said = (jobs.folder / f"refused_{name}.out").read_text()
     assert (job.state, job.restarts) == ("FAILED", 0)
-    assert words in said and "Traceback" not in said
+    assert REFUSED[name][2] in said and "Traceback" not in said
+    if name == "no_gpus":
+        assert re.search(r"0 GPUs, expected 2.*; n\d: .*0 GPUs, expected 2.*--exclude=n\d,n\d, or repair", said)
     assert "training" not in re.sub(r"trainers|refused_\S+", "", said)  # nothing was started
 
 
@@ -353,7 +392,7 @@ def test_a_dead_node_and_mixed_versions_are_named_by_the_others(jobs: Jobs, clus
     config, old = jobs.folder / "undisturbed/config.yaml", jobs.folder / "old/math_verify-0.0.1.dist-info"
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: math-verify\nVersion: 0.0.1\n")
-    command = f".venv/bin/minpro doctor {config} --peers n0,n1,n2,n3 --trainers 4 --gpus 0 --port 23456 --timeout-s 60"
+    command = f".venv/bin/minpro doctor {config} world_size=4 --peers n0,n1,n2,n3 --trainers 4 --gpus 0 --port 23456 --timeout-s 60"
     command = f'[ "$SLURMD_NODENAME" != n1 ] || export PYTHONPATH={old.parent}:$PYTHONPATH; {command}'
     done = cluster.client("srun", "--nodes=3", "--nodelist=n0,n1,n2", "--kill-on-bad-exit=0", "bash", "-c", command, cwd=ROOT)
     assert done.returncode == 1
