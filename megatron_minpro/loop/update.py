@@ -91,17 +91,19 @@ def train_mini_batch(
 
     lag: whole global steps of training between the weights that sampled and the current ones.
     """
-    statistics = minibatch_statistics(actor, sequences, objective)
+    statistics = minibatch_statistics(actor, sequences, objective, lag=lag)
     return actor.update(sequences, make_loss_function(objective, statistics, lag=lag), learning_rate=learning_rate)
 
 
-def minibatch_statistics(actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective) -> torch.Tensor | None:
+def minibatch_statistics(
+    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, lag: int
+) -> torch.Tensor | None:
     """What the objective must know of the whole mini-batch; None, and no forward pass, for all but a few."""
     if not objective.needs_minibatch_statistics:
         return None
 
     def statistics_fn(*, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any) -> torch.Tensor:
-        return objective.minibatch_statistics(TokenBatch(**tokens, **by_token(streams)))
+        return objective.minibatch_statistics(TokenBatch(**tokens, **by_token(streams), lag=lag))
 
     return actor.sum_statistics(sequences, statistics_fn)
 

@@ -431,6 +431,23 @@ def test_the_lag_of_the_batch_reaches_the_objective() -> None:
         assert float(logprobs.grad) == pytest.approx(-weight)
 
 
+def test_the_lag_of_the_batch_reaches_the_statistics() -> None:
+    def lag_of(batch: Any, **_options: object) -> torch.Tensor:
+        return torch.tensor([batch.lag], dtype=torch.float64)
+
+    class OneToken:
+        def sum_statistics(self, _sequences: Any, statistics_fn: Any) -> torch.Tensor:
+            one = {name: torch.zeros(1) for name in ("logprobs_T", "entropy_T")}
+            streams = {name: torch.zeros(1) for name in ("behaviour_logprobs", "advantages")}
+            counts = {"global_tokens": 1, "global_sequences": 1}
+            mask = torch.ones(1, dtype=torch.bool)
+            return statistics_fn(**one, loss_mask_T=mask, streams=streams, shard=SequenceShard.whole((1,)), **counts)
+
+    objective = replace(make_objective("sat"), statistics_function=lag_of)
+    found = minibatch_statistics(OneToken(), [], objective, lag=3)  # type: ignore[arg-type]
+    assert found is not None and found.tolist() == [3.0]
+
+
 def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None:
     asked: list[Any] = []
 
@@ -440,7 +457,7 @@ def test_only_an_objective_that_asks_for_it_gets_a_pass_for_statistics() -> None
             return torch.ones(3)
 
     sequences = [TokenSequence(token_ids=torch.arange(2), loss_mask=torch.ones(1, dtype=torch.bool), streams={})]
-    assert minibatch_statistics(Actor(), sequences, make_objective("minpro")) is None  # type: ignore[arg-type]
+    assert minibatch_statistics(Actor(), sequences, make_objective("minpro"), lag=2) is None  # type: ignore[arg-type]
     assert asked == []
-    assert minibatch_statistics(Actor(), sequences, make_objective("m2po")) is not None  # type: ignore[arg-type]
+    assert minibatch_statistics(Actor(), sequences, make_objective("m2po"), lag=2) is not None  # type: ignore[arg-type]
     assert asked == [sequences]
