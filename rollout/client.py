@@ -101,6 +101,7 @@ class GenerationClient:
             assignment=assignment,
             is_rolling=give is not None,
         )
+        self._ssl = httpx.create_ssl_context(trust_env=False)  # reading the certificates takes a while: not in a session's event loop
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._request_timeout_s = request_timeout_s
         self._patience = Patience(wait_s=wait_s, hang_s=hang_s)
@@ -225,5 +226,5 @@ class GenerationClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
         # trust_env=False: servers are reached directly, whatever http_proxy says.
-        transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE)
+        transport = httpx.AsyncHTTPTransport(verify=self._ssl, limits=limits, trust_env=False, socket_options=KEEPALIVE)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport, trust_env=False)

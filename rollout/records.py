@@ -6,7 +6,8 @@ A policy version is the number of optimizer steps behind the weights; SGLang cal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -83,7 +84,8 @@ class SamplingParams:
 class Generation:
     """One sampled response, exactly as the engine returned it.
 
-    engine_logprobs: natural log, one per response token, of the engine's own forward pass.
+    engine_logprobs: natural log, one per response token, of the engine's own forward pass; the client gives an array of float64, for many
+    responses wait for their batch.
     version_spans: cover [0, len(response_token_ids)) without gap or overlap.
     finish_reason: "abort" never leaves the client (such responses are sampled again) but can be read back from a file.
     latency_s: from the first time the request was sent until its answer. num_retries: earlier attempts that failed.
@@ -92,8 +94,8 @@ class Generation:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    response_token_ids: tuple[int, ...]
-    engine_logprobs: tuple[float, ...]
+    response_token_ids: tuple[int, ...] = field(repr=False)
+    engine_logprobs: Sequence[float] = field(repr=False)  # asyncio.run writes its result out for an error message of its own
     version_spans: tuple[VersionSpan, ...]
     finish_reason: FinishReason
     latency_s: float

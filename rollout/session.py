@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx
+import msgspec
 
+from rollout.event_loop import Result
 from rollout.gate import RolloutFailed, SessionGate
 from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams
 from rollout.refusals import refusal
 from rollout.reports import SessionReport
-from rollout.sglang.generate import keep_routes, read_generation, request_body
+from rollout.sglang.generate import Answer, keep_routes, read_answer, read_generation, request_body, split_answers
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class GenerationSession:
     turns: Mapping[str, asyncio.Lock]  # of servers that get one call at a time; empty: they get as many as there are places for
     routes: RouteSink | None = None  # gets the experts of every answer; None: nobody asks for them
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one call takes its places before the next one begins to
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one answer is read at a time
     homes: dict[str, int] = field(default_factory=dict)  # request_id -> the number of its server
     first_sent: dict[GenerationRequest, float] = field(default_factory=dict)
     failures: dict[GenerationRequest, tuple[str, str]] = field(default_factory=dict)  # of the last attempt: endpoint and reason
@@ -230,15 +233,17 @@ class GenerationSession:
         for request in requests:
             self.first_sent.setdefault(request, time.monotonic())
         try:
-            answers = await self._post(requests, endpoint)
+            pieces = await self._post(requests, endpoint)
         except _Retryable as failure:
             for request in requests:
                 self._note_failure(request, endpoint, str(failure))
             return list(requests)
         again = []
-        for request, answer in zip(requests, answers, strict=True):
+        for request, piece in zip(requests, pieces, strict=True):
             try:
-                generation = read_generation(
+                answer = await self._in_turn(read_answer, piece)
+                generation = await self._in_turn(
+                    read_generation,
                     answer,
                     request,
                     num_retries=self.arrived.retries[request],
@@ -247,7 +252,7 @@ class GenerationSession:
             except ValueError as error:
                 raise RolloutFailed(f"{endpoint}: request {request.name}: {error}") from error
             if generation.finish_reason == "abort":
-                self._note_failure(request, endpoint, f"aborted by the server: {answer['meta_info']['finish_reason'].get('message')}")
+                self._note_failure(request, endpoint, f"aborted by the server: {answer.meta_info.finish_reason.get('message')}")
                 again.append(request)
             elif self.gate.policy_version is not None and generation.policy_versions != (self.gate.policy_version,) * 2:
                 reason = "sampled under policy versions {} to {}".format(*generation.policy_versions)
@@ -262,7 +267,13 @@ class GenerationSession:
                 keep(request, generation)
         return again
 
-    async def _with_routes(self, answer: dict[str, Any], generation: Generation, request: GenerationRequest, endpoint: str) -> Generation:
+    async def _in_turn(self, read: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Call what takes milliseconds and holds the GIL. One such call at a time; before each, all other coroutines have their turn."""
+        async with self.reading:
+            await asyncio.sleep(0)
+            return read(*arguments, **options)
+
+    async def _with_routes(self, answer: Answer, generation: Generation, request: GenerationRequest, endpoint: str) -> Generation:
         assert self.routes is not None
         try:
             return await asyncio.to_thread(keep_routes, answer, generation, self.routes)
@@ -273,7 +284,8 @@ class GenerationSession:
         self.arrived.retries[request] += 1
         self.failures[request] = endpoint, reason
 
-    async def _post(self, requests: Sequence[GenerationRequest], endpoint: str) -> list[dict[str, Any]]:
+    async def _post(self, requests: Sequence[GenerationRequest], endpoint: str) -> list[Any]:
+        """The answers, each for `read_answer`."""
         body = request_body(requests, self.arrived.sampling, routes=self.routes is not None)
         try:
             response = await self.http.post(f"{endpoint}/generate", json=body)
@@ -285,13 +297,14 @@ class GenerationSession:
         if response.status_code != 200:
             raise RolloutFailed(f"{endpoint}: request {name}: {refusal(response.status_code, response.text)}")
         try:
-            answers = response.json()
+            pieces = await self._in_turn(split_answers, response.content)
+        except msgspec.ValidationError as error:
+            raise RolloutFailed(f"{endpoint}: request {name}: no list of answers for {len(requests)} prompts: {error}") from error
         except ValueError as error:
             raise _Retryable(f"the answer is not JSON: {response.text[:100]!r}") from error
-        if not isinstance(answers, list) or len(answers) != len(requests):
-            got = len(answers) if isinstance(answers, list) else type(answers).__name__
-            raise RolloutFailed(f"{endpoint}: request {name}: {got} answers for {len(requests)} prompts")
-        return answers
+        if len(pieces) != len(requests):
+            raise RolloutFailed(f"{endpoint}: request {name}: {len(pieces)} answers for {len(requests)} prompts")
+        return pieces
 
 
 async def run_all(calls: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -66,5 +66,5 @@ def test_trainer_and_servers_share_versions_on_cpus() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     trainer = pins("\n".join([*project["dependencies"], *project["optional-dependencies"]["cpu"]]))
     servers = pins((ROOT / "rollout" / "requirements_cpu.txt").read_text(encoding="utf-8"))
-    shared = ("torch", "transformers", "psutil", "pydantic", "datasets", "xxhash")
+    shared = ("torch", "transformers", "psutil", "pydantic", "datasets", "xxhash", "msgspec")
     assert {name: trainer[name] for name in shared} == {name: servers[name] for name in shared}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_minpro.batch.conversation import Conversation
@@ -200,10 +201,10 @@ def _sample(sample_id: str, judged: Judged, advantage: float) -> Sample:
     conversation, result = judged
     return Sample(
         sample_id=sample_id,
-        token_ids=torch.tensor(conversation.token_ids, dtype=torch.int32),
-        loss_mask=torch.tensor(conversation.loss_mask),
+        token_ids=torch.from_numpy(np.array(conversation.token_ids, dtype=np.int32)),
+        loss_mask=torch.from_numpy(np.array(conversation.loss_mask)),
         # SGLang computes them in float32 and writes every digit: no bit is lost here.
-        engine_logprobs=torch.tensor(conversation.engine_logprobs, dtype=torch.float32),
+        engine_logprobs=torch.from_numpy(np.array(conversation.engine_logprobs, dtype=np.float32)),
         behaviour_logprobs=None,
         version_spans=conversation.version_spans,
         finish_reason=conversation.finish_reason,

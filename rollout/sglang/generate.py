@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
-import math
+import json
 import uuid
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import msgspec
+import numpy as np
 
 from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams, VersionSpan
 
@@ -60,37 +64,94 @@ def _sampling_params(request: GenerationRequest, sampling: SamplingParams) -> di
     }
 
 
-def read_generation(answer: dict[str, Any], request: GenerationRequest, *, num_retries: int, latency_s: float) -> Generation:
+class TokenLogprob(msgspec.Struct, array_like=True, gc=False):  # type: ignore[call-arg,unused-ignore]  # mypy without msgspec
+    """[log-prob, token id, text]; the text is not read. gc=False: 32 million of them must not make the garbage collector run."""
+
+    logprob: float | None
+    token_id: int
+
+
+class MetaInfo(msgspec.Struct):
+    """What is read of an answer's meta_info. Fields of type Any are checked by whoever reads them."""
+
+    finish_reason: Any
+    output_token_logprobs: list[TokenLogprob] | None = None
+    weight_versions: Any = None
+    routed_experts: Any = None
+    num_retractions: Any = None
+
+
+class Answer(msgspec.Struct):
+    """SGLang's answer for one sample."""
+
+    output_ids: list[int]
+    meta_info: MetaInfo
+
+
+_MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has; bounds the memory of the list
+
+
+class _TokenIds:
+    """Every token id once: a token that waits for its batch then costs a pointer (8 bytes) and not a number of 32 bytes."""
+
+    def __init__(self) -> None:
+        self._known: list[int] = []  # never changed: other threads may read it
+
+    def shared(self, token_ids: list[int]) -> tuple[int, ...]:
+        """The same ids. Raises ValueError for one that no vocabulary has."""
+        largest = max(token_ids, default=0)
+        if min(token_ids, default=0) < 0 or largest >= _MOST_TOKEN_IDS:
+            raise ValueError(f"a token id is {min(token_ids)} or {largest}, expected 0 to {_MOST_TOKEN_IDS - 1}")
+        known = self._known
+        if largest >= len(known):
+            known = self._known = list(range(1 << largest.bit_length()))
+        return tuple(map(known.__getitem__, token_ids))
+
+
+_PIECES = msgspec.json.Decoder(list[msgspec.Raw])
+_ANSWER = msgspec.json.Decoder(Answer)
+_TOKEN_IDS = _TokenIds()
+
+
+def split_answers(body: bytes) -> list[Any]:
+    """The body of a batched call as pieces for `read_answer`: the event loop must not stand still while all of them are read.
+
+    Raises ValueError when the body is not JSON; msgspec.ValidationError, which is one, when it is JSON and no list.
+    """
+    try:
+        return _PIECES.decode(body)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # perhaps for a NaN: not JSON, but Python writes it; `read_generation` then names the log-prob
+        return msgspec.convert(json.loads(body), list[Any])
+
+
+def read_answer(piece: Any) -> Answer:
+    """A piece of `split_answers`. Raises ValueError, saying where, when a field is missing or of another type."""
+    return _ANSWER.decode(piece) if isinstance(piece, msgspec.Raw) else msgspec.convert(piece, Answer)
+
+
+def read_generation(answer: Answer, request: GenerationRequest, *, num_retries: int, latency_s: float) -> Generation:
     """SGLang's answer for one sample as our record.
 
     Raises ValueError, saying what is wrong with it, when a log-prob or a version is missing or does not fit the tokens, or when the server
     says that the request itself is bad (an abort with status 400).
     """
-    meta = answer.get("meta_info")
-    if not isinstance(meta, dict) or "output_ids" not in answer:
-        raise ValueError(f"the answer has no meta_info or no output_ids; it has {sorted(answer)}")
-    finish = meta["finish_reason"]
+    meta = answer.meta_info
+    finish = meta.finish_reason
     kind = finish["type"] if isinstance(finish, dict) else finish
     if kind not in ("stop", "length", "abort"):
         raise ValueError(f"finish_reason is {finish!r}, expected stop, length or abort")
     if kind == "abort" and isinstance(finish, dict) and finish.get("status_code") == 400:
         raise ValueError(f"refused by the server: {finish.get('message')}")
-    token_ids = tuple(answer["output_ids"])
-    if kind == "abort":  # will be sampled again: its contents are not used, so they need not be whole
-        token_ids = ()
-    entries = () if kind == "abort" else _logprob_entries(meta, len(token_ids))
-    for position, (logprob, token_id) in enumerate(entries):
-        if token_id != token_ids[position]:
-            raise ValueError(f"log-prob {position} belongs to token {token_id}, but the response has {token_ids[position]} there")
-        if logprob is None or not math.isfinite(logprob):
-            raise ValueError(f"log-prob {position} is {logprob}, expected a finite number")
+    token_ids = [] if kind == "abort" else answer.output_ids  # will be sampled again: its contents are not used, so they need not be whole
     if kind != "abort" and not token_ids:
         raise ValueError("the response is empty")
     return Generation(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        response_token_ids=token_ids,
-        engine_logprobs=tuple(logprob for logprob, _ in entries),
+        response_token_ids=_TOKEN_IDS.shared(token_ids),
+        engine_logprobs=array("d") if kind == "abort" else _logprobs(meta, token_ids),
         version_spans=() if kind == "abort" else _version_spans(meta, len(token_ids)),
         finish_reason=kind,
         latency_s=latency_s,
@@ -98,7 +159,7 @@ def read_generation(answer: dict[str, Any], request: GenerationRequest, *, num_r
     )
 
 
-def keep_routes(answer: dict[str, Any], generation: Generation, sink: RouteSink) -> Generation:
+def keep_routes(answer: Answer, generation: Generation, sink: RouteSink) -> Generation:
     """The record of an answer with the place of its experts. Their text, which is most of the answer, is taken out of it.
 
     Where weights changed or the server computed tokens a second time, it returns the later computation's experts for the earlier tokens:
@@ -107,8 +168,9 @@ def keep_routes(answer: dict[str, Any], generation: Generation, sink: RouteSink)
     Raises:
         ValueError: experts or the number of retractions are missing, or the experts cannot be those of the tokens.
     """
-    meta = answer["meta_info"]
-    text, retractions = meta.pop("routed_experts", None), meta.get("num_retractions")
+    meta = answer.meta_info
+    text, retractions = meta.routed_experts, meta.num_retractions
+    meta.routed_experts = None
     if not isinstance(retractions, int):
         raise ValueError(f"num_retractions is {retractions!r}, expected a number; without it nobody knows what routed_experts belongs to")
     if not isinstance(text, str):
@@ -120,17 +182,25 @@ def keep_routes(answer: dict[str, Any], generation: Generation, sink: RouteSink)
     return replace(generation, routes=sink.keep(base64.b64decode(text, validate=True), num_inputs=generation.num_inputs))
 
 
-def _logprob_entries(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[float, int], ...]:
-    entries = meta.get("output_token_logprobs")
+def _logprobs(meta: MetaInfo, token_ids: list[int]) -> array[float]:
+    entries = meta.output_token_logprobs
     if entries is None:
         raise ValueError("output_token_logprobs is missing")
-    if len(entries) != num_tokens:
-        raise ValueError(f"{len(entries)} log-probs for {num_tokens} response tokens")
-    return tuple((entry[0], entry[1]) for entry in entries)
+    if len(entries) != len(token_ids):
+        raise ValueError(f"{len(entries)} log-probs for {len(token_ids)} response tokens")
+    scored = [entry.token_id for entry in entries]
+    if scored != token_ids:
+        position = next(position for position, token_id in enumerate(token_ids) if scored[position] != token_id)
+        raise ValueError(f"log-prob {position} belongs to token {scored[position]}, but the response has {token_ids[position]} there")
+    logprobs = np.array([entry.logprob for entry in entries], dtype=np.float64)  # None becomes NaN
+    wrong = np.flatnonzero(~np.isfinite(logprobs))
+    if len(wrong):
+        raise ValueError(f"log-prob {wrong[0]} is {entries[wrong[0]].logprob}, expected a finite number")
+    return array("d", logprobs.tobytes())
 
 
-def _version_spans(meta: dict[str, Any], num_tokens: int) -> tuple[VersionSpan, ...]:
-    spans = meta.get("weight_versions")
+def _version_spans(meta: MetaInfo, num_tokens: int) -> tuple[VersionSpan, ...]:
+    spans = meta.weight_versions
     if spans is None:
         raise ValueError("weight_versions is missing")
     read = []

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import random
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +18,7 @@ import pytest
 
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, response_seed
 from rollout.records import Generation, GenerationRequest
-from rollout.sglang.generate import keep_routes, read_generation
+from rollout.sglang.generate import keep_routes, read_answer, read_generation, split_answers
 from tests.rollout.generate_stub import REQUESTS, SAMPLING, Answer, Stub, all_good, answers_of, good_answer
 
 
@@ -37,7 +41,7 @@ def test_body_says_every_sampling_setting_and_a_seed_per_sample(stub: Callable[[
     assert body["sampling_params"] == [said] * 4
     assert len(set(body["rid"])) == 4
     assert server.headers[0]["authorization"] == "Bearer secret"
-    assert rows[1][0].response_token_ids == (1, 7) and rows[1][0].engine_logprobs == (-0.5, -0.25)
+    assert rows[1][0].response_token_ids == (1, 7) and rows[1][0].engine_logprobs.tolist() == [-0.5, -0.25]
     assert [(span.policy_version, span.start, span.end) for span in rows[1][0].version_spans] == [(4, 0, 1), (5, 1, 2)]
 
 
@@ -235,6 +239,38 @@ def test_answer_with_something_missing_is_an_error_and_never_filled_in(
     with pytest.raises(RolloutFailed, match=f"{server.endpoint}: request r0#0: .*{reason}"):
         make_client(server).generate(REQUESTS[:1], SAMPLING, num_samples=1)
     assert len(server.bodies) == 1
+
+
+def test_logprobs_and_token_ids_keep_every_bit() -> None:
+    drawn = random.Random(5)
+    narrow = [struct.unpack("f", struct.pack("f", -drawn.expovariate(1)))[0] for _ in range(2000)]  # as SGLang has them
+    wide = [-drawn.expovariate(1) * 10 ** drawn.uniform(-300, 300) for _ in range(2000)]
+    logprobs = [*narrow, *wide, -0.0, 0, -5e-324, -sys.float_info.max]
+    token_ids = [drawn.randrange(1 << drawn.randrange(1, 24)) for _ in logprobs]
+    spans = [{"version": "4", "start": 0, "end": len(logprobs)}]
+    entries = [[logprob, token_id, "text"] for logprob, token_id in zip(logprobs, token_ids, strict=True)]
+    answer = good_answer([1], output_token_logprobs=entries, weight_versions=spans) | {"output_ids": token_ids}
+    [piece] = split_answers(json.dumps([answer]).encode())
+    generation = read_generation(read_answer(piece), REQUESTS[0], num_retries=0, latency_s=0.0)
+    assert struct.pack(f"{len(logprobs)}d", *generation.engine_logprobs) == struct.pack(f"{len(logprobs)}d", *logprobs)
+    assert generation.response_token_ids == tuple(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"error": "busy"}, "no list of answers for 1 prompts: Expected `array`, got `object`"),
+        ([{"output_ids": [1]}], "missing required field `meta_info`"),
+        ([{"meta_info": {"finish_reason": "stop"}}], "missing required field `output_ids`"),
+        ([good_answer([1]) | {"output_ids": [1, 7.5]}], r"Expected `int`, got `float` - at `\$.output_ids\[1\]`"),
+        ([good_answer([1]) | {"output_ids": [-1, 7]}], "a token id is -1 or 7, expected 0 to 16777215"),
+        ([good_answer([1]) | {"output_ids": []}], "the response is empty"),
+    ],
+)
+def test_an_answer_of_another_shape_is_an_error_that_names_the_request(stub: Callable[[Answer], Stub], body: Any, reason: str) -> None:
+    server = stub(lambda _: (200, body))
+    with pytest.raises(RolloutFailed, match=f"^{server.endpoint}: request r0#0: .*{reason}"):
+        make_client(server).generate(REQUESTS[:1], SAMPLING, num_samples=1)
 
 
 def test_too_few_answers_are_an_error(stub: Callable[[Answer], Stub]) -> None:
@@ -456,10 +492,10 @@ def test_experts_are_asked_for_and_read_outside_the_event_loop(stub: Callable[[A
 
 
 def test_experts_leave_the_answer_when_they_are_read(stub: Callable[[Answer], Stub]) -> None:
-    [answer] = routed()({"input_ids": [[0, 1]]})[1]
+    answer = read_answer(routed()({"input_ids": [[0, 1]]})[1][0])
     generation = read_generation(answer, REQUESTS[0], num_retries=0, latency_s=0.0)
     assert keep_routes(answer, generation, Kept()).routes == 0
-    assert "routed_experts" not in answer["meta_info"]
+    assert answer.meta_info.routed_experts is None
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_the_server_tells_which_experts_every_token_visited(client: GenerationCl
 
 def test_same_seed_same_responses_to_the_last_bit_another_seed_others(client: GenerationClient) -> None:
     first, again, other = (
-        [(g.response_token_ids, g.engine_logprobs) for row in client.generate(REQUESTS, sampling(seed=seed), num_samples=4) for g in row]
+        [(g.response_token_ids, *g.engine_logprobs) for row in client.generate(REQUESTS, sampling(seed=seed), num_samples=4) for g in row]
         for seed in (1, 1, 2)
     )
     assert first == again
