@@ -224,7 +224,8 @@ class GenerationClient:
 
     def _connections(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        timeout = httpx.Timeout(self._request_timeout_s, connect=min(10.0, self._request_timeout_s))
+        # It also counts while thousands of connections that open at once wait for each other in this loop.
+        timeout = httpx.Timeout(self._request_timeout_s, connect=min(60.0, self._request_timeout_s))
         # trust_env=False: servers are reached directly, whatever http_proxy says.
         transport = httpx.AsyncHTTPTransport(verify=self._ssl, limits=limits, trust_env=False, socket_options=KEEPALIVE)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport, trust_env=False)

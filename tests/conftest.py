@@ -94,7 +94,7 @@ def _write_times(terminalreporter: Any, reports: list[Any]) -> None:
     seconds: Counter[str] = Counter()
     cpu: defaultdict[str, float] = defaultdict(float)  # without the jobs of Slurm, which are not our children
     for report in reports:
-        seconds[group_of(report.nodeid)] += report.duration
+        seconds[group_of(report.nodeid)] += getattr(report, "duration", 0.0)  # a file that cannot be imported has none
         cpu[group_of(report.nodeid)] += getattr(report, "cpu_s", 0.0)
     longest = [(group, spent) for group, spent in seconds.most_common(SHOWN_GROUPS) if spent >= SHOWN_S]
     if longest:

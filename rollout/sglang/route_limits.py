@@ -39,5 +39,5 @@ def check_route_limits(options: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first of the extra server arguments that returned experts cannot stand."""
     for name, value in options.items():
         is_refused, why = _LIMITS.get(name.replace("-", "_"), (None, ""))
-        if is_refused is not None and is_refused(str(value).lower()):
+        if value is not None and is_refused is not None and is_refused(str(value).lower()):  # null is refused for every option
             raise ValueError(f"sglang.{name} = {value!r}: {why}")

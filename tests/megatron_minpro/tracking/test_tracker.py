@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,20 @@ def test_a_resumed_run_hides_the_later_events_of_its_former_attempt(tmp_path: Pa
     assert scalars(tmp_path, "reward/trained") == [(0, 0.0), (1, 1.0), (2, 22.0)]
 
 
+def finished_wandb_records(folder: Path) -> list[Any]:
+    """All records of a run that has ended. wandb's own process writes them, on a busy machine later than `finish` returns."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = wandb_records(folder)
+        kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            return records
+        assert time.monotonic() < deadline, kinds
+        time.sleep(0.1)
+
+
 def wandb_records(folder: Path) -> list[Any]:
-    """Everything in the one offline file: LevelDB's log format behind a header of 7 bytes (magic and version)."""
+    """Everything in the one offline file: LevelDB's log format behind a header of 7 bytes (magic and version). The last may be torn."""
     from wandb.proto import wandb_internal_pb2
 
     [path] = folder.glob("offline-run-*/run-*.wandb")
@@ -58,7 +71,11 @@ def wandb_records(folder: Path) -> list[Any]:
         if block - position % block < 7:  # no room for a record's head: the rest of the block is empty
             position += block - position % block
             continue
+        if position + 7 > len(content):
+            break
         length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        if position + 7 + length > len(content):
+            break
         data += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -77,7 +94,7 @@ def test_wandb_gets_the_same_numbers_without_a_network(tmp_path: Path) -> None:
     tracker.log(0, {"reward/trained": 0.25, "policy/entropy": math.inf})
     tracker.log(1, {"reward/trained": 0.5})
     tracker.finish({"reward_last": 0.5})
-    records = wandb_records(tmp_path / "wandb")
+    records = finished_wandb_records(tmp_path / "wandb")
     rows = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
     assert [(row["global_step"], row["reward/trained"]) for row in rows] == [(0, 0.25), (1, 0.5)]
     assert "policy/entropy" not in rows[0]
