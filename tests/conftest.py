@@ -27,6 +27,7 @@ collect_ignore = [] if "MINPRO_VLLM_PYTHON" in os.environ else ["vllm"]
 GROUPS = (
     ("tests/slurm/", "slurm"),
     ("tests/end_to_end/", "end_to_end"),
+    ("tests/end_to_end/test_schedules.py", "schedules"),  # a third of them; a finished run of its own costs less than waiting for one
     ("tests/rollout/test_servers_under_fire.py", "two_servers"),
     ("tests/end_to_end/test_calculator.py", "calculator"),  # its own model, so it need not wait for the others
     ("tests/end_to_end/test_dapo.py", "dapo"),
