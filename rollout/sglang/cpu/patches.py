@@ -10,7 +10,7 @@ batched attention             SGLang loops over the sequences of a batch (kernel
 seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
 sleeping while paused         a paused scheduler polls without end; the trainer needs that core
 stopping                      SGLang looks at its SIGTERM flag every 5 s
-fork instead of spawn         children would spend as long importing as the parent did (each 8 s of CPU time)
+fork instead of spawn         children would spend as long importing as the parent did (each 7 s of CPU time)
 keys in the log               SGLang prints its server arguments with both keys in clear
 garbage collection            is off until the children are forked: it takes a quarter of the imports' time and finds nothing
 model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
