@@ -1,6 +1,16 @@
 """The run's configuration: typed, frozen, validated; YAML files plus key=value overrides."""
 
-from megatron_minpro.config.loading import ConfigError, dump_config, flatten_differences, load_config, located, may_change_on_resume
+from megatron_minpro.config.loading import (
+    ConfigError,
+    Placed,
+    dump_config,
+    explain,
+    flatten,
+    flatten_differences,
+    load_config,
+    located,
+    may_change_on_resume,
+)
 from megatron_minpro.config.run_config import RunConfig
 from megatron_minpro.config.sections import (
     ActorConfig,
@@ -37,6 +47,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Placed",
     "ProfileConfig",
     "PromptsConfig",
     "RewardConfig",
@@ -47,6 +58,8 @@ __all__ = [
     "TrackingConfig",
     "WarmUpConfig",
     "dump_config",
+    "explain",
+    "flatten",
     "flatten_differences",
     "load_config",
     "located",

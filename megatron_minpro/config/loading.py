@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,10 +19,27 @@ from megatron_minpro.config.shipped import find_config
 from megatron_minpro.config.yaml_text import render_yaml
 from megatron_minpro.registry import PlugInError
 
-__all__ = ["ConfigError", "dump_config", "flatten_differences", "load_config", "located", "may_change_on_resume"]
+__all__ = [
+    "ConfigError",
+    "Placed",
+    "dump_config",
+    "explain",
+    "flatten",
+    "flatten_differences",
+    "load_config",
+    "located",
+    "may_change_on_resume",
+]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+class Placed(NamedTuple):
+    """An override that was not written on the command line."""
+
+    assignment: str  # key=value
+    place: str  # such as "study.yaml:12", for error messages
+
+
+def load_config(path: str | Path, overrides: Sequence[str | Placed] = ()) -> RunConfig:
     """Read a YAML file, apply key=value overrides from left to right, validate.
 
     A top-level section may be the path of a .yaml file that holds it (objective=configs/objective/grpo.yaml). ${NAME} in a string is an
@@ -31,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a file, or the name of a shipped configuration.
-        overrides: key=value; the value is YAML.
+        overrides: key=value; the value is YAML. Plain text comes from the command line.
 
     Raises:
         ConfigError: one line says which file and line (or the command line), which key, its value, and what was expected.
@@ -39,12 +56,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(path)
     settings = Settings()
     settings.read_file(path)
-    for assignment in overrides:
-        settings.override(assignment)
+    for override in overrides:
+        if isinstance(override, str):
+            settings.override(override)
+        else:
+            settings.override(override.assignment, place=override.place)
     try:
         config = RunConfig.model_validate(settings.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, settings.origins, path)) from None
+        raise ConfigError(explain(error, settings.origins, path, model=RunConfig)) from None
     config.remember(settings.origins)
     return config
 
@@ -69,9 +89,14 @@ def dump_config(config: RunConfig) -> str:
     return render_yaml(escape(config.model_dump(mode="json")))
 
 
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of every setting; lists stay whole."""
+    return dict(_flatten(config.model_dump(mode="json"), ""))
+
+
 def flatten_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in a, value in b) for every key that differs; a key that one side lacks counts as None there."""
-    flat_a, flat_b = (dict(_flatten(config.model_dump(mode="json"), "")) for config in (a, b))
+    flat_a, flat_b = flatten(a), flatten(b)
     keys = [*flat_a, *(key for key in flat_b if key not in flat_a)]
     return {key: (flat_a.get(key), flat_b.get(key)) for key in keys if flat_a.get(key) != flat_b.get(key)}
 
@@ -97,24 +122,32 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _explain(error: ValidationError, origins: Origins, path: Path) -> str:
+def explain(error: ValidationError, origins: Origins, path: Path, *, model: type[BaseModel]) -> str:
+    """One line about the most helpful of the mistakes that pydantic found.
+
+    Args:
+        error: of the validation.
+        origins: where each key was written.
+        path: the file.
+        model: what was validated, for descriptions and suggestions.
+    """
     # A misspelt key is also a missing key; the misspelling is what helps.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    text = _explain_one(problems[0], origins, path)
+    text = _explain_one(problems[0], origins, path, model)
     if len(problems) > 1:
         others = ", ".join(_dotted(problem["loc"]) for problem in problems[1:4])
         text += f" (and {len(problems) - 1} more: {others}{', ...' if len(problems) > 4 else ''})"
     return text
 
 
-def _explain_one(problem: ErrorDetails, origins: Origins, path: Path) -> str:
+def _explain_one(problem: ErrorDetails, origins: Origins, path: Path, model: type[BaseModel]) -> str:
     loc = problem["loc"]
     key = _dotted(loc)
     origin = origins.origin(loc, otherwise=str(path))
     if problem["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key}; {_suggestion(key)}"
+        return f"{origin}: unknown key {key}; {_suggestion(key, model)}"
     if problem["type"] == "missing":
-        return f"{origins.origin(loc[:-1], otherwise=str(path))}: missing key {key}: {_description(loc)}"
+        return f"{origins.origin(loc[:-1], otherwise=str(path))}: missing key {key}: {_description(loc, model)}"
     message = problem["msg"]
     if problem["type"] == "value_error":
         message = message.removeprefix("Value error, ")
@@ -136,14 +169,14 @@ def _dotted(loc: tuple[str | int, ...]) -> str:
     return ".".join(map(str, loc))
 
 
-def _descriptions() -> dict[str, str]:
-    """Dotted key -> what it means, for every key that RunConfig knows."""
-    return dict(_walk(RunConfig, ""))
+def _descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """Dotted key -> what it means, for every key that the model knows."""
+    return dict(_walk(model, ""))
 
 
-def _description(loc: tuple[str | int, ...]) -> str:
+def _description(loc: tuple[str | int, ...], model: type[BaseModel]) -> str:
     """Of the key, or of the nearest key above it (the second of two betas is no key of its own)."""
-    known = _descriptions()
+    known = _descriptions(model)
     return next((known[_dotted(loc[:end])] for end in range(len(loc), 0, -1) if _dotted(loc[:end]) in known), "required")
 
 
@@ -161,9 +194,9 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, model: type[BaseModel]) -> str:
     """The known key nearest to a wrong one: a misspelling or an abbreviation in the same section first, then the same word elsewhere."""
-    known = list(_descriptions())
+    known = list(_descriptions(model))
     section, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     elsewhere = {name.rpartition(".")[2]: name for name in reversed(known)}

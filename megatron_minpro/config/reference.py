@@ -32,6 +32,7 @@ This page is made from the code: `python -m megatron_minpro.config.reference`.
 |---|---|
 {files}
 | `objective/` | one file per objective, with its published defaults: `objective=configs/objective/grpo.yaml` from the repository root |
+| `study/` | grids of runs: `minpro study lag_sweep_tiny` |
 | `hardware/` | GPUs and networks for the planner: `minpro plan qwen3_30b_a3b --hardware h200` |
 | `models/` | shapes of published models for the planner |
 

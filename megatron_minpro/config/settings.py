@@ -49,6 +49,7 @@ class Settings:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.origins = Origins()
+        self._overriding = {COMMAND_LINE}  # places of overrides
 
     def read_file(self, path: Path, *, section: str | None = None) -> None:
         """Replace everything (or one section) by the mapping that the YAML file holds.
@@ -86,49 +87,54 @@ class Settings:
         places.setdefault((section,), next(iter(origins.values()), COMMAND_LINE))
         self.origins = Origins(places)
 
-    def override(self, assignment: str) -> None:
-        """Apply one key=value from the command line; the value is YAML. A later assignment wins over an earlier one.
+    def override(self, assignment: str, *, place: str = COMMAND_LINE) -> None:
+        """Apply one key=value; the value is YAML. A later assignment wins over an earlier one.
 
         `section=path.yaml` reads the section from the file. Another objective.name (reward.name, advantages.estimator) drops the
-        options that came from a file, so that the defaults published for the new one apply; options from the command line stay.
+        options that came from a file, so that the defaults published for the new one apply; options of other overrides stay.
+
+        Args:
+            assignment: key=value.
+            place: where it was written, for error messages.
         """
+        self._overriding.add(place)
         dotted, equals, text = assignment.partition("=")
         path = tuple(dotted.split("."))
         if not equals or not all(path):
-            raise ConfigError(f"{COMMAND_LINE}: {assignment!r}: expected key=value, as in rollout.group_size=8")
+            raise ConfigError(f"{place}: {assignment!r}: expected key=value, as in rollout.group_size=8")
         try:
             value, lines = parse_yaml(text)
         except YamlError as error:
-            raise ConfigError(f"{COMMAND_LINE}: {dotted} = {text!r}: not valid YAML: {error}") from None
-        origins: dict[KeyPath, str] = {path: COMMAND_LINE, **{(*path, *key_path): COMMAND_LINE for key_path in lines}}
+            raise ConfigError(f"{place}: {dotted} = {text!r}: not valid YAML: {error}") from None
+        origins: dict[KeyPath, str] = {path: place, **{(*path, *key_path): place for key_path in lines}}
         value = _expand(value, path, origins)
         if len(path) == 1 and _is_file(value) and path[0] not in ("name", "output_dir"):
             self.read_file(Path(value), section=path[0])
             return
         if len(path) == 2 and CHOICES.get(path[0]) == path[1]:
             self._drop_options_of_another(path[0], value)
-        self._set(path, value)
+        self._set(path, value, place)
         self.origins = Origins({known: place for known, place in self.origins.places.items() if known[: len(path)] != path} | origins)
 
     def _drop_options_of_another(self, section: str, name: Any) -> None:
         choice = self.values.get(section)
         if not isinstance(choice, dict) or choice.get(CHOICES[section]) == name:
             return
-        for key in [key for key in choice if self.origins.origin((section, key), otherwise="") != COMMAND_LINE]:
+        for key in [key for key in choice if self.origins.origin((section, key), otherwise="") not in self._overriding]:
             del choice[key]
 
-    def _set(self, path: KeyPath, value: Any) -> None:
-        place: Any = self.values
+    def _set(self, path: KeyPath, value: Any, place: str) -> None:
+        section: Any = self.values
         for depth, key in enumerate(path[:-1], start=1):
-            child = place.get(key)
+            child = section.get(key)
             if child is None:
-                child = place[key] = {}
-                self.origins = Origins({**self.origins.places, path[:depth]: COMMAND_LINE})
+                child = section[key] = {}
+                self.origins = Origins({**self.origins.places, path[:depth]: place})
             if not isinstance(child, dict):
-                dotted, section = (".".join(map(str, part)) for part in (path, path[:depth]))
-                raise ConfigError(f"{COMMAND_LINE}: {dotted}: {section} is a value, not a section")
-            place = child
-        place[path[-1]] = value
+                dotted, above = (".".join(map(str, part)) for part in (path, path[:depth]))
+                raise ConfigError(f"{place}: {dotted}: {above} is a value, not a section")
+            section = child
+        section[path[-1]] = value
 
 
 def _is_file(value: Any) -> bool:

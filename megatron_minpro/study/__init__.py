@@ -1,0 +1,1 @@
+"""Grids of runs, paired by seed: cells, their rows, statistics over seeds, tables and pictures."""

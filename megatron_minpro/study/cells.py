@@ -1,0 +1,114 @@
+"""The cells of a study: every combination of levels with every seed, each a run with a configuration of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_minpro.config import ConfigError, Placed, RunConfig, flatten, load_config, may_change_on_resume
+from megatron_minpro.study.definition import Level, Study, level_name
+
+CELLS_FOLDER = "cells"  # of the study's folder: the run folders, and beside each its configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run of a study. levels: axis -> name of the level. digest: of `settings`, everything that changes the run's numbers."""
+
+    name: str
+    levels: Mapping[str, str]
+    seed: int
+    config: RunConfig
+    settings: Mapping[str, Any]
+    digest: str
+
+
+def make_cells(study: Study) -> list[Cell]:
+    """All cells, seed by seed, so that every level has a row after the first seed.
+
+    Raises:
+        ConfigError: two cells have one name, or a cell's configuration is wrong; names the file, line, key and expectation.
+    """
+    axes = list(study.axes)
+    combinations = list(itertools.product(*(study.levels(axis) for axis in axes)))
+    cells: dict[str, Cell] = {}
+    for seed in study.seeds:
+        for combination in combinations:
+            cell = _make_cell(study, dict(zip(axes, combination, strict=True)), seed)
+            if cell.name in cells:
+                other = cells[cell.name]
+                raise ConfigError(
+                    f"{study.place('axes')}: two cells are called {cell.name}: {_levels(other.levels)} and {_levels(cell.levels)}; "
+                    "expected levels with different names"
+                )
+            cells[cell.name] = cell
+    return list(cells.values())
+
+
+def group_name(levels: Mapping[str, str], named: Sequence[str]) -> str:
+    """Of the cells that differ in the seed alone. named: axes whose levels say what they are without the axis' name."""
+    parts = [level if axis in named else f"{axis.rpartition('.')[2]}{level}" for axis, level in levels.items()]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+
+
+def named_axes(study: Study) -> list[str]:
+    """The axes whose levels have names of their own."""
+    return [axis for axis, levels in study.axes.items() if isinstance(levels, dict)]
+
+
+def _make_cell(study: Study, levels: Mapping[str, Level], seed: int) -> Cell:
+    names = {axis: level.name for axis, level in levels.items()}
+    name = f"{group_name(names, named_axes(study))}_seed{seed}"
+    assigned = [_assign(key, value, study.place("overrides", key)) for key, value in study.overrides.items()]
+    for level in levels.values():
+        assigned += [_assign(key, value, level.place) for key, value in level.settings.items()]
+    for index, rule in enumerate(study.cells):
+        if all(names[axis] in _names_of(chosen) for axis, chosen in rule.where.items()):
+            assigned += [_assign(key, value, study.place("cells", index, "set", key)) for key, value in rule.set.items()]
+    assigned += [_assign("seed", seed, study.place("seeds"))]
+    assigned += [
+        _assign("name", name, study.place("name")),
+        _assign("output_dir", str(study.folder / CELLS_FOLDER), study.place("output_dir")),
+    ]
+    config = load_config(study.base, assigned)
+    settings = settings_of(config)
+    return Cell(name=name, levels=names, seed=seed, config=config, settings=settings, digest=digest(settings))
+
+
+def _names_of(chosen: Any) -> list[str]:
+    return [level_name(each) for each in (chosen if isinstance(chosen, list) else [chosen])]
+
+
+def _assign(key: str, value: Any, place: str) -> Placed:
+    return Placed(f"{key}={json.dumps(value)}", place)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that change the run's numbers. A path below the working folder is relative: another machine has another one."""
+    return {
+        key: _relative(value)
+        for key, value in flatten(config).items()
+        if key not in ("name", "output_dir") and (key == "num_global_steps" or not may_change_on_resume(key))
+    }
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Of the settings: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _relative(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("/"):
+        return value
+    path = Path(value)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else value
+
+
+def _levels(levels: Mapping[str, str]) -> str:
+    return ", ".join(f"{axis} {level}" for axis, level in levels.items())

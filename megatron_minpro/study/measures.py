@@ -1,0 +1,129 @@
+"""What one run's curves and evaluations come to. These rules were fixed before any study was run.
+
+The window is a tenth of the trained batches, at least 5, at most half of them (at least 1).
+
+| measure | meaning |
+|---|---|
+| reward_last | mean of reward/trained over the last window |
+| reward_best | largest mean of reward/trained over a window of consecutive batches |
+| reward_area | mean of reward/trained over all trained batches: the area under the curve, a batch being 1/batches wide |
+| collapsed | 1 if reward_last < reward_best - 0.1, else 0 |
+| entropy_last | mean of policy/entropy over the last window |
+| sample_size | mean over all trained batches of weight/effective_sample_size, of the weights that the objective gave |
+| ratio_sample_size | the same of effective_sample_size/token, of the plain ratios, which does not depend on the objective's weights |
+| clipped | mean over all trained batches of clip/hard + clip/soft |
+| pass_at_K_before, _after | held-out pass@K of the base model and of the last policy |
+| pass_at_K_best | largest held-out pass@K of all measurements after the first update |
+| seconds | wall time of all attempts at the run, the base model left out |
+
+A batch in which a metric was not measured is left out of that metric's means. A measure without any batch is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+COLLAPSE = 0.1  # absolute, in units of reward
+WINDOW_SHARE, LEAST_WINDOW = 0.1, 5
+HEADLINE = "reward/trained"
+# Curves that a row keeps: name in the row -> metric.
+CURVES = {
+    "reward": HEADLINE,
+    "entropy": "policy/entropy",
+    "sample_size": "weight/effective_sample_size",
+    "ratio_sample_size": "effective_sample_size/token",
+    "clip_hard": "clip/hard",
+    "clip_soft": "clip/soft",
+    "kl": "policy/kl_to_behaviour",
+    "weight": "weight/mean",
+    "grad_norm": "update/grad_norm",
+    "length": "rollout/length",
+}
+_MOST_POINTS = 200
+_DIGITS = 4
+
+Curve = Sequence[float | None]
+
+
+def trained_curves(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
+    """One value per trained batch of every curve; the steps that only sample, in which nothing is trained, are left out.
+
+    metrics: the lines of metrics.jsonl.
+    """
+    trained = [line for line in metrics if line.get(HEADLINE) is not None]
+    return {name: [line.get(metric) for line in trained] for name, metric in CURVES.items()}
+
+
+def window_of(batches: int) -> int:
+    """Batches in a window."""
+    return max(1, min(max(LEAST_WINDOW, round(WINDOW_SHARE * batches)), batches // 2))
+
+
+def collapsed(*, last: float, best: float) -> bool:
+    """Whether the last window's reward lies more than COLLAPSE below the best window's."""
+    return last < best - COLLAPSE
+
+
+def measures_of(curves: Mapping[str, Curve], evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The measures of the table above, without seconds.
+
+    Args:
+        curves: of trained_curves.
+        evaluations: before, step_000010, ..., after -> {"pass_at_1": 0.34, ...}, in this order.
+
+    Raises:
+        ValueError: no batch was trained.
+    """
+    rewards = _known(curves["reward"])
+    if not rewards:
+        raise ValueError("measures: expected at least one trained batch")
+    window = window_of(len(rewards))
+    means = [_mean(rewards[start : start + window]) for start in range(len(rewards) - window + 1)]
+    last, best = means[-1], max(means)
+    found = {"reward_last": last, "reward_best": best, "reward_area": _mean(rewards), "collapsed": float(collapsed(last=last, best=best))}
+    if entropies := _known(curves["entropy"]):
+        found["entropy_last"] = _mean(entropies[-window:])
+    for name in ("sample_size", "ratio_sample_size"):
+        if values := _known(curves[name]):
+            found[name] = _mean(values)
+    clipped = [
+        (hard or 0.0) + (soft or 0.0)
+        for hard, soft in zip(curves["clip_hard"], curves["clip_soft"], strict=True)
+        if hard is not None or soft is not None
+    ]
+    if clipped:
+        found["clipped"] = _mean(clipped)
+    return found | _held_out(evaluations)
+
+
+def _held_out(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    found = {
+        f"{name}_{label}": value
+        for label in ("before", "after")
+        for name, value in evaluations.get(label, {}).items()
+        if name.startswith("pass_at_")
+    }
+    trained = [measured for label, measured in evaluations.items() if label != "before"]
+    for name in dict.fromkeys(name for measured in trained for name in measured if name.startswith("pass_at_")):
+        found[f"{name}_best"] = max(measured[name] for measured in trained if name in measured)
+    return found
+
+
+def thin(curve: Curve) -> list[float | None]:
+    """Rounded to 4 significant digits; every k-th value, with the smallest k that leaves at most 200."""
+    stride = max(1, math.ceil(len(curve) / _MOST_POINTS))
+    return [None if value is None else rounded(value) for value in curve[::stride]]
+
+
+def rounded(value: float) -> float:
+    """To 4 significant digits."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _known(curve: Curve) -> list[float]:
+    return [value for value in curve if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,152 @@
+"""Runs the cells that have no row yet, each as `minpro train` in a child process, and writes a row when one ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.config import dump_config, load_config
+from megatron_minpro.run.preflight import check_run_folder
+from megatron_minpro.run.run_folder import CONFIG_FILE
+from megatron_minpro.study.cells import CELLS_FOLDER, Cell, digest, settings_of
+from megatron_minpro.study.rows import Row, append_row, failed_row, finished_row, is_complete
+from megatron_minpro.working_folder import child_environment
+from rollout.processes import ManagedProcess, spawn
+
+_LOOK_EVERY_S = 0.2
+_ERROR = "minpro: error: "
+_LAST_LINES = 50
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C: the cells under way have stopped, with checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    cell: Cell
+    process: ManagedProcess
+
+
+def check_folders(cells: Sequence[Cell]) -> None:
+    """Whether the cells can be begun or continued in their run folders.
+
+    Raises:
+        ValueError: a folder belongs to another configuration; names the folder and what differs.
+    """
+    for cell in cells:
+        check_run_folder(cell.config, resume="auto")
+        path = cell.config.run_dir / CONFIG_FILE
+        if is_complete(cell.config.run_dir) and digest(settings_of(load_config(path))) != cell.digest:
+            raise ValueError(f"{path}: a complete run of another configuration; expected that of {cell.name}, or no such folder")
+
+
+def run_cells(
+    cells: Sequence[Cell], *, folder: Path, jobs: int, delete_runs: bool, ended: Callable[[Row], None], say: Callable[[str], None]
+) -> None:
+    """Run all of them, `jobs` at a time, in order.
+
+    A cell whose base model is not there yet makes it; others that need the same one wait until it is there.
+
+    Args:
+        cells: without a row.
+        folder: of the study.
+        jobs: cells that run at the same time.
+        delete_runs: remove a run folder once its row is on disk.
+        ended: told of every new row.
+        say: takes lines for people.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM.
+    """
+    waiting, running = deque(cells), list[_Running]()
+    (folder / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
+    with _CtrlC() as ctrl_c:
+        forwarded = 0
+        try:
+            while running or (waiting and not ctrl_c.times):
+                while waiting and not ctrl_c.times and len(running) < jobs and _may_start(waiting[0], running):
+                    running.append(_start(waiting.popleft(), folder))
+                if ctrl_c.times > forwarded:
+                    say("stopping the cells under way with checkpoints (Ctrl-C again: at once, without)")
+                    forwarded = ctrl_c.times
+                    for each in running:
+                        _interrupt(each.process)
+                for each in [each for each in running if not each.process.is_running]:
+                    running.remove(each)
+                    row = _row_of(each, interrupted=ctrl_c.times > 0)
+                    if row is None:
+                        say(f"{each.cell.name}: stopped before its end; the same command continues it")
+                        continue
+                    append_row(folder, row)
+                    if delete_runs and row.status == "ok":
+                        shutil.rmtree(each.cell.config.run_dir)
+                    ended(row)
+                time.sleep(_LOOK_EVERY_S)
+        finally:
+            for each in running:
+                each.process.terminate()
+        if ctrl_c.times:
+            raise Interrupted("interrupted; the same command continues")
+
+
+def _may_start(cell: Cell, running: Sequence[_Running]) -> bool:
+    model = cell.config.model
+    return Path(model.path).exists() or not any(each.cell.config.model.path == model.path for each in running)
+
+
+def _start(cell: Cell, folder: Path) -> _Running:
+    path = folder / CELLS_FOLDER / f"{cell.name}.yaml"
+    write_atomically(path, dump_config(cell.config))
+    command = [sys.executable, "-m", "megatron_minpro.cli", "train", str(path)]
+    process = spawn(command, log_path=folder / "logs" / f"{cell.name}.log", env=child_environment(), name=cell.name)
+    return _Running(cell=cell, process=process)
+
+
+def _interrupt(process: ManagedProcess) -> None:
+    if process.is_running:
+        process.popen.send_signal(signal.SIGINT)
+
+
+def _row_of(ended: _Running, *, interrupted: bool) -> Row | None:
+    """The row of a cell whose process has ended; None for one that was stopped before its end."""
+    process, cell = ended.process, ended.cell
+    process.terminate()  # sweeps up what is left of its tree
+    if process.exit_code == 0:
+        return finished_row(cell)
+    if interrupted:
+        return None
+    lines = process.last_log_lines(_LAST_LINES)
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    said = errors[-1] if errors else " ".join(lines[-1:]) or "nothing in its log"
+    code = process.exit_code or 0
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return failed_row(cell, f"{said.strip()} ({how}; log: {process.log_path})")
+
+
+class _CtrlC:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> _CtrlC:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self.times += 1

@@ -1,0 +1,159 @@
+"""report.md, table.csv and table.json of a study: means over seeds, comparisons, and what failed or is missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.evaluation.tables import markdown_table
+from megatron_minpro.study import measures as rules
+from megatron_minpro.study.definition import Study
+from megatron_minpro.study.rows import Row
+from megatron_minpro.study.statistics import Interval
+from megatron_minpro.study.summary import COMPARED, Comparison, Group, compare, make_groups
+
+# Measure -> column of the report, in order.
+SHOWN = {
+    "pass_at_1_after": "pass@1",
+    "pass_at_1_best": "best pass@1",
+    "pass_at_8_after": "pass@8",
+    "pass_at_8_best": "best pass@8",
+    "reward_last": "reward, last",
+    "reward_best": "reward, best",
+    "reward_area": "reward, area",
+    "entropy_last": "entropy, last",
+    "sample_size": "sample size",
+    "clipped": "clipped",
+    "seconds": "seconds",
+}
+REPORT_FILE = "report.md"
+
+
+def write_tables(folder: Path, study: Study, rows: Mapping[str, Row], *, pictures: Sequence[str] = ()) -> str:
+    """Write the three files; returns the text of the report. pictures: paths below the folder, in order."""
+    groups = make_groups(study, rows)
+    comparisons = compare(study, groups)
+    text = _report(study, groups, comparisons, rows, pictures)
+    write_atomically(folder / REPORT_FILE, text, durable=False)
+    records = [_record(group, comparisons) for group in groups]
+    write_atomically(folder / "table.json", json.dumps(records, indent=2) + "\n", durable=False)
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(folder / "table.csv", table.getvalue(), durable=False)
+    return text
+
+
+def _report(
+    study: Study, groups: Sequence[Group], comparisons: Sequence[Comparison], rows: Mapping[str, Row], pictures: Sequence[str]
+) -> str:
+    done = sum(len(group.rows) for group in groups)
+    failed = [row for row in rows.values() if row.status == "failed"]
+    total = len(groups) * len(study.seeds)
+    parts = [
+        f"# {study.name}\n",
+        f"{done} of {total} cells are done, {len(failed)} failed. Base: `{study.base}`. Seeds: {', '.join(map(str, study.seeds))}.\n",
+        "Mean over seeds ± half of the 95 % t interval. `collapsed`: seeds whose mean reward over the last window lies more than "
+        f"{rules.COLLAPSE} below that of their best window. The window is a tenth of the batches, at least {rules.LEAST_WINDOW}. "
+        "`reward, area` is the mean over all trained batches. megatron_minpro/study/measures.py defines every column.\n",
+    ]
+    for family, members in _families(study, groups).items():
+        parts += [f"## {family}\n" if family else "", _means(members)]
+    if comparisons:
+        axis, level = next(iter(study.reference.items()))
+        parts += [
+            f"## Differences from {axis} {level}\n",
+            f"Paired by seed: mean difference with its 95 % t interval, p of the two-sided paired t test after Holm's correction over the "
+            f"levels of `{axis}` in one table, and the seeds above and below the reference. With {len(study.seeds)} seeds an exact "
+            f"sign-flip test has no p below {2.0 ** (1 - len(study.seeds)):.4g}. * marks p < 0.05.\n",
+        ]
+        for family, members in _families(study, groups).items():
+            mine = [each for each in comparisons if each.group in members]
+            parts += [f"### {family}\n" if family and mine else "", _differences(mine, axis)]
+    if failed:
+        parts += ["## Failed cells\n", "".join(f"- {row.cell}: {row.error}\n" for row in failed)]
+    if pictures:
+        parts += ["## Curves\n", "".join(f"![{Path(path).stem}]({path})\n" for path in pictures)]
+    return "\n".join(part for part in parts if part)
+
+
+def _families(study: Study, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Groups that are compared with each other: they differ in the reference's axis, or else in the first one."""
+    axis = next(iter(study.reference or study.axes))
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        title = ", ".join(f"{name} {level}" for name, level in group.levels.items() if name != axis)
+        found.setdefault(title, []).append(group)
+    return found
+
+
+def _means(groups: Sequence[Group]) -> str:
+    shown = [measure for measure in SHOWN if any(group.values(measure) for group in groups)]
+    header = ["cells", "seeds", *(SHOWN[measure] for measure in shown), "collapsed"]
+    lines = []
+    for group in groups:
+        seeds = str(len(group.rows)) + (f" ({group.failed} failed)" if group.failed else "")
+        fallen = group.values("collapsed")
+        collapsed = f"{sum(fallen.values()):.0f} of {len(fallen)}" if fallen else "-"
+        lines.append([group.name, seeds, *(_shown(group.interval(measure), measure) for measure in shown), collapsed])
+    return markdown_table(header, lines)
+
+
+def _differences(comparisons: Sequence[Comparison], axis: str) -> str:
+    measures = [measure for measure in COMPARED if any(each.measure == measure for each in comparisons)]
+    if not measures:
+        return ""
+    lines = []
+    for group in dict.fromkeys(each.group.name for each in comparisons):
+        mine = {each.measure: each for each in comparisons if each.group.name == group}
+        level = next(iter(mine.values())).group.levels[axis]
+        lines.append([level, *(_difference(mine.get(measure)) for measure in measures)])
+    return markdown_table([axis, *(SHOWN[measure] for measure in measures)], lines)
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "-"
+    interval, difference = comparison.difference.interval, comparison.difference
+    signs = f"{difference.positive}+ {difference.negative}-"
+    if interval.low is None or interval.high is None or comparison.holm is None:
+        return f"{interval.mean:+.3f} ({signs})"
+    star = " *" if comparison.holm < 0.05 else ""
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] p {comparison.holm:.2g} ({signs}){star}"
+
+
+def _shown(interval: Interval | None, measure: str) -> str:
+    if interval is None:
+        return "-"
+    digits = 0 if measure == "seconds" else 3
+    if interval.high is None:
+        return f"{interval.mean:.{digits}f}"
+    return f"{interval.mean:.{digits}f} ± {interval.high - interval.mean:.{digits}f}"
+
+
+def _record(group: Group, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "cells": group.name,
+        **group.levels,
+        "seeds": len(group.rows),
+        "failed": group.failed,
+        "missing": group.missing,
+    }
+    for measure in dict.fromkeys(name for row in group.rows.values() for name in row.measures):
+        interval = group.interval(measure)
+        assert interval is not None
+        record |= {measure: interval.mean, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
+    for each in comparisons:
+        if each.group.name == group.name:
+            name, interval = f"{each.measure}_difference", each.difference.interval
+            record |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            record |= {f"{name}_p": each.difference.p, f"{name}_p_holm": each.holm}
+            record |= {f"{name}_positive": each.difference.positive, f"{name}_negative": each.difference.negative}
+    return record
