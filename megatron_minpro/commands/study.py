@@ -37,9 +37,9 @@ def study(options: StudyOptions) -> None:
     """
     from megatron_minpro.study.cells import make_cells
     from megatron_minpro.study.definition import read_study
+    from megatron_minpro.study.execution import check_cells, report, run_study
     from megatron_minpro.study.rows import rows_of
     from megatron_minpro.study.running import Interrupted
-    from megatron_minpro.study.execution import check_cells, report, run_study
 
     found = read_study(options.study)
     cells = make_cells(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
@@ -50,7 +49,8 @@ def cppo(
     moved_T, mask_T = total_variation(batch, log_ratio(batch)), batch.loss_mask_T
 
     def rule(_log_ratio_T: Tensor, scanned: Scanned) -> Bounds:
-        earlier_T, moved_before_T, moment_T = (x_T.double() for x_T in scanned.results)
+        moved_before_T, moment_T = (x_T.double() for x_T in scanned.results)
+        earlier_T = (scanned.place_T - mask_T.float()).double()
         # w is linear in the token's place: its sums are those of 1 and of the place.
         slope_T = (1 - w_min) / (batch.shard.per_token(scanned.num_trained_S).double() - 1).clamp(min=1.0)
         weight_T = 1 - slope_T * earlier_T
@@ -59,6 +59,5 @@ def cppo(
         distance_T = left_T.clamp(min=0.0) / weight_T
         return total_variation_bounds(batch, distance_T, distance_T)
 
-    count = PrefixSum(torch.ones_like(moved_T), mask_T, exclusive=True)
-    requests = (count, PrefixSum(moved_T, mask_T, exclusive=True), PrefixMoment(moved_T, mask_T))
+    requests = (PrefixSum(moved_T, mask_T, exclusive=True), PrefixMoment(moved_T, mask_T))
     return clip_by(batch, rule, *requests, aggregation=aggregation, aggregation_length=aggregation_length)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.options import check_number
 from megatron_minpro.objectives.policy_gradient import ppo_clip
@@ -49,9 +47,7 @@ def ctpo(
         raise ValueError(f"max_log_ratio must be at most {MAX_LOG_RATIO}, got {max_log_ratio!r}")
     log_ratio_T, mask_T = log_ratio(batch), batch.loss_mask_T
     held_T = log_ratio_T.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    requests = (PrefixSum(held_T, mask_T), PrefixSum(torch.ones_like(held_T), mask_T))
-    scanned = scan_batch(batch, log_ratio_T, *requests, aggregation=aggregation, aggregation_length=aggregation_length)
-    cumulative_T, count_T = scanned.results
-    growth_T = count_T.pow(power)
-    cumulative_T = cumulative_T.clamp(max=max_log_ratio) + (log_ratio_T - log_ratio_T.detach())
+    scanned = scan_batch(batch, log_ratio_T, PrefixSum(held_T, mask_T), aggregation=aggregation, aggregation_length=aggregation_length)
+    growth_T = scanned.place_T.pow(power)
+    cumulative_T = scanned.results[0].clamp(max=max_log_ratio) + (log_ratio_T - log_ratio_T.detach())
     return ppo_clip(batch, log_ratio_T, scanned, cumulative_T, log_low=-width_low * growth_T, log_high=width_high * growth_T)

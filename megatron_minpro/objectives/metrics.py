@@ -1,7 +1,7 @@
 """What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
 
-A metric is float64, [2] = (sum, count), [NUM_BINS] = counts per bin where its name ends in `/histogram`, or what effective_sample_size.py
-sums where it ends in `/weight_sums`. `finalize_metrics` makes means, quantiles and sample sizes of the totals.
+A metric is float64, [2] = (sum, count), or by the end of its name: [NUM_BINS] = counts per bin (`/histogram`), what
+effective_sample_size.py sums (`/weight_sums`), what by_place.py sums (`/by_place`). `finalize_metrics` makes numbers of the totals.
 megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens, S sequences.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
+from megatron_minpro.objectives.by_place import PLACE_SUFFIX, means_by_place, sums_by_place
 from megatron_minpro.objectives.effective_sample_size import WEIGHT_SUMS_SUFFIX, effective_sample_size, weight_sums
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, ratio
 
@@ -25,7 +26,7 @@ UNIT_LOG_RATIO = 1e-5
 VANISHED_WEIGHT = 0.01
 
 HISTOGRAM_SUFFIX = "/histogram"
-_SUFFIXES = f"{HISTOGRAM_SUFFIX} or {WEIGHT_SUMS_SUFFIX}"
+_SUFFIXES = f"{HISTOGRAM_SUFFIX}, {WEIGHT_SUMS_SUFFIX} or {PLACE_SUFFIX}"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 # Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
@@ -77,6 +78,8 @@ def token_metrics(
         "effective_sample_size/sequence/weight_sums": weight_sums(scanned.sequence_S, share_S),
         "log_ratio/histogram": histogram(d_T, mask_T),
         "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
+        "log_prefix_min/by_place": sums_by_place(prefix_min_T, scanned.place_T, mask_T),
+        "weight/by_place": sums_by_place(weights_T, scanned.place_T, mask_T),
     }
 
 
@@ -101,10 +104,11 @@ def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, effective sample sizes of
-    weight sums, and weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, means by place as
+    group/token_1, group/tokens_2_3, ... (those that have a token), effective sample sizes of weight sums, and
+    weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
 
-    A metric without any token is NaN, never 0. Raises ValueError for a shape that is neither.
+    A metric without any token is NaN, never 0. Raises ValueError for a shape that is none of these.
     """
     final: dict[str, float] = {}
     for name, value in totals.items():
@@ -113,6 +117,9 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
             final |= {f"{stem}/p{round(100 * q):02d}": histogram_quantile(value, q) for q in QUANTILES}
         elif name.endswith(WEIGHT_SUMS_SUFFIX):
             final[name.removesuffix(WEIGHT_SUMS_SUFFIX)] = effective_sample_size(value)
+        elif name.endswith(PLACE_SUFFIX):
+            stem = name.removesuffix(PLACE_SUFFIX)
+            final |= {f"{stem}/{stretch}": mean for stretch, mean in means_by_place(value).items()}
         elif tuple(value.shape) == (2,):
             total, count = value.tolist()
             final[name] = total / count if count else math.nan

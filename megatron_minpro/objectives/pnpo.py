@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
 from megatron_minpro.objectives.options import log_bounds
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, log_ratio, scan_batch
 from megatron_minpro.objectives.token_bounds import around_one
-from parallel.prefix_scan import PrefixSum
 
 
 def pnpo(
@@ -41,9 +38,8 @@ def pnpo(
     """
     log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)
-    count = PrefixSum(torch.ones_like(log_ratio_T, requires_grad=False), batch.loss_mask_T)
-    scanned = scan_batch(batch, log_ratio_T, count, aggregation=aggregation, aggregation_length=aggregation_length)
-    count_T = scanned.results[0].clamp(min=1.0)
+    scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
+    count_T = scanned.place_T.clamp(min=1.0)
     log_weights_T = scanned.cumulative_T / count_T
     widening_T = (batch.shard.per_token(scanned.num_trained_S) / count_T).double().sqrt()
     log_low_T, log_high_T = around_one(clip_low * widening_T, clip_high * widening_T)

@@ -29,6 +29,7 @@ class Scanned:
     cumulative_T: Float32[Tensor, " T"]  # log of the product of the ratios up to and with the token
     sequence_S: Float32[Tensor, " S"]  # log of the product of all ratios of the sequence
     num_trained_S: Float32[Tensor, " S"]  # trained tokens of the sequence
+    place_T: Float32[Tensor, " T"]  # of the token among the trained ones of its sequence, from 1; before the first, 0
     divisors_T: Float32[Tensor, " T"]  # the aggregation's divisor of every token's loss
     results: list[Float32[Tensor, " _"]]  # [T] or [S]: of the objective's own requests, in order
 
@@ -70,13 +71,15 @@ def scan_batch(
         PrefixSum(log_ratio_T, mask_T),
         SequenceSum(log_ratio_T, mask_T),
         trained_tokens(batch),
+        PrefixSum(torch.ones_like(log_ratio_T, requires_grad=False), mask_T),
     ]
-    prefix_min_T, cumulative_T, sequence_S, num_trained_S, *results = scan(batch.shard, [*shared, *requests])
+    prefix_min_T, cumulative_T, sequence_S, num_trained_S, place_T, *results = scan(batch.shard, [*shared, *requests])
     return Scanned(
         prefix_min_T=prefix_min_T,
         cumulative_T=cumulative_T,
         sequence_S=sequence_S,
         num_trained_S=num_trained_S,
+        place_T=place_T,
         divisors_T=divisors(batch, aggregation, aggregation_length, num_trained_S),
         results=results,
     )

@@ -61,12 +61,22 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
     ]
 
 
+def _by_place(group: str, unit: str, meaning: str) -> list[Metric]:
+    doubling = [2**exponent for exponent in range(17)]
+    stretches = ["token_1", *(f"tokens_{first}_{2 * first - 1}" for first in doubling[1:-1]), f"tokens_{doubling[-1]}_on"]
+    return [
+        _metric(f"{group}/{name}", unit, Combined.TOKEN_MEAN, _BY_PLACE, f"{meaning}: mean over {name.replace('_', ' ')} of the responses")
+        for name in stretches
+    ]
+
+
 _SAMPLED = "loop/sampled_batch.py"
 _SCORING = "loop/scoring.py"
 _UPDATE = "loop/update.py"
 _ROUTING = "loop/routing.py"
 _FINISH = "loop/finish_step.py"
 _OBJECTIVES = "objectives/metrics.py"
+_BY_PLACE = "objectives/by_place.py"
 _CORRECTIONS = "objectives/corrections.py"
 _SERVERS = "rollout/reports.py"
 _IDLE = "loop/idle.py"
@@ -173,6 +183,7 @@ METRICS: tuple[Metric, ...] = (
         "smallest rho among the earlier tokens of the response; 1 for the first token",
     ),
     *_quantiles("log_prefix_min", "nats", _OBJECTIVES, "log of the smallest rho among the earlier tokens"),
+    *_by_place("log_prefix_min", "nats", "log of the smallest rho among the earlier tokens"),
     _metric("weight/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "weight of a token's policy gradient"),
     _metric("weight/mean_square", "ratio^2", Combined.TOKEN_MEAN, _OBJECTIVES, "square of that weight"),
     _metric(
@@ -197,6 +208,7 @@ METRICS: tuple[Metric, ...] = (
             ("sequence", "responses, W = product of all rho of the response"),
         )
     ),
+    *_by_place("weight", "ratio", "weight of a token's policy gradient"),
     _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
     _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),
     _metric("advantage/mean", "reward", Combined.TOKEN_MEAN, _OBJECTIVES, "advantage of a trained token"),

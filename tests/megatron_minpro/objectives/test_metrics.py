@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 
 import pytest
 import torch
 
 from megatron_minpro.objectives import OBJECTIVES, make_objective
+from megatron_minpro.objectives.by_place import means_by_place, sums_by_place
 from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
 from megatron_minpro.tracking.metrics_table import check_declared
 
@@ -58,7 +61,8 @@ def test_every_objective_reports_the_same_list(name: str, cases, run_objective) 
     final = finalize_metrics(run_objective(objective, cases.random(0)).metrics)
     check_declared(final)
     quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "log_prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
-    assert final.keys() == quantiles | {
+    stretches = ("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15")  # the longest response has 10 trained tokens
+    assert final.keys() == quantiles | {f"{what}/{stretch}" for what in ("log_prefix_min", "weight") for stretch in stretches} | {
         "ratio/mean",
         "log_ratio/mean",
         "log_ratio/mean_square",
@@ -86,3 +90,29 @@ def test_quantiles_of_log_ratio_and_prefix_min_by_hand(cases, run_objective) -> 
     for name, ratio in (("log_prefix_min/p05", 0.125), ("log_prefix_min/p95", 0.125), ("log_ratio/p25", 2.0), ("log_ratio/p75", 4.0)):
         assert math.log(ratio) / final[name] == pytest.approx(1.0, abs=bin_width - 1), name
     assert final["prefix_min/mean"] == pytest.approx((1 + 99 / 8) / 100)
+
+
+def test_means_by_place_are_those_of_a_loop(cases, run_objective) -> None:
+    """Places count trained tokens only, from 1, also where the mask has holes; however it is packed."""
+    case = cases.random(3, 0.4)
+    weights, prefix_minima = defaultdict(list), defaultdict(list)
+    for logprobs, behaviour, mask in zip(case.logprobs, case.behaviour, case.masks, strict=True):
+        seen: list[float] = []
+        for log_ratio in (logprobs - behaviour)[mask].double().tolist():
+            stretch = int(math.log2(len(seen) + 1))
+            smallest = min(seen, default=0.0)
+            prefix_minima[stretch].append(smallest)
+            weights[stretch].append(min(math.exp(log_ratio + smallest), 5.0))
+            seen.append(log_ratio)
+    final = finalize_metrics(run_objective(make_objective("minpro"), case, [[0, 2], [1, 3, 4], [5]]).metrics)
+    names = ("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15")
+    for group, expected in (("weight", weights), ("log_prefix_min", prefix_minima)):
+        found = {name: value for name, value in final.items() if name.startswith(f"{group}/token")}
+        assert found == pytest.approx({f"{group}/{names[i]}": statistics.fmean(expected[i]) for i in sorted(expected)}, rel=1e-5)
+
+
+def test_stretches_double_and_the_last_one_is_open() -> None:
+    place_T = torch.tensor([1.0, 2, 3, 4, 7, 8, 65535, 65536, 131072, 4194304])
+    sums = sums_by_place(place_T, place_T, torch.ones(10, dtype=torch.bool))
+    assert sums[:, 1].tolist() == [1, 2, 2, 1, *[0] * 11, 1, 3]
+    assert means_by_place(sums)["tokens_2_3"] == 2.5 and means_by_place(sums)["tokens_65536_on"] == (65536 + 131072 + 4194304) / 3
