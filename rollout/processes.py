@@ -16,18 +16,19 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from rollout import reaper
 from rollout.exec_with_parent import die_with_parent, with_parent
 
-__all__ = ["ManagedProcess", "die_with_parent", "spawn", "terminate_all"]
+__all__ = ["ManagedProcess", "die_with_parent", "fork", "spawn", "terminate_all"]
 
 _REDACTED = "[redacted]"
 _KILL_WAIT_S = 10.0
@@ -100,15 +101,72 @@ def _forget_starter() -> None:
 os.register_at_fork(after_in_child=_forget_starter)
 
 
+class Child(Protocol):
+    """What is needed of subprocess.Popen; `ForkedChild` is the other one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def terminate(self) -> None: ...
+
+
+class ForkedChild:
+    """A child that was forked from this process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._exit_code: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._pid
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self._exit_code is None:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            if ended:
+                self._exit_code = os.waitstatus_to_exitcode(status)
+        return self._exit_code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        """To the child, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self._pid, sig)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagedProcess:
-    """A running (or ended) child. Made by `spawn`. mark: carried by all of its offspring. secrets: never shown, though the log has them."""
+    """A running (or ended) child. Made by `spawn` or `fork`.
+
+    mark: carried by all of its offspring. secrets: never shown, though the log has them.
+    """
 
     name: str
     command: tuple[str, ...]
     log_path: Path
     log_start: int  # bytes already in the log when this child started
-    popen: subprocess.Popen[bytes]
+    popen: Child
     mark: str
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
@@ -219,6 +277,66 @@ def spawn(
     return ManagedProcess(
         name=name, command=tuple(command), log_path=log_path, log_start=log_start, popen=popen, mark=mark, secrets=tuple(secrets)
     )
+
+
+def fork(main: Callable[[], object], *, log_path: Path, name: str, ignore_signals: Iterable[signal.Signals] = ()) -> ManagedProcess:
+    """A copy of this process runs `main` in a session of its own and ends, with output appended to `log_path`; it is killed when the
+    calling thread ends.
+
+    For a child that needs what this process has imported; it must not have looked at CUDA. Other threads do not exist in the child.
+
+    Args:
+        main: its exit code is 0 when it returns, that of SystemExit, or 1 after another exception, whose traceback the log has.
+        log_path: of the output.
+        name: for messages.
+        ignore_signals: ignored by the child.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent_pid = os.getpid()
+    with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+        log_start = log.seek(0, os.SEEK_END)
+        pid = os.fork()
+        if pid == 0:
+            _run_forked(main, parent_pid=parent_pid, log=log.fileno(), ignore_signals=ignore_signals)
+    return ManagedProcess(
+        name=name,
+        command=(name,),
+        log_path=log_path,
+        log_start=log_start,
+        popen=ForkedChild(pid),
+        mark=f"{uuid.uuid4().hex[:16]}/forked",  # nobody carries it: an environment is read when a program begins
+    )
+
+
+def _run_forked(main: Callable[[], object], *, parent_pid: int, log: int, ignore_signals: Iterable[signal.Signals]) -> None:
+    """Never returns: what the parent would do next, and at its end, is not the child's to do."""
+    code = 1
+    try:
+        os.setsid()
+        die_with_parent(parent_pid=parent_pid)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ignore_signals:
+            signal.signal(number, signal.SIG_IGN)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, target)
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def terminate_all(processes: Sequence[ManagedProcess], *, deadline_s: float) -> None:

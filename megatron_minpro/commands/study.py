@@ -20,6 +20,13 @@ class StudyOptions:
     jobs: Annotated[int, Option("cells that run at the same time", minimum=1)] = 1
     retry_failed: Annotated[bool, Option("run the cells again whose row says that they failed")] = False
     delete_runs: Annotated[bool, Option("remove the run folder of a cell once its row is on disk; checkpoints are large")] = False
+    smoke: Annotated[
+        bool,
+        Option(
+            "in a folder of its own, real but short runs with the first seed: every level of every axis once, not every combination "
+            "(14 objectives at 3 lags are 14 runs)"
+        ),
+    ] = False
     report: Annotated[bool, Option("write tables and plots of the rows that are there, run nothing")] = False
 
 
@@ -31,6 +38,7 @@ def study(options: StudyOptions) -> None:
 
     \b
     Example:
+      minpro study lag_sweep_tiny --smoke
       minpro study lag_sweep_tiny
       minpro study my_study.yaml --jobs 2 --delete-runs
       minpro study my_study.yaml --report
@@ -40,19 +48,33 @@ def study(options: StudyOptions) -> None:
     from megatron_minpro.study.execution import check_cells, report, run_study
     from megatron_minpro.study.rows import rows_of
     from megatron_minpro.study.running import Interrupted
+    from megatron_minpro.study.smoke import smoke_study
 
     found = read_study(options.study)
-    cells = make_cells(found)
+    if options.smoke:
+        if options.jobs > 1:
+            raise ValueError(f"--jobs: {options.jobs}, expected 1 with --smoke, whose cells share their servers one after the other")
+        found = smoke_study(found)
+    cells = make_cells(found, smoke=options.smoke)
     rows, others = rows_of(found.folder, cells)
     if others:
         typer.echo(f"{found.folder}: {others} rows of cells that the study does not have are left out", err=True)
     if options.report:
-        typer.echo(report(found, rows))
+        typer.echo(report(found, rows, total=len(cells)))
         return
     todo = [cell for cell in cells if cell.name not in rows or (options.retry_failed and rows[cell.name].status == "failed")]
     check_cells(todo)
     try:
-        run_study(found, cells, todo, rows, jobs=options.jobs, delete_runs=options.delete_runs or found.delete_runs, say=typer.echo)
+        run_study(
+            found,
+            cells,
+            todo,
+            rows,
+            jobs=options.jobs,
+            delete_runs=options.delete_runs or found.delete_runs,
+            shared=options.smoke,
+            say=typer.echo,
+        )
     except Interrupted as interruption:
         typer.echo(f"minpro: {interruption}", err=True)
         raise typer.Exit(1) from None

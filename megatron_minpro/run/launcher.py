@@ -28,7 +28,7 @@ from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.finished import stopped, write_report
 from megatron_minpro.run.preflight import check_run_folder, check_start
-from megatron_minpro.run.ranks import are_forked, on_loopback, start_forked_ranks, start_ranks
+from megatron_minpro.run.ranks import are_forked, fork_ranks, on_loopback, start_forked_ranks, start_ranks
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -56,11 +56,21 @@ class Interrupted(RuntimeError):
     """Ctrl-C: the run stopped with a checkpoint (or, asked twice, at once)."""
 
 
-def run(config: RunConfig, *, resume: str) -> Path:
-    """Train to the end and return the run folder. resume: auto | never | must.
+def run(config: RunConfig, *, resume: str, preloaded: bool = False) -> Path:
+    """Train to the end.
 
-    Raises ValueError for input that cannot work, before anything starts; RuntimeError when a rank or a server fails, with its last
-    words; Interrupted after Ctrl-C. Whatever happens, no child survives.
+    Args:
+        config: of the run.
+        resume: auto | never | must.
+        preloaded: this process has imported what ranks need and may be forked, so it forks them where a process would import for them.
+
+    Returns:
+        The run folder. Whatever happens, no child survives.
+
+    Raises:
+        ValueError: input that cannot work, before anything starts.
+        RuntimeError: a rank or a server failed; with its last words.
+        Interrupted: after Ctrl-C.
     """
     with rich.console.Console(stderr=True).status("checking model, prompts and machine"):
         check_start(config, resume=resume, capabilities=detect(), machine=True)
@@ -84,14 +94,31 @@ def run(config: RunConfig, *, resume: str) -> Path:
             ) as console,
         ):
             with clock.phase("base_model"):
-                ensure_base_model(config, console, ctrl_c)
+                ensure_base_model(config, console, ctrl_c, preloaded=preloaded)
             with clock.phase("train_and_servers"):
-                _train(config, console, ctrl_c)
+                _train(config, console, ctrl_c, preloaded=preloaded)
         result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         if not result["complete"]:
             raise Interrupted(stopped(result))
         console.log(write_report(config, run_dir, {**result["seconds"], **clock.seconds()}))
     return run_dir
+
+
+def make_base_model(config: RunConfig, *, preloaded: bool = False) -> None:
+    """Make model.path, when it does not exist, and nothing else. The run folder gets configuration and logs.
+
+    Args:
+        config: of a run that is not trained.
+        preloaded: see `run`.
+
+    Raises:
+        ValueError, RuntimeError, Interrupted: as `run`.
+    """
+    check_start(config, resume="auto", capabilities=detect(), machine=True)
+    with _ownership(config.run_dir), _CtrlC() as ctrl_c:
+        prepare_run_folder(config, resume="auto")
+        with Console(config.run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=None) as console:
+            ensure_base_model(config, console, ctrl_c, preloaded=preloaded)
 
 
 @contextmanager
@@ -130,8 +157,8 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
     return read_state(checkpoint).counters.next_step - 1
 
 
-def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
-    """Make model.path when it does not exist."""
+def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC, *, preloaded: bool) -> None:
+    """Make model.path when it does not exist. preloaded: see `run`."""
     if Path(config.model.path).exists():
         return
     assert config.model.warm_up is not None
@@ -143,20 +170,21 @@ def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> No
     config.layout.check_model(read_architecture(destination))
     if config.model.warm_up.num_steps:
         write_progress(run_dir, Progress(phase="base model", global_step=0, detail="starting"))
-        ranks = start_workers(config, "warm_up")
+        ranks = start_workers(config, "warm_up", preloaded=preloaded)
         try:
             _watch(ranks, console, lambda: None, ctrl_c, run_dir, stop_gently=False)
         finally:
             ranks.terminate()
 
 
-def start_workers(config: RunConfig, task: str) -> ManagedProcess:
-    """All ranks of the run, on this machine."""
+def start_workers(config: RunConfig, task: str, *, preloaded: bool = False) -> ManagedProcess:
+    """All ranks of the run, on this machine. preloaded: see `run`."""
     arguments, count, name = [str(config.run_dir), task], config.world_size, f"trainer ({task})"
     log_path = config.run_dir / "logs" / f"{task}.log"
     ignored = (signal.SIGUSR1,)  # it asks the workers to stop; their parent would die of it
     if are_forked(config, detect()):
-        return start_forked_ranks(arguments, count=count, name=name, log_path=log_path, ignore_signals=ignored)
+        start = fork_ranks if preloaded else start_forked_ranks
+        return start(arguments, count=count, name=name, log_path=log_path, ignore_signals=ignored)
     return start_ranks(
         "megatron_minpro.run.rank",
         arguments,
@@ -168,7 +196,7 @@ def start_workers(config: RunConfig, task: str) -> ManagedProcess:
     )
 
 
-def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
+def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC, *, preloaded: bool) -> None:
     run_dir = config.run_dir
     write_progress(run_dir, Progress(phase="starting servers and ranks", global_step=0))
     pool = None
@@ -182,7 +210,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC) -> None:
                 log_dir=run_dir / "logs",
                 base_port=config.rollout.base_port,
             )
-        ranks = start_workers(config, "train")
+        ranks = start_workers(config, "train", preloaded=preloaded)
         if pool is not None:
             pool.wait_until_ready(
                 config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from megatron_minpro.config import RunConfig
 from megatron_minpro.working_folder import child_environment
 from parallel.capabilities import Capabilities
 from rollout.loopback import is_loopback
-from rollout.processes import ManagedProcess, spawn
+from rollout.processes import ManagedProcess, fork, spawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,19 @@ def start_forked_ranks(
     command = [sys.executable, "-m", "megatron_minpro.run.forked_ranks", str(count), *arguments]
     environment = _environment(loopback=True, variables={})
     return spawn(command, log_path=log_path, env=environment, name=name, ignore_signals=ignore_signals)
+
+
+def fork_ranks(
+    arguments: Sequence[str], *, count: int, name: str, log_path: Path, ignore_signals: Sequence[signal.Signals] = ()
+) -> ManagedProcess:
+    """As start_forked_ranks, from a process that has imported what a rank needs: no other process imports it again."""
+    from megatron_minpro.run import forked_ranks  # imports Megatron-Core, which other launchers do without
+
+    def run() -> None:
+        os.environ.update(_environment(loopback=True, variables={}))
+        forked_ranks.main([str(count), *arguments])
+
+    return fork(run, name=name, log_path=log_path, ignore_signals=ignore_signals)
 
 
 def _environment(*, loopback: bool, variables: Mapping[str, str]) -> dict[str, str]:

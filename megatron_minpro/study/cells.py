@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_minpro.config import ConfigError, Placed, RunConfig, flatten, load_config, may_change_on_resume
-from megatron_minpro.study.definition import Level, Study, level_name
+from megatron_minpro.study.definition import Level, Study
+from megatron_minpro.study.smoke import covering, meets, shortened
 
 CELLS_FOLDER = "cells"  # of the study's folder: the run folders, and beside each its configuration
 
@@ -29,18 +30,22 @@ class Cell:
     digest: str
 
 
-def make_cells(study: Study) -> list[Cell]:
+def make_cells(study: Study, *, smoke: bool = False) -> list[Cell]:
     """All cells, seed by seed, so that every level has a row after the first seed.
+
+    Args:
+        study: its definition.
+        smoke: only those of the covering design, shortened; see smoke.py.
 
     Raises:
         ConfigError: two cells have one name, or a cell's configuration is wrong; names the file, line, key and expectation.
     """
-    axes = list(study.axes)
-    combinations = list(itertools.product(*(study.levels(axis) for axis in axes)))
     cells: dict[str, Cell] = {}
     for seed in study.seeds:
-        for combination in combinations:
-            cell = _make_cell(study, dict(zip(axes, combination, strict=True)), seed)
+        for combination in combinations(study):
+            if smoke and {axis: level.name for axis, level in combination.items()} not in covering(study):
+                continue
+            cell = _make_cell(study, combination, seed, smoke=smoke)
             if cell.name in cells:
                 other = cells[cell.name]
                 raise ConfigError(
@@ -49,6 +54,12 @@ def make_cells(study: Study) -> list[Cell]:
                 )
             cells[cell.name] = cell
     return list(cells.values())
+
+
+def combinations(study: Study) -> list[dict[str, Level]]:
+    """Axis -> level, in the order of the file; the last axis changes first."""
+    axes = list(study.axes)
+    return [dict(zip(axes, levels, strict=True)) for levels in itertools.product(*(study.levels(axis) for axis in axes))]
 
 
 def group_name(levels: Mapping[str, str], named: Sequence[str]) -> str:
@@ -62,27 +73,24 @@ def named_axes(study: Study) -> list[str]:
     return [axis for axis, levels in study.axes.items() if isinstance(levels, dict)]
 
 
-def _make_cell(study: Study, levels: Mapping[str, Level], seed: int) -> Cell:
+def _make_cell(study: Study, levels: Mapping[str, Level], seed: int, *, smoke: bool) -> Cell:
     names = {axis: level.name for axis, level in levels.items()}
     name = f"{group_name(names, named_axes(study))}_seed{seed}"
     assigned = [_assign(key, value, study.place("overrides", key)) for key, value in study.overrides.items()]
     for level in levels.values():
         assigned += [_assign(key, value, level.place) for key, value in level.settings.items()]
     for index, rule in enumerate(study.cells):
-        if all(names[axis] in _names_of(chosen) for axis, chosen in rule.where.items()):
+        if meets(rule, names):
             assigned += [_assign(key, value, study.place("cells", index, "set", key)) for key, value in rule.set.items()]
-    assigned += [_assign("seed", seed, study.place("seeds"))]
-    assigned += [
-        _assign("name", name, study.place("name")),
-        _assign("output_dir", str(study.folder / CELLS_FOLDER), study.place("output_dir")),
-    ]
+    assigned += [_assign("seed", seed, study.place("seeds")), _assign("name", name, study.place("name"))]
+    assigned += [_assign("output_dir", str(study.folder / CELLS_FOLDER), study.place("output_dir"))]
     config = load_config(study.base, assigned)
+    if smoke:
+        assigned += [_assign(key, value, "--smoke") for key, value in shortened(config, study.folder).items()]
+        assigned += [_assign(key, value, study.place("smoke", key)) for key, value in study.smoke.items()]
+        config = load_config(study.base, assigned)
     settings = settings_of(config)
     return Cell(name=name, levels=names, seed=seed, config=config, settings=settings, digest=digest(settings))
-
-
-def _names_of(chosen: Any) -> list[str]:
-    return [level_name(each) for each in (chosen if isinstance(chosen, list) else [chosen])]
 
 
 def _assign(key: str, value: Any, place: str) -> Placed:

@@ -104,6 +104,16 @@ class Study(_Section):
         place = self.place("axes", axis)
         return [Level(name=level_name(value), settings={axis: value}, place=place) for value in found]
 
+    @property
+    def origins(self) -> Origins:
+        """Where each key was written."""
+        return self._origins
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def remember(self, origins: Origins, path: Path) -> None:
         """Keep where each key was written."""
         self._origins, self._path = origins, path

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_minpro.run.preflight import check_dry_run
+from megatron_minpro.run.ranks import are_forked
+from megatron_minpro.study import child
 from megatron_minpro.study.cells import Cell
 from megatron_minpro.study.definition import Study
 from megatron_minpro.study.rows import Row
-from megatron_minpro.study.running import check_folders, run_cells
+from megatron_minpro.study.running import LOGS_FOLDER, check_folders, make_base_models, run_cells
+from megatron_minpro.study.shared_servers import SharedServers
 from megatron_minpro.study.tables import REPORT_FILE, write_tables
 from parallel.capabilities import detect
 
@@ -46,6 +49,7 @@ def run_study(
     *,
     jobs: int,
     delete_runs: bool,
+    shared: bool,
     say: Callable[[str], None],
 ) -> None:
     """Run the cells that are left, and write the report after each.
@@ -57,6 +61,7 @@ def run_study(
         rows: cell -> row, before this call.
         jobs: cells that run at the same time.
         delete_runs: remove a run folder once its row is on disk.
+        shared: the cells use the same servers, one cell at a time.
         say: takes lines for people.
 
     Raises:
@@ -72,20 +77,40 @@ def run_study(
         done += 1
         left = (time.monotonic() - began) / done * (len(todo) - done)
         say(f"{len(known)} of {len(cells)}: {row.cell}: {_describe(row)}; about {duration(left)} left")
-        write_tables(folder, study, known)
+        write_tables(folder, study, known, total=len(cells))
 
     with _ownership(folder):
         say(f"{len(cells)} cells, {len(cells) - len(todo)} have a row; {len(todo)} to run in {folder}")
-        run_cells(todo, folder=folder, jobs=jobs, delete_runs=delete_runs, ended=ended, say=say)
-    say(report(study, known))
+        capabilities = detect()
+        if preloaded := all(are_forked(cell.config, capabilities) for cell in todo):
+            child.preload()
+        make_base_models([cell.config for cell in todo], folder=folder, preloaded=preloaded)
+        with SharedServers(folder / LOGS_FOLDER, say) as servers:
+            run_cells(
+                todo,
+                folder=folder,
+                jobs=jobs,
+                delete_runs=delete_runs,
+                preloaded=preloaded,
+                place=servers.place if shared else lambda config: config,
+                ended=ended,
+                say=say,
+            )
+    say(report(study, known, total=len(cells)))
 
 
-def report(study: Study, rows: Mapping[str, Row]) -> str:
-    """Write tables and plots; returns one line that says where. Raises ValueError when there is no row."""
+def report(study: Study, rows: Mapping[str, Row], *, total: int) -> str:
+    """Write tables and plots; returns one line that says where. total: cells of the study.
+
+    Raises ValueError when there is no row.
+    """
     if not rows:
         raise ValueError(f"{study.folder}: holds no row of the study's cells")
-    write_tables(study.folder, study, rows)
-    return f"{len(rows)} rows; written to {study.folder}: {REPORT_FILE}, table.csv, table.json"
+    from megatron_minpro.study.plots import plot_study  # matplotlib takes long to import
+
+    pictures = plot_study(study.folder, study, rows)
+    write_tables(study.folder, study, rows, total=total, pictures=pictures)
+    return f"{len(rows)} rows; written to {study.folder}: {REPORT_FILE}, table.csv, table.json, {', '.join(pictures)}"
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,9 @@
-"""Runs the cells that have no row yet, each as `minpro train` in a child process, and writes a row when one ends."""
+"""Runs the cells that have no row yet, each by the launcher of `minpro train` in a child process, and writes a row when one ends."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,16 +12,17 @@ from pathlib import Path
 from types import FrameType
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.config import dump_config, load_config
+from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.run.preflight import check_run_folder
 from megatron_minpro.run.run_folder import CONFIG_FILE
+from megatron_minpro.study import child
 from megatron_minpro.study.cells import CELLS_FOLDER, Cell, digest, settings_of
 from megatron_minpro.study.rows import Row, append_row, failed_row, finished_row, is_complete
-from megatron_minpro.working_folder import child_environment
-from rollout.processes import ManagedProcess, spawn
+from rollout.processes import ManagedProcess
 
-_LOOK_EVERY_S = 0.2
-_ERROR = "minpro: error: "
+LOGS_FOLDER = "logs"
+BASE_MODEL = "base_model"
+_LOOK_EVERY_S = 0.1
 _LAST_LINES = 50
 
 
@@ -49,18 +49,57 @@ def check_folders(cells: Sequence[Cell]) -> None:
             raise ValueError(f"{path}: a complete run of another configuration; expected that of {cell.name}, or no such folder")
 
 
-def run_cells(
-    cells: Sequence[Cell], *, folder: Path, jobs: int, delete_runs: bool, ended: Callable[[Row], None], say: Callable[[str], None]
-) -> None:
-    """Run all of them, `jobs` at a time, in order.
+def make_base_models(configs: Sequence[RunConfig], *, folder: Path, preloaded: bool) -> None:
+    """Make every model.path that does not exist, one after the other.
 
-    A cell whose base model is not there yet makes it; others that need the same one wait until it is there.
+    Args:
+        configs: of the cells.
+        folder: of the study.
+        preloaded: fork this process.
+
+    Raises:
+        RuntimeError: one could not be made; with its error.
+        Interrupted: after Ctrl-C.
+    """
+    missing = {config.model.path: config for config in configs if not Path(config.model.path).exists()}
+    for number, config in enumerate(missing.values(), start=1):
+        name = BASE_MODEL if len(missing) == 1 else f"{BASE_MODEL}_{number}"
+        maker = config.model_copy(update={"name": name})
+        with _CtrlC() as ctrl_c:
+            process = _start(maker, "base_model", folder=folder, preloaded=preloaded)
+            try:
+                while process.is_running:
+                    if ctrl_c.times:
+                        process.popen.send_signal(signal.SIGINT)
+                        raise Interrupted("interrupted; the same command continues")
+                    time.sleep(_LOOK_EVERY_S)
+            finally:
+                process.terminate()
+        if process.exit_code:
+            raise RuntimeError(_last_words(process))
+        shutil.rmtree(maker.run_dir)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    *,
+    folder: Path,
+    jobs: int,
+    delete_runs: bool,
+    preloaded: bool,
+    place: Callable[[RunConfig], RunConfig],
+    ended: Callable[[Row], None],
+    say: Callable[[str], None],
+) -> None:
+    """Run all of them, `jobs` at a time, in order. Their base models are there.
 
     Args:
         cells: without a row.
         folder: of the study.
         jobs: cells that run at the same time.
         delete_runs: remove a run folder once its row is on disk.
+        preloaded: fork this process, which has called `child.preload`.
+        place: what is started in place of a cell's configuration; it differs in the servers at most.
         ended: told of every new row.
         say: takes lines for people.
 
@@ -68,18 +107,19 @@ def run_cells(
         Interrupted: after Ctrl-C or SIGTERM.
     """
     waiting, running = deque(cells), list[_Running]()
-    (folder / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
     with _CtrlC() as ctrl_c:
         forwarded = 0
         try:
             while running or (waiting and not ctrl_c.times):
-                while waiting and not ctrl_c.times and len(running) < jobs and _may_start(waiting[0], running):
-                    running.append(_start(waiting.popleft(), folder))
+                while waiting and not ctrl_c.times and len(running) < jobs:
+                    cell = waiting.popleft()
+                    process = _start(place(cell.config), "train", folder=folder, preloaded=preloaded)
+                    running.append(_Running(cell=cell, process=process))
                 if ctrl_c.times > forwarded:
                     say("stopping the cells under way with checkpoints (Ctrl-C again: at once, without)")
                     forwarded = ctrl_c.times
                     for each in running:
-                        _interrupt(each.process)
+                        each.process.popen.send_signal(signal.SIGINT)
                 for each in [each for each in running if not each.process.is_running]:
                     running.remove(each)
                     row = _row_of(each, interrupted=ctrl_c.times > 0)
@@ -98,22 +138,11 @@ def run_cells(
             raise Interrupted("interrupted; the same command continues")
 
 
-def _may_start(cell: Cell, running: Sequence[_Running]) -> bool:
-    model = cell.config.model
-    return Path(model.path).exists() or not any(each.cell.config.model.path == model.path for each in running)
-
-
-def _start(cell: Cell, folder: Path) -> _Running:
-    path = folder / CELLS_FOLDER / f"{cell.name}.yaml"
-    write_atomically(path, dump_config(cell.config))
-    command = [sys.executable, "-m", "megatron_minpro.cli", "train", str(path)]
-    process = spawn(command, log_path=folder / "logs" / f"{cell.name}.log", env=child_environment(), name=cell.name)
-    return _Running(cell=cell, process=process)
-
-
-def _interrupt(process: ManagedProcess) -> None:
-    if process.is_running:
-        process.popen.send_signal(signal.SIGINT)
+def _start(config: RunConfig, task: child.Task, *, folder: Path, preloaded: bool) -> ManagedProcess:
+    path = folder / CELLS_FOLDER / f"{config.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dump_config(config))
+    return child.start(path, task, log_path=folder / LOGS_FOLDER / f"{config.name}.log", preloaded=preloaded)
 
 
 def _row_of(ended: _Running, *, interrupted: bool) -> Row | None:
@@ -122,14 +151,17 @@ def _row_of(ended: _Running, *, interrupted: bool) -> Row | None:
     process.terminate()  # sweeps up what is left of its tree
     if process.exit_code == 0:
         return finished_row(cell)
-    if interrupted:
-        return None
+    return None if interrupted else failed_row(cell, _last_words(process))
+
+
+def _last_words(process: ManagedProcess) -> str:
+    """Why a process failed, in one line."""
     lines = process.last_log_lines(_LAST_LINES)
-    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    errors = [line.removeprefix(child.ERROR) for line in lines if line.startswith(child.ERROR)]
     said = errors[-1] if errors else " ".join(lines[-1:]) or "nothing in its log"
     code = process.exit_code or 0
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return failed_row(cell, f"{said.strip()} ({how}; log: {process.log_path})")
+    return f"{said.strip()} ({how}; log: {process.log_path})"
 
 
 class _CtrlC:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_minpro.study.cells import group_name, named_axes
+from megatron_minpro.study.cells import combinations, group_name, named_axes
 from megatron_minpro.study.definition import Study, level_name
 from megatron_minpro.study.rows import Row
 from megatron_minpro.study.statistics import Difference, Interval, holm, mean_interval, paired_difference
@@ -47,12 +47,10 @@ class Comparison:
 
 def make_groups(study: Study, rows: Mapping[str, Row]) -> list[Group]:
     """All combinations of levels in the order of the study, also those without a row."""
-    import itertools
-
     groups = []
     named = named_axes(study)
-    for combination in itertools.product(*(study.levels(axis) for axis in study.axes)):
-        levels = {axis: level.name for axis, level in zip(study.axes, combination, strict=True)}
+    for combination in combinations(study):
+        levels = {axis: level.name for axis, level in combination.items()}
         name = group_name(levels, named)
         found = {seed: rows[f"{name}_seed{seed}"] for seed in study.seeds if f"{name}_seed{seed}" in rows}
         groups.append(
@@ -74,21 +72,36 @@ def compare(study: Study, groups: Sequence[Group], measures: Sequence[str] = COM
     """
     found: list[Comparison] = []
     for axis, level in study.reference.items():
-        families: dict[tuple[str, ...], list[Group]] = {}
-        for group in groups:
-            families.setdefault(tuple(value for name, value in group.levels.items() if name != axis), []).append(group)
-        for family in families.values():
-            reference = next(group for group in family if group.levels[axis] == level_name(level))
-            for measure in measures:
-                pairs = [
-                    (group, difference)
-                    for group in family
-                    if group is not reference
-                    and (difference := paired_difference(group.values(measure), reference.values(measure))) is not None
-                ]
-                corrected = holm({group.name: difference.p for group, difference in pairs if difference.p is not None})
-                found += [
-                    Comparison(group=group, reference=reference, measure=measure, difference=difference, holm=corrected.get(group.name))
-                    for group, difference in pairs
-                ]
+        for family in families(study, groups).values():
+            for reference in [group for group in family if group.levels[axis] == level_name(level)]:  # one, once it has a row
+                for measure in measures:
+                    found += _compare_family(family, reference, measure)
+    return found
+
+
+def _compare_family(family: Sequence[Group], reference: Group, measure: str) -> list[Comparison]:
+    pairs = [
+        (group, difference)
+        for group in family
+        if group is not reference and (difference := paired_difference(group.values(measure), reference.values(measure))) is not None
+    ]
+    corrected = holm({group.name: difference.p for group, difference in pairs if difference.p is not None})
+    return [
+        Comparison(group=group, reference=reference, measure=measure, difference=difference, holm=corrected.get(group.name))
+        for group, difference in pairs
+    ]
+
+
+def main_axis(study: Study) -> str:
+    """The axis whose levels are compared with each other: the reference's, or else the first."""
+    return next(iter(study.reference or study.axes))
+
+
+def families(study: Study, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Title -> groups that differ in the main axis alone; the title says their other levels."""
+    axis = main_axis(study)
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        title = ", ".join(f"{name} {level}" for name, level in group.levels.items() if name != axis)
+        found.setdefault(title, []).append(group)
     return found

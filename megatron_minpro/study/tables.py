@@ -15,7 +15,7 @@ from megatron_minpro.study import measures as rules
 from megatron_minpro.study.definition import Study
 from megatron_minpro.study.rows import Row
 from megatron_minpro.study.statistics import Interval
-from megatron_minpro.study.summary import COMPARED, Comparison, Group, compare, make_groups
+from megatron_minpro.study.summary import COMPARED, Comparison, Group, compare, families, make_groups
 
 # Measure -> column of the report, in order.
 SHOWN = {
@@ -34,11 +34,22 @@ SHOWN = {
 REPORT_FILE = "report.md"
 
 
-def write_tables(folder: Path, study: Study, rows: Mapping[str, Row], *, pictures: Sequence[str] = ()) -> str:
-    """Write the three files; returns the text of the report. pictures: paths below the folder, in order."""
-    groups = make_groups(study, rows)
+def write_tables(folder: Path, study: Study, rows: Mapping[str, Row], *, total: int, pictures: Sequence[str] = ()) -> str:
+    """Write the three files. Combinations without a row are left out.
+
+    Args:
+        folder: of the study.
+        study: its definition.
+        rows: cell -> row.
+        total: cells of the study.
+        pictures: paths below the folder, in order.
+
+    Returns:
+        The text of the report.
+    """
+    groups = [group for group in make_groups(study, rows) if group.rows or group.failed]
     comparisons = compare(study, groups)
-    text = _report(study, groups, comparisons, rows, pictures)
+    text = _report(study, groups, comparisons, rows, total, pictures)
     write_atomically(folder / REPORT_FILE, text, durable=False)
     records = [_record(group, comparisons) for group in groups]
     write_atomically(folder / "table.json", json.dumps(records, indent=2) + "\n", durable=False)
@@ -52,11 +63,15 @@ def write_tables(folder: Path, study: Study, rows: Mapping[str, Row], *, picture
 
 
 def _report(
-    study: Study, groups: Sequence[Group], comparisons: Sequence[Comparison], rows: Mapping[str, Row], pictures: Sequence[str]
+    study: Study,
+    groups: Sequence[Group],
+    comparisons: Sequence[Comparison],
+    rows: Mapping[str, Row],
+    total: int,
+    pictures: Sequence[str],
 ) -> str:
     done = sum(len(group.rows) for group in groups)
     failed = [row for row in rows.values() if row.status == "failed"]
-    total = len(groups) * len(study.seeds)
     parts = [
         f"# {study.name}\n",
         f"{done} of {total} cells are done, {len(failed)} failed. Base: `{study.base}`. Seeds: {', '.join(map(str, study.seeds))}.\n",
@@ -64,7 +79,7 @@ def _report(
         f"{rules.COLLAPSE} below that of their best window. The window is a tenth of the batches, at least {rules.LEAST_WINDOW}. "
         "`reward, area` is the mean over all trained batches. megatron_minpro/study/measures.py defines every column.\n",
     ]
-    for family, members in _families(study, groups).items():
+    for family, members in families(study, groups).items():
         parts += [f"## {family}\n" if family else "", _means(members)]
     if comparisons:
         axis, level = next(iter(study.reference.items()))
@@ -74,7 +89,7 @@ def _report(
             f"levels of `{axis}` in one table, and the seeds above and below the reference. With {len(study.seeds)} seeds an exact "
             f"sign-flip test has no p below {2.0 ** (1 - len(study.seeds)):.4g}. * marks p < 0.05.\n",
         ]
-        for family, members in _families(study, groups).items():
+        for family, members in families(study, groups).items():
             mine = [each for each in comparisons if each.group in members]
             parts += [f"### {family}\n" if family and mine else "", _differences(mine, axis)]
     if failed:
@@ -82,16 +97,6 @@ def _report(
     if pictures:
         parts += ["## Curves\n", "".join(f"![{Path(path).stem}]({path})\n" for path in pictures)]
     return "\n".join(part for part in parts if part)
-
-
-def _families(study: Study, groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Groups that are compared with each other: they differ in the reference's axis, or else in the first one."""
-    axis = next(iter(study.reference or study.axes))
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        title = ", ".join(f"{name} {level}" for name, level in group.levels.items() if name != axis)
-        found.setdefault(title, []).append(group)
-    return found
 
 
 def _means(groups: Sequence[Group]) -> str:
