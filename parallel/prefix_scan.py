@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -79,23 +78,7 @@ class SequenceSum:
     mask_T: Bool[Tensor, " T"]
 
 
-@dataclass(frozen=True, eq=False)
-class SequenceMean:
-    """Mean of x over the unmasked tokens of each sequence: -> [S], the same on every rank."""
-
-    x_T: Float32[Tensor, " T"]
-    mask_T: Bool[Tensor, " T"]
-
-
-@dataclass(frozen=True, eq=False)
-class SequenceMax:
-    """Maximum of x over the unmasked tokens of each sequence: -> [S], the same on every rank."""
-
-    x_T: Float32[Tensor, " T"]
-    mask_T: Bool[Tensor, " T"]
-
-
-Request = PrefixMin | PrefixSum | PrefixMoment | PrefixDecayedSum | SequenceSum | SequenceMean | SequenceMax
+Request = PrefixMin | PrefixSum | PrefixMoment | PrefixDecayedSum | SequenceSum
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +159,7 @@ def _local(shard: SequenceShard, request: Request) -> LocalScan:
             running_2T = torch.stack([_running_sum(shard, _masked_rows(shard, y_T, mask_T, 0.0, shift=1)) for y_T in (placed_T, x_T)])
             if shard.num_chunks == 1:
                 return LocalScan(x_T.new_empty(1, shard.num_sequences, 0), running_2T)
-            totals_3 = [_chunk_reduce(shard, y_T, mask_T, "sum") for y_T in (ones_T, x_T, placed_T)]
+            totals_3 = [_chunk_sum(shard, y_T, mask_T) for y_T in (ones_T, x_T, placed_T)]
             return LocalScan(_columns(shard, *totals_3), running_2T)
         case PrefixDecayedSum():
             count_T = _running_sum(shard, _masked_rows(shard, torch.ones_like(x_T), mask_T, 0.0))
@@ -185,13 +168,7 @@ def _local(shard: SequenceShard, request: Request) -> LocalScan:
                 return LocalScan(x_T.new_empty(1, shard.num_sequences, 0), running_2T)
             return LocalScan(_columns(shard, *running_2T[:, shard.chunk_starts[1:] - 1]), running_2T)
         case SequenceSum():
-            return LocalScan(_columns(shard, _chunk_reduce(shard, x_T, mask_T, "sum")), x_T[:0])
-        case SequenceMean():
-            totals = _chunk_reduce(shard, x_T, mask_T, "sum")
-            counts = _chunk_reduce(shard, torch.ones_like(x_T), mask_T, "sum")
-            return LocalScan(_columns(shard, totals, counts), x_T[:0])
-        case SequenceMax():
-            return LocalScan(_columns(shard, _chunk_reduce(shard, x_T, mask_T, "max")), x_T[:0])
+            return LocalScan(_columns(shard, _chunk_sum(shard, x_T, mask_T)), x_T[:0])
 
 
 def _fold(shard: SequenceShard, request: Request, local: LocalScan, chunks: Tensor) -> Tensor:
@@ -229,12 +206,6 @@ def _fold(shard: SequenceShard, request: Request, local: LocalScan, chunks: Tens
             return sum_T.float()
         case SequenceSum():
             return chunks[..., 0].double().sum(0).float()
-        case SequenceMean():
-            total_S, count_S = chunks.double().sum(0).unbind(-1)
-            return (total_S / count_S.clamp(min=1)).float()
-        case SequenceMax():
-            maximum_S = chunks[..., 0].amax(0)
-            return torch.where(maximum_S == -_INF, 0.0, maximum_S)
 
 
 def _columns(shard: SequenceShard, *values: Tensor) -> Tensor:
@@ -336,15 +307,14 @@ def _running_decayed_sum(shard: SequenceShard, x_T: Tensor, mask_T: Tensor, deca
     return y_T
 
 
-def _chunk_reduce(shard: SequenceShard, x_T: Tensor, mask_T: Tensor, reduce: Literal["sum", "max"]) -> Tensor:
-    """Sum or maximum over the unmasked tokens of every local chunk, float64 [N * S], each chunk by itself."""
-    rows, identity = shard.rows, 0.0 if reduce == "sum" else -_INF
-    x_RL = _masked_rows(shard, x_T, mask_T, identity)
+def _chunk_sum(shard: SequenceShard, x_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Sum over the unmasked tokens of every local chunk, float64 [N * S], each chunk by itself."""
+    rows = shard.rows
+    x_RL = _masked_rows(shard, x_T, mask_T, 0.0)
     if rows.row_length == 1:
         items_K = x_RL.view(-1).double()
     else:
         items_K = x_RL.view(-1).index_select(0, rows.token_K).double()
-        x_RL.view(-1).index_fill_(0, rows.late_token_D, identity)
-        summaries_R = x_RL.sum(1, dtype=torch.float64) if reduce == "sum" else x_RL.amax(1).double()
-        items_K.index_copy_(0, rows.summary_R, summaries_R)
-    return torch.segment_reduce(items_K, reduce, offsets=rows.item_starts)
+        x_RL.view(-1).index_fill_(0, rows.late_token_D, 0.0)
+        items_K.index_copy_(0, rows.summary_R, x_RL.sum(1, dtype=torch.float64))
+    return torch.segment_reduce(items_K, "sum", offsets=rows.item_starts)

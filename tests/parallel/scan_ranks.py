@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.prefix_scan import PrefixDecayedSum, PrefixMin, PrefixMoment, PrefixSum, SequenceMax, SequenceMean, SequenceSum, scan
+from parallel.prefix_scan import PrefixDecayedSum, PrefixMin, PrefixMoment, PrefixSum, SequenceSum, scan
 from parallel.sequence_shard import SequenceShard
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all_single", "barrier")
@@ -39,7 +39,7 @@ def main() -> None:
         sent.clear()
         sums = [PrefixSum(x_T, mask_T), PrefixSum(x_T, mask_T, exclusive=True)]
         prefix = [PrefixMin(x_T, mask_T), *sums, PrefixMoment(x_T, mask_T), PrefixDecayedSum(x_T, mask_T, decay=0.9)]
-        answers = scan(shard, [*prefix, SequenceSum(x_T, mask_T), SequenceMean(x_T, mask_T), SequenceMax(x_T, mask_T)])
+        answers = scan(shard, [*prefix, SequenceSum(x_T, mask_T)])
         result = {"collectives_of_scan": list(entered), "numbers_sent": sum(sent), "trained_tokens": int(mask_T.sum())}
         entered.clear()
         (x_T * sum(answers[:5]) * shard.per_token(sum(answers[5:])))[mask_T].sum().backward()
