@@ -62,7 +62,9 @@ def split_nodes(config: RunConfig, *, gpus_per_node: int) -> NodeSplit:
     return NodeSplit(trainers=world_size // gpus_per_node, servers=nodes, servers_per_node=servers // nodes, gpus_per_node=gpus_per_node)
 
 
-def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit, stop: PlannedStop) -> str:
+def sbatch_command(
+    path: Path, overrides: Sequence[str], run_dir: Path, split: NodeSplit, stop: PlannedStop, *, options: Sequence[str] = ()
+) -> str:
     """The command that submits the job.
 
     Args:
@@ -71,6 +73,7 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
         run_dir: the run folder.
         split: who gets which nodes.
         stop: what the job needs between the signal and its time limit.
+        options: further ones of sbatch, quoted for a shell.
 
     Returns:
         One line for a shell.
@@ -86,7 +89,7 @@ def sbatch_command(path: Path, overrides: Sequence[str], run_dir: Path, split: N
     words += ["sbatch", f"--nodes={split.nodes}"] if split.nodes != _USUAL_NODES else ["sbatch"]
     if split.gpus_per_node != _USUAL_GPUS:
         words.append(f"--gpus-per-node={split.gpus_per_node}")
-    words += stop.options
+    words += [*stop.options, *options]
     settings = [shlex.quote(each) for each in overrides if each.partition("=")[0] not in _SET_BY_SCRIPT]
     return " ".join([*words, SCRIPT, *settings])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,12 @@ def flatten_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]
 
 def may_change_on_resume(key: str) -> bool:
     """Whether attempts at one run may differ in the setting with this dotted key. The field, or a section above it, says so."""
-    return any(f"{key}.".startswith(f"{free}.") for free in _free_keys(RunConfig, ""))
+    return f"{key}.".startswith(_free_beginnings())
+
+
+@functools.cache
+def _free_beginnings() -> tuple[str, ...]:
+    return tuple(f"{key}." for key in _free_keys(RunConfig, ""))
 
 
 def _free_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_minpro.config import ConfigError, Placed, RunConfig, flatten, load_config, may_change_on_resume
-from megatron_minpro.study.definition import Level, Study
-from megatron_minpro.study.smoke import covering, meets, shortened
+from megatron_minpro.study.definition import Level, Study, meets
+from megatron_minpro.study.smoke import covering, shortened
 
 CELLS_FOLDER = "cells"  # of the study's folder: the run folders, and beside each its configuration
 
@@ -40,11 +40,13 @@ def make_cells(study: Study, *, smoke: bool = False) -> list[Cell]:
     Raises:
         ConfigError: two cells have one name, or a cell's configuration is wrong; names the file, line, key and expectation.
     """
+    chosen = combinations(study)
+    if smoke:
+        runs = covering(study)
+        chosen = [levels for levels in chosen if {axis: level.name for axis, level in levels.items()} in runs]
     cells: dict[str, Cell] = {}
     for seed in study.seeds:
-        for combination in combinations(study):
-            if smoke and {axis: level.name for axis, level in combination.items()} not in covering(study):
-                continue
+        for combination in chosen:
             cell = _make_cell(study, combination, seed, smoke=smoke)
             if cell.name in cells:
                 other = cells[cell.name]
@@ -80,7 +82,7 @@ def _make_cell(study: Study, levels: Mapping[str, Level], seed: int, *, smoke: b
     for level in levels.values():
         assigned += [_assign(key, value, level.place) for key, value in level.settings.items()]
     for index, rule in enumerate(study.cells):
-        if meets(rule, names):
+        if meets(rule.where, names):
             assigned += [_assign(key, value, study.place("cells", index, "set", key)) for key, value in rule.set.items()]
     assigned += [_assign("seed", seed, study.place("seeds")), _assign("name", name, study.place("name"))]
     assigned += [_assign("output_dir", str(study.folder / CELLS_FOLDER), study.place("output_dir"))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -30,6 +31,14 @@ class Rule(_Section):
     set: dict[str, Any] = Field(min_length=1, description="dotted setting -> value")
 
 
+class FigureConfig(_Section):
+    """A picture of some cells, beside those that every study has."""
+
+    name: str = Field(pattern=_NAME, description="of the file, without .png")
+    curve: Literal["reward", "entropy", "clipped", "sample_size"] = Field(description="what is drawn over trained batches")
+    where: dict[str, Any] = Field(default_factory=dict, description="axis -> level, or a list of levels")
+
+
 class Level(_Section):
     """One level of an axis. settings: dotted setting -> value. place: where it was written."""
 
@@ -51,10 +60,11 @@ class Study(_Section):
         "settings",
     )
     cells: list[Rule] = Field(default_factory=list, description="settings that depend on several axes; a later rule wins")
-    seeds: list[int] = Field(min_length=1, description="of the runs; cells with the same seed are compared with each other")
+    seeds: list[int] = Field(description="of the runs; cells with the same seed are compared with each other")
     reference: dict[str, Any] = Field(
         default_factory=dict, description="axis -> its level that the other levels are compared with; one axis"
     )
+    figures: list[FigureConfig] = Field(default_factory=list, description="pictures of chosen cells")
     smoke: dict[str, Any] = Field(default_factory=dict, description="dotted setting -> value, under --smoke alone")
     delete_runs: bool = Field(default=False, description="remove the run folder of a cell once its row is on disk")
 
@@ -68,16 +78,20 @@ class Study(_Section):
                 raise ValueError(f"axes.{name} = {levels!r}: expected at least one level")
         if "seed" in self.axes:
             raise ValueError(f"axes.seed = {self.axes['seed']!r}: expected the numbers under seeds")
+        if not self.seeds:
+            raise ValueError(f"seeds = {self.seeds!r}: expected at least one seed")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds!r}: expected every seed once")
         if len(self.reference) > 1:
             raise ValueError(f"reference = {self.reference!r}: expected one axis and its level")
         for axis, level in self.reference.items():
             self._check_level("reference", axis, level)
-        for index, rule in enumerate(self.cells):
-            for axis, chosen in rule.where.items():
-                for level in chosen if isinstance(chosen, list) else [chosen]:
-                    self._check_level(f"cells.{index}.where", axis, level)
+        chosen = {f"cells.{index}.where": rule.where for index, rule in enumerate(self.cells)}
+        chosen |= {f"figures.{index}.where": figure.where for index, figure in enumerate(self.figures)}
+        for key, where in chosen.items():
+            for axis, levels in where.items():
+                for level in levels if isinstance(levels, list) else [levels]:
+                    self._check_level(key, axis, level)
         return self
 
     def _check_level(self, key: str, axis: str, level: Any) -> None:
@@ -126,6 +140,16 @@ def level_name(value: Any) -> str:
     if isinstance(value, list):
         return "-".join(level_name(each) for each in value)
     return str(value)
+
+
+def meets(where: Mapping[str, Any], levels: Mapping[str, str]) -> bool:
+    """Whether these levels are among those that a rule or a figure names."""
+    return all(levels[axis] in levels_of(chosen) for axis, chosen in where.items())
+
+
+def levels_of(chosen: Any) -> list[str]:
+    """The names behind a level or a list of levels."""
+    return [level_name(each) for each in (chosen if isinstance(chosen, list) else [chosen])]
 
 
 def read_study(path: str | Path) -> Study:

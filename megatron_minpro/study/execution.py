@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_minpro.run.preflight import check_dry_run
@@ -13,13 +15,26 @@ from megatron_minpro.run.ranks import are_forked
 from megatron_minpro.study import child
 from megatron_minpro.study.cells import Cell
 from megatron_minpro.study.definition import Study
+from megatron_minpro.study.durations import duration
 from megatron_minpro.study.rows import Row
 from megatron_minpro.study.running import LOGS_FOLDER, check_folders, make_base_models, run_cells
 from megatron_minpro.study.shared_servers import SharedServers
 from megatron_minpro.study.tables import REPORT_FILE, write_tables
+from megatron_minpro.tracking.progress import read_progress
 from parallel.capabilities import detect
 
 LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HowToRun:
+    """jobs: cells at the same time. delete_runs: remove a run folder once its row is on disk. shared: the cells use the same servers, one
+    cell at a time. alone: no other process runs cells of the study; False for an array task, which writes no report."""
+
+    jobs: int
+    delete_runs: bool
+    shared: bool
+    alone: bool
 
 
 def check_cells(cells: Sequence[Cell]) -> list[str]:
@@ -42,15 +57,7 @@ def check_cells(cells: Sequence[Cell]) -> list[str]:
 
 
 def run_study(
-    study: Study,
-    cells: Sequence[Cell],
-    todo: Sequence[Cell],
-    rows: Mapping[str, Row],
-    *,
-    jobs: int,
-    delete_runs: bool,
-    shared: bool,
-    say: Callable[[str], None],
+    study: Study, cells: Sequence[Cell], todo: Sequence[Cell], rows: Mapping[str, Row], *, how: HowToRun, say: Callable[[str], None]
 ) -> None:
     """Run the cells that are left, and write the report after each.
 
@@ -59,27 +66,25 @@ def run_study(
         cells: all of them.
         todo: those to run.
         rows: cell -> row, before this call.
-        jobs: cells that run at the same time.
-        delete_runs: remove a run folder once its row is on disk.
-        shared: the cells use the same servers, one cell at a time.
+        how: to run them.
         say: takes lines for people.
 
     Raises:
         ValueError: another process runs this study.
+        RuntimeError: cells failed; their rows say why. Or the base model could not be made.
         Interrupted: after Ctrl-C.
     """
     folder, known = study.folder, dict(rows)
-    began, done = time.monotonic(), 0
+    view = _View(total=len(todo))
 
     def ended(row: Row) -> None:
-        nonlocal done
         known[row.cell] = row
-        done += 1
-        left = (time.monotonic() - began) / done * (len(todo) - done)
-        say(f"{len(known)} of {len(cells)}: {row.cell}: {_describe(row)}; about {duration(left)} left")
-        write_tables(folder, study, known, total=len(cells))
+        view.clear()
+        say(f"{len(known)} of {len(cells)}: {row.cell}: {_describe(row)}; about {duration(view.one_more())} left")
+        if how.alone:
+            write_tables(folder, study, known, total=len(cells))
 
-    with _ownership(folder):
+    with _ownership(folder, alone=how.alone):
         say(f"{len(cells)} cells, {len(cells) - len(todo)} have a row; {len(todo)} to run in {folder}")
         capabilities = detect()
         if preloaded := all(are_forked(cell.config, capabilities) for cell in todo):
@@ -89,14 +94,19 @@ def run_study(
             run_cells(
                 todo,
                 folder=folder,
-                jobs=jobs,
-                delete_runs=delete_runs,
+                jobs=how.jobs,
+                delete_runs=how.delete_runs,
                 preloaded=preloaded,
-                place=servers.place if shared else lambda config: config,
+                place=servers.place if how.shared else lambda config: config,
+                watch=view.show,
                 ended=ended,
                 say=say,
             )
-    say(report(study, known, total=len(cells)))
+    if how.alone:
+        say(report(study, known, total=len(cells)))
+    failed = [cell.name for cell in todo if cell.name in known and known[cell.name].status == "failed"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} cells failed, the first: {failed[0]}; --retry-failed runs them again")
 
 
 def report(study: Study, rows: Mapping[str, Row], *, total: int) -> str:
@@ -113,31 +123,62 @@ def report(study: Study, rows: Mapping[str, Row], *, total: int) -> str:
     return f"{len(rows)} rows; written to {study.folder}: {REPORT_FILE}, table.csv, table.json, {', '.join(pictures)}"
 
 
-def duration(seconds: float) -> str:
-    """For people: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _describe(row: Row) -> str:
     if row.status == "failed":
         return f"failed: {row.error}"
     measures = row.measures
     held_out = f", pass@1 {measures['pass_at_1_after']:.3f}" if "pass_at_1_after" in measures else ""
     collapsed = ", collapsed" if measures["collapsed"] else ""
-    seconds = f", {measures['seconds']:.0f} s" if "seconds" in measures else ""
-    return f"reward {measures['reward_last']:.3f} (best {measures['reward_best']:.3f}){held_out}{collapsed}{seconds}"
+    return f"reward {measures['reward_last']:.3f} (best {measures['reward_best']:.3f}){held_out}{collapsed}, {measures['seconds']:.0f} s"
+
+
+class _View:
+    """One line on a terminal that is painted over: what the cells under way do. No thread, since this process is forked."""
+
+    def __init__(self, *, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+        self._shown_at = 0.0
+        self._is_shown = False
+
+    def one_more(self) -> float:
+        """A cell has ended. The seconds left, by the mean of those that ended in this call."""
+        self._done += 1
+        return (time.monotonic() - self._began) / self._done * (self._total - self._done)
+
+    def show(self, running: Sequence[Cell]) -> None:
+        """Paint the line, once a second at most, on a terminal only."""
+        if not sys.stderr.isatty() or time.monotonic() - self._shown_at < 1.0:
+            return
+        parts = []
+        for cell in running:
+            progress = read_progress(cell.config.run_dir)
+            where = (
+                "starting" if progress is None else f"{progress.phase}, {progress.global_step} of {cell.config.num_global_steps} batches"
+            )
+            parts.append(f"{cell.name}: {where}")
+        width = 24
+        filled = round(width * self._done / max(1, self._total))
+        sys.stderr.write(f"\r\033[K[{'#' * filled}{'.' * (width - filled)}] {self._done} of {self._total}  {'; '.join(parts)}"[:200])
+        sys.stderr.flush()
+        self._shown_at, self._is_shown = time.monotonic(), True
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._is_shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._is_shown = False
 
 
 @contextmanager
-def _ownership(folder: Path) -> Iterator[None]:
-    """Only one `minpro study` at a time runs a study's cells. Raises ValueError when another one does."""
+def _ownership(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Only one `minpro study` at a time runs a study's cells, or several array tasks. Raises ValueError when others are at work."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: its cells are being run by another process; expected another name of the study") from None
         yield

@@ -14,7 +14,8 @@ The window is a tenth of the trained batches, at least 5, at most half of them (
 | clipped | mean over all trained batches of clip/hard + clip/soft |
 | pass_at_K_before, _after | held-out pass@K of the base model and of the last policy |
 | pass_at_K_best | largest held-out pass@K of all measurements after the first update |
-| seconds | wall time of all attempts at the run, the base model left out |
+| step_s | median wall time of a global step that trained a batch |
+| seconds | wall time of all attempts at the run without the base model; of a Slurm job, of its global steps |
 
 A batch in which a metric was not measured is left out of that metric's means. A measure without any batch is absent.
 """

@@ -1,7 +1,7 @@
 """The pictures of a study: curves over trained batches, mean over seeds with a band, one panel for each lag or other family.
 
-reward.png and entropy.png have a curve for every level of the reference's axis (the MinPRO paper's figures 2 and 3 in miniature),
-clipped.png the clipped share (its figure 5); best.png has a bar for every group. A picture without data is not drawn.
+Every study has reward.png, entropy.png, clipped.png and sample_size.png with a curve for every level of the reference's axis. `figures`
+in its file names further ones of chosen cells. A picture without data is not drawn.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megatron_minpro.report.plots import moving_average
 from megatron_minpro.report.style import save, set_title, style
-from megatron_minpro.study.definition import Study
+from megatron_minpro.study.definition import FigureConfig, Study, meets
 from megatron_minpro.study.rows import Row
 from megatron_minpro.study.statistics import Interval, mean_interval
 from megatron_minpro.study.summary import Group, families, main_axis, make_groups
 
 PLOTS_FOLDER = "plots"
-_CURVES = {  # file -> names of curves that are added, label
+Curve = Literal["reward", "entropy", "clipped", "sample_size"]
+_CURVES: dict[Curve, tuple[tuple[str, ...], str]] = {  # file -> names of curves that are added, label
     "reward": (("reward",), "mean reward of the trained batch"),
     "entropy": (("entropy",), "policy entropy per token (nats)"),
     "clipped": (("clip_hard", "clip_soft"), "share of clipped tokens"),
@@ -32,28 +35,30 @@ _COLOURS = [*plt.get_cmap("tab20").colors]  # type: ignore[attr-defined]
 _SMOOTHED = 5  # batches of the moving average, at most a fifth of the curve
 
 
-def plot_study(folder: Path, study: Study, rows: Mapping[str, Row], *, levels: Sequence[str] = ()) -> list[str]:
+def plot_study(folder: Path, study: Study, rows: Mapping[str, Row]) -> list[str]:
     """Write the pictures into folder/plots.
 
     Args:
         folder: of the study.
         study: its definition.
         rows: cell -> row.
-        levels: of the main axis that are drawn; empty: all.
 
     Returns:
         Their paths, relative to the folder.
     """
-    (folder / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    target = folder / PLOTS_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
     axis = main_axis(study)
-    groups = [group for group in make_groups(study, rows) if group.rows and (not levels or group.levels[axis] in levels)]
+    groups = [group for group in make_groups(study, rows) if group.rows]
     colours = {level.name: _COLOURS[index % len(_COLOURS)] for index, level in enumerate(study.levels(axis))}
+    figures = [*(FigureConfig(name=curve, curve=curve) for curve in _CURVES), *study.figures]
     written = []
     with style():
-        for file, (names, label) in _CURVES.items():
-            figure = _panels(families(study, groups), axis, names, label=label, colours=colours)
+        for each in figures:
+            chosen = [group for group in groups if meets(each.where, group.levels)]
+            figure = _panels(families(study, chosen), axis, each.curve, colours=colours)
             if figure is not None:
-                written.append(save(figure, folder / PLOTS_FOLDER / f"{file}.png"))
+                written.append(save(figure, target / f"{each.name}.png"))
     return [str(path.relative_to(folder)) for path in written]
 
 
@@ -76,11 +81,10 @@ def mean_curve(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[int, Int
     return found
 
 
-def _panels(
-    found: Mapping[str, Sequence[Group]], axis: str, names: Sequence[str], *, label: str, colours: Mapping[str, tuple[float, ...]]
-) -> Figure | None:
+def _panels(found: Mapping[str, Sequence[Group]], axis: str, curve: Curve, *, colours: Mapping[str, tuple[float, ...]]) -> Figure | None:
+    names, label = _CURVES[curve]
     drawn = {
-        title: [(group.levels[axis], curve) for group in groups if (curve := mean_curve(list(group.rows.values()), names))]
+        title: [(group.levels[axis], points) for group in groups if (points := mean_curve(list(group.rows.values()), names))]
         for title, groups in found.items()
     }
     drawn = {title: curves for title, curves in drawn.items() if curves}
@@ -88,9 +92,10 @@ def _panels(
         return None
     figure, panels = plt.subplots(1, len(drawn), figsize=(1.6 + 4.6 * len(drawn), 4.2), sharey=True, squeeze=False)
     for panel, (title, curves) in zip(panels[0], drawn.items(), strict=True):
-        for level, curve in curves:
-            _draw(panel, curve, label=level, colour=colours[level])
+        for level, points in curves:
+            _draw(panel, points, label=level, colour=colours[level])
         panel.set_xlabel("trained batches")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         set_title(panel, title or label)
     panels[0][0].set_ylabel(label)
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}

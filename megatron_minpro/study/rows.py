@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from megatron_minpro.run.attempt_clock import SECONDS_FILE
 from megatron_minpro.run.run_folder import RESULT_FILE
 from megatron_minpro.study.cells import Cell
-from megatron_minpro.study.measures import measures_of, rounded, thin, trained_curves
+from megatron_minpro.study.measures import HEADLINE, measures_of, rounded, thin, trained_curves
 from megatron_minpro.tracking.json_lines import JsonLines, line_number, read_json_lines
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 
@@ -45,12 +46,17 @@ class Row:
 def finished_row(cell: Cell) -> Row:
     """Of a run folder whose run is complete. Raises ValueError when no batch was trained, or a file is damaged."""
     run_dir = cell.config.run_dir
-    curves = trained_curves(list(read_metrics(run_dir / METRICS_FILE)))
+    metrics = list(read_metrics(run_dir / METRICS_FILE))
+    curves = trained_curves(metrics)
     evaluations = _evaluations(run_dir)
-    seconds = {**_read(run_dir / RESULT_FILE)["seconds"], **_read(run_dir / SECONDS_FILE)}
+    clock = run_dir / SECONDS_FILE  # of `minpro train`; a job of several nodes has none
+    seconds = {**_read(run_dir / RESULT_FILE)["seconds"], **(_read(clock) if clock.exists() else {})}
+    steps = [duration for line in metrics if (duration := line.get("time/step")) is not None]
     measures = measures_of(curves, evaluations)
-    if "train_and_servers" in seconds:
-        measures["seconds"] = seconds["train_and_servers"]
+    measures["step_s"] = statistics.median(
+        duration for line in metrics if line.get(HEADLINE) is not None and (duration := line["time/step"])
+    )
+    measures["seconds"] = seconds.get("train_and_servers", sum(steps))
     batches = len(curves["reward"])
     thinned = {name: thin(curve) for name, curve in curves.items() if any(value is not None for value in curve)}
     return Row(
@@ -87,7 +93,7 @@ def failed_row(cell: Cell, error: str) -> Row:
 def is_complete(run_dir: Path) -> bool:
     """Whether the run in this folder has trained all of its batches and measured what follows."""
     path = run_dir / RESULT_FILE
-    return path.exists() and (run_dir / SECONDS_FILE).exists() and bool(_read(path)["complete"])
+    return path.exists() and bool(_read(path)["complete"])
 
 
 def append_row(folder: Path, row: Row) -> None:

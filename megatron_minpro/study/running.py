@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,7 +16,7 @@ from types import FrameType
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.run.preflight import check_run_folder
-from megatron_minpro.run.run_folder import CONFIG_FILE
+from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.study import child
 from megatron_minpro.study.cells import CELLS_FOLDER, Cell, digest, settings_of
 from megatron_minpro.study.rows import Row, append_row, failed_row, finished_row, is_complete
@@ -49,6 +51,20 @@ def check_folders(cells: Sequence[Cell]) -> None:
             raise ValueError(f"{path}: a complete run of another configuration; expected that of {cell.name}, or no such folder")
 
 
+def collect(cells: Sequence[Cell], folder: Path) -> list[Row]:
+    """Rows of the cells whose run is complete, though nobody has written them: jobs of a cluster, or a study that was killed just then.
+
+    Raises:
+        ValueError: as `check_folders`.
+    """
+    complete = [cell for cell in cells if is_complete(cell.config.run_dir)]
+    check_folders(complete)
+    rows = [finished_row(cell) for cell in complete]
+    for row in rows:
+        append_row(folder, row)
+    return rows
+
+
 def make_base_models(configs: Sequence[RunConfig], *, folder: Path, preloaded: bool) -> None:
     """Make every model.path that does not exist, one after the other.
 
@@ -61,11 +77,12 @@ def make_base_models(configs: Sequence[RunConfig], *, folder: Path, preloaded: b
         RuntimeError: one could not be made; with its error.
         Interrupted: after Ctrl-C.
     """
-    missing = {config.model.path: config for config in configs if not Path(config.model.path).exists()}
-    for number, config in enumerate(missing.values(), start=1):
-        name = BASE_MODEL if len(missing) == 1 else f"{BASE_MODEL}_{number}"
-        maker = config.model_copy(update={"name": name})
-        with _CtrlC() as ctrl_c:
+    makers = {config.model.path: config for config in configs}
+    for number, config in enumerate(makers.values(), start=1):
+        maker = config.model_copy(update={"name": BASE_MODEL if len(makers) == 1 else f"{BASE_MODEL}_{number}"})
+        with _one_at_a_time(folder), _CtrlC() as ctrl_c:
+            if Path(config.model.path).exists():
+                continue
             process = _start(maker, "base_model", folder=folder, preloaded=preloaded)
             try:
                 while process.is_running:
@@ -75,9 +92,18 @@ def make_base_models(configs: Sequence[RunConfig], *, folder: Path, preloaded: b
                     time.sleep(_LOOK_EVERY_S)
             finally:
                 process.terminate()
-        if process.exit_code:
-            raise RuntimeError(_last_words(process))
-        shutil.rmtree(maker.run_dir)
+            if process.exit_code:
+                raise RuntimeError(_last_words(process))
+            shutil.rmtree(maker.run_dir)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Array tasks of one study wait here for each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{BASE_MODEL}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run_cells(
@@ -88,6 +114,7 @@ def run_cells(
     delete_runs: bool,
     preloaded: bool,
     place: Callable[[RunConfig], RunConfig],
+    watch: Callable[[Sequence[Cell]], None],
     ended: Callable[[Row], None],
     say: Callable[[str], None],
 ) -> None:
@@ -100,6 +127,7 @@ def run_cells(
         delete_runs: remove a run folder once its row is on disk.
         preloaded: fork this process, which has called `child.preload`.
         place: what is started in place of a cell's configuration; it differs in the servers at most.
+        watch: told of the cells under way, several times a second.
         ended: told of every new row.
         say: takes lines for people.
 
@@ -130,6 +158,7 @@ def run_cells(
                     if delete_runs and row.status == "ok":
                         shutil.rmtree(each.cell.config.run_dir)
                     ended(row)
+                watch([each.cell for each in running])
                 time.sleep(_LOOK_EVERY_S)
         finally:
             for each in running:
@@ -138,10 +167,16 @@ def run_cells(
             raise Interrupted("interrupted; the same command continues")
 
 
-def _start(config: RunConfig, task: child.Task, *, folder: Path, preloaded: bool) -> ManagedProcess:
+def write_config(config: RunConfig, folder: Path) -> Path:
+    """Write a run's configuration beside its run folder in the study's folder; returns the path."""
     path = folder / CELLS_FOLDER / f"{config.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_config(config))
+    return path
+
+
+def _start(config: RunConfig, task: child.Task, *, folder: Path, preloaded: bool) -> ManagedProcess:
+    path = write_config(config, folder)
     return child.start(path, task, log_path=folder / LOGS_FOLDER / f"{config.name}.log", preloaded=preloaded)
 
 
@@ -151,7 +186,8 @@ def _row_of(ended: _Running, *, interrupted: bool) -> Row | None:
     process.terminate()  # sweeps up what is left of its tree
     if process.exit_code == 0:
         return finished_row(cell)
-    return None if interrupted else failed_row(cell, _last_words(process))
+    stopped = process.exit_code == 1 and (cell.config.run_dir / RESULT_FILE).exists()  # with a checkpoint: somebody asked for it
+    return None if interrupted or stopped else failed_row(cell, _last_words(process))
 
 
 def _last_words(process: ManagedProcess) -> str:

@@ -8,19 +8,18 @@ data-parallel ranks need, four held-out prompts, the serial schedule, and at mos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_minpro.config import RunConfig
-from megatron_minpro.study.definition import Rule, Study, level_name
+from megatron_minpro.study.definition import Study, levels_of, meets
 
 _UPDATES, _PROMPTS_PER_UPDATE, _HELD_OUT, _WARM_UP = 2, 2, 4, 100
 
 
 def smoke_study(study: Study) -> Study:
     """The study of the smoke runs: a folder of its own, the first seed."""
-    short = study.model_copy(update={"name": f"{study.name}_smoke", "seeds": study.seeds[:1], "delete_runs": True})
+    short = study.model_copy(update={"name": f"{study.name}_smoke", "seeds": study.seeds[:1]})
     short.remember(study.origins, study.path)
     return short
 
@@ -31,19 +30,9 @@ def covering(study: Study) -> list[dict[str, str]]:
     longest = max(map(len, names.values()))
     runs = [{axis: levels[number % len(levels)] for axis, levels in names.items()} for number in range(longest)]
     for rule in study.cells:
-        if not any(meets(rule, run) for run in runs):
-            runs.append({axis: names_of(rule.where[axis])[0] if axis in rule.where else levels[0] for axis, levels in names.items()})
+        if not any(meets(rule.where, run) for run in runs):
+            runs.append({axis: levels_of(rule.where[axis])[0] if axis in rule.where else levels[0] for axis, levels in names.items()})
     return runs
-
-
-def meets(rule: Rule, levels: Mapping[str, str]) -> bool:
-    """Whether a cell with these levels gets the rule's settings."""
-    return all(levels[axis] in names_of(chosen) for axis, chosen in rule.where.items())
-
-
-def names_of(chosen: Any) -> Sequence[str]:
-    """The levels that a rule names for an axis."""
-    return [level_name(each) for each in (chosen if isinstance(chosen, list) else [chosen])]
 
 
 def shortened(config: RunConfig, folder: Path) -> dict[str, Any]:
