@@ -326,6 +326,7 @@ def _run_forked(main: Callable[[], object], *, parent_pid: int, log: int, ignore
         nothing = os.open(os.devnull, os.O_RDONLY)
         for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
+        sys.stdout, sys.stderr = (os.fdopen(target, "w", buffering=1, closefd=False) for target in (1, 2))  # whatever replaced them
         main()
         code = 0
     except SystemExit as ended:

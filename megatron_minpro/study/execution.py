@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_minpro.run.plug_ins import check_plug_ins
 from megatron_minpro.run.preflight import check_dry_run
 from megatron_minpro.run.ranks import are_forked
 from megatron_minpro.study import child
@@ -24,6 +27,11 @@ from megatron_minpro.tracking.progress import read_progress
 from parallel.capabilities import detect
 
 LOCK_FILE = "lock"
+# Sections whose names and options are all that can be wrong once the configuration is valid.
+_CHECKED_BY_PLUG_INS: dict[str, Any] = {
+    **dict.fromkeys(("name", "seed", "objective", "advantages", "staleness", "schedule", "num_global_steps"), True),
+    "actor": {"optimizer"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +46,7 @@ class HowToRun:
 
 
 def check_cells(cells: Sequence[Cell]) -> list[str]:
-    """Everything that `minpro train --dry-run` checks, once for all cells that differ in the seed alone.
+    """Everything that `minpro train --dry-run` checks. What does not depend on seed, objective, lag, optimizer and steps is checked once.
 
     Returns:
         What could not be checked here, one line each.
@@ -48,10 +56,17 @@ def check_cells(cells: Sequence[Cell]) -> list[str]:
     """
     capabilities = detect()
     not_checked: dict[str, None] = {}
-    groups = {tuple(cell.levels.values()): cell for cell in reversed(cells)}
-    for cell in reversed(groups.values()):
-        found = check_dry_run(cell.config, resume="auto", capabilities=capabilities)
-        not_checked |= dict.fromkeys(found.not_checked)
+    plugged, whole = set[str](), set[str]()
+    for cell in cells:
+        plug_ins = json.dumps(cell.config.model_dump(mode="json", exclude={"name", "seed"}))
+        alike = json.dumps(cell.config.model_dump(mode="json", exclude=_CHECKED_BY_PLUG_INS))
+        if alike not in whole:
+            found = check_dry_run(cell.config, resume="auto", capabilities=capabilities)
+            not_checked |= dict.fromkeys(found.not_checked)
+        elif plug_ins not in plugged:
+            check_plug_ins(cell.config)
+        whole.add(alike)
+        plugged.add(plug_ins)
     check_folders(cells)
     return list(not_checked)
 

@@ -10,12 +10,13 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from rollout.processes import ManagedProcess, spawn, terminate_all
+from rollout.processes import ManagedProcess, fork, spawn, terminate_all
 from rollout.reaper import marked_pids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,3 +282,58 @@ def test_secrets_in_the_log_are_not_shown(tmp_path: Path) -> None:
             and "more" not in child.last_log_lines(num_lines)[-1]
         )
     assert "secrets=" not in repr(child)
+
+
+def _fork(main: Callable[[], object], folder: Path) -> ManagedProcess:
+    return fork(main, log_path=folder / "fork.log", name="the copy")
+
+
+def _raise() -> None:
+    raise RuntimeError("no luck")
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "said"),
+    [
+        (lambda: print("done"), 0, "done"),
+        (lambda: sys.exit(3), 3, ""),
+        (lambda: sys.exit("why"), 1, ""),
+        (_raise, 1, "RuntimeError: no luck"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL, ""),
+    ],
+    ids=["returns", "exits", "exits with a text", "raises", "is killed"],
+)
+def test_a_fork_ends_as_its_function_does(main: Callable[[], object], code: int, said: str, tmp_path: Path) -> None:
+    child = _fork(main, tmp_path)
+    assert child.wait(60) == code
+    assert child.exit_code == code
+    assert "\n".join(child.last_log_lines(1)) == said
+
+
+def test_a_fork_has_its_own_session_and_the_parents_objects(tmp_path: Path) -> None:
+    here = object()
+    child = _fork(lambda: print(os.getsid(0) == os.getpid(), id(here), os.read(0, 1)), tmp_path)
+    assert child.wait(60) == 0
+    assert child.last_log_lines(1) == [f"True {id(here)} b''"]
+
+
+def test_a_fork_and_its_children_are_terminated(tmp_path: Path) -> None:
+    def main() -> None:
+        nested = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"])
+        print(nested.pid)
+        time.sleep(600)
+
+    child = _fork(main, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (lines := child.last_log_lines(1)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.terminate()
+    assert child.exit_code == -signal.SIGTERM
+    assert not psutil.pid_exists(int(lines[0])) or psutil.Process(int(lines[0])).status() == psutil.STATUS_ZOMBIE
+
+
+def test_waiting_for_a_fork_has_a_limit(tmp_path: Path) -> None:
+    child = _fork(lambda: time.sleep(600), tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.05)
+    child.terminate()
