@@ -41,6 +41,7 @@ class StudyOptions:
     retry_failed: Annotated[bool, Option("run the cells again whose row says that they failed")] = False
     delete_runs: Annotated[bool, Option("remove the run folder of a cell once its row is on disk; checkpoints are large")] = False
     cell: Annotated[int | None, Option("run this cell of the list alone, as a job array's task does", minimum=0)] = None
+    stop_file: Annotated[Path | None, Option("stop with checkpoints when this file appears, as after Ctrl-C")] = None
     hardware: Annotated[
         str | None,
         Option(f"GPUs that --dry-run and --slurm plan for, a name in configs/hardware or a .yaml file; default: {_DEFAULT_HARDWARE}"),
@@ -146,6 +147,7 @@ def _run(options: StudyOptions, found: Study, cells: Sequence[Cell], todo: Seque
         delete_runs=options.delete_runs or found.delete_runs,
         shared=options.smoke,
         alone=options.cell is None,
+        stop_file=options.stop_file,
     )
     try:
         run_study(found, cells, todo, rows, how=how, say=typer.echo)

@@ -36,13 +36,19 @@ _CHECKED_BY_PLUG_INS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HowToRun:
-    """jobs: cells at the same time. delete_runs: remove a run folder once its row is on disk. shared: the cells use the same servers, one
-    cell at a time. alone: no other process runs cells of the study; False for an array task, which writes no report."""
+    """
+    jobs: cells at the same time.
+    delete_runs: remove a run folder once its row is on disk.
+    shared: the cells use the same servers, one cell at a time.
+    alone: no other process runs cells of the study; False for an array task, which writes no report.
+    stop_file: its appearance stops the cells under way with checkpoints; None: Ctrl-C alone does.
+    """
 
     jobs: int
     delete_runs: bool
     shared: bool
     alone: bool
+    stop_file: Path | None
 
 
 def check_cells(cells: Sequence[Cell]) -> list[str]:
@@ -100,28 +106,36 @@ def run_study(
             write_tables(folder, study, known, total=len(cells))
 
     with _ownership(folder, alone=how.alone):
-        say(f"{len(cells)} cells, {len(cells) - len(todo)} have a row; {len(todo)} to run in {folder}")
-        capabilities = detect()
-        if preloaded := all(are_forked(cell.config, capabilities) for cell in todo):
-            child.preload()
-        make_base_models([cell.config for cell in todo], folder=folder, preloaded=preloaded)
-        with SharedServers(folder / LOGS_FOLDER, say) as servers:
-            run_cells(
-                todo,
-                folder=folder,
-                jobs=how.jobs,
-                delete_runs=how.delete_runs,
-                preloaded=preloaded,
-                place=servers.place if how.shared else lambda config: config,
-                watch=view.show,
-                ended=ended,
-                say=say,
-            )
+        say(f"{len(cells)} cells, {len(rows)} have a row; {len(todo)} to run in {folder}")
+        if todo:
+            _run(todo, folder, how, view=view, ended=ended, say=say)
     if how.alone:
         say(report(study, known, total=len(cells)))
     failed = [cell.name for cell in todo if cell.name in known and known[cell.name].status == "failed"]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(todo)} cells failed, the first: {failed[0]}; --retry-failed runs them again")
+
+
+def _run(
+    todo: Sequence[Cell], folder: Path, how: HowToRun, *, view: _View, ended: Callable[[Row], None], say: Callable[[str], None]
+) -> None:
+    capabilities = detect()
+    if preloaded := all(are_forked(cell.config, capabilities) for cell in todo):
+        child.preload()
+    make_base_models([cell.config for cell in todo], folder=folder, preloaded=preloaded)
+    with SharedServers(folder / LOGS_FOLDER, say) as servers:
+        run_cells(
+            todo,
+            folder=folder,
+            jobs=how.jobs,
+            delete_runs=how.delete_runs,
+            preloaded=preloaded,
+            place=servers.place if how.shared else lambda config: config,
+            watch=view.show,
+            stop_file=how.stop_file,
+            ended=ended,
+            say=say,
+        )
 
 
 def report(study: Study, rows: Mapping[str, Row], *, total: int) -> str:

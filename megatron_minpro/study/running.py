@@ -115,6 +115,7 @@ def run_cells(
     preloaded: bool,
     place: Callable[[RunConfig], RunConfig],
     watch: Callable[[Sequence[Cell]], None],
+    stop_file: Path | None,
     ended: Callable[[Row], None],
     say: Callable[[str], None],
 ) -> None:
@@ -128,17 +129,20 @@ def run_cells(
         preloaded: fork this process, which has called `child.preload`.
         place: what is started in place of a cell's configuration; it differs in the servers at most.
         watch: told of the cells under way, several times a second.
+        stop_file: its appearance asks for the same as Ctrl-C; None: nothing does.
         ended: told of every new row.
         say: takes lines for people.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM.
+        Interrupted: after Ctrl-C, SIGTERM, or when the stop file is there.
     """
     waiting, running = deque(cells), list[_Running]()
     with _CtrlC() as ctrl_c:
         forwarded = 0
         try:
             while running or (waiting and not ctrl_c.times):
+                if stop_file is not None and stop_file.exists() and not ctrl_c.times:
+                    ctrl_c.times = 1
                 while waiting and not ctrl_c.times and len(running) < jobs:
                     cell = waiting.popleft()
                     process = _start(place(cell.config), "train", folder=folder, preloaded=preloaded)

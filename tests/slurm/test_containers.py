@@ -31,6 +31,11 @@ for node in "${nodes[@]}"; do
   SLURMD_NODENAME="$node" SLURM_NODEID=0 SLURM_STEP_NUM_NODES=1 "$@" || exit
 done
 """
+SCONTROL = """#!/bin/sh
+[ "$1" != show ] || exec printf 'localhost\\n127.0.0.2\\n'
+echo "$@" >>"$STEPS.scontrol"
+[ -n "$REQUEUES" ]
+"""
 MINPRO = """#!/usr/bin/env bash
 [[ $PLACE == "$ALLOWED" ]] || { echo "$0 $1 runs in the $PLACE" >&2; exit 97; }
 echo "minpro $*" >>"$STEPS.commands"
@@ -40,6 +45,11 @@ case "$1" in
     mkdir -p "${@: -1}" && echo '[]' >"${@: -1}/endpoints.json"
     [[ -n ${SERVERS_END:-} ]] || exec sleep 600
     until [[ -e $RUN_DIR/endpoints.json ]]; do sleep 0.1; done ;;
+  study)
+    [[ -n ${TIME_IS_UP:-} ]] || exit "${STUDY_ENDS:-0}"
+    kill -USR1 "$(cut -d ' ' -f 4 "/proc/$PPID/stat")"
+    until [[ -e $6 ]]; do sleep 0.05; done
+    exit 1 ;;
   evaluate) mkdir -p "$RUN_DIR/evaluation/tables" && touch "$RUN_DIR"/evaluation/tables/{scores,pass_at_k}.md ;;
 esac
 echo "minpro $1"
@@ -66,7 +76,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for name, text in {
         "bin/srun": SRUN,
-        "bin/scontrol": '#!/bin/sh\n[ "$1" = show ] && printf "localhost\\n127.0.0.2\\n"\n',
+        "bin/scontrol": SCONTROL,
         "bin/python": PYTHON,
         "bin/python3": PYTHON,
         ".venv/bin/minpro": MINPRO,
@@ -110,7 +120,7 @@ def run(folder: Path, script: str, *, unset: str = "", **environment: str) -> tu
     return done, (folder / "steps").read_text().splitlines() if (folder / "steps").exists() else []
 
 
-@pytest.mark.parametrize("script", ["qwen3_30b_a3b", "convert_and_evaluate", "ep_scaling"])
+@pytest.mark.parametrize("script", ["qwen3_30b_a3b", "convert_and_evaluate", "ep_scaling", "study"])
 def test_everything_of_ours_runs_in_the_container(folder: Path, script: str) -> None:
     done, steps = run(folder, script, CONTAINER_IMAGE="/image.sqsh")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -121,6 +131,20 @@ def test_without_a_container_the_script_s_own_commands_cost_no_step(folder: Path
     done, steps = run(folder, "qwen3_30b_a3b", ALLOWED="node")
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps[:1] + sorted(steps[1:]) == [f"run/logs/{name}-0-%N.log node" for name in ("preflight", "serve", "train")]
+
+
+def test_a_cell_of_a_study_stops_in_time_and_is_requeued(folder: Path) -> None:
+    done, _ = run(folder, "study", ALLOWED="node", STUDY="mine.yaml", TIME_IS_UP="yes", REQUEUES="yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "steps.commands").read_text() == "minpro study mine.yaml --cell 0 --stop-file study/7_0/stop\n"
+    assert (folder / "steps.scontrol").read_text() == "requeue 7\n"
+    assert "stopped with a checkpoint; requeued" in done.stdout
+
+
+def test_a_cell_of_a_study_that_fails_is_a_failed_task(folder: Path) -> None:
+    done, _ = run(folder, "study", ALLOWED="node", STUDY_ENDS="1")
+    assert (done.returncode, (folder / "steps.scontrol").exists()) == (1, False)
+    assert "error: cell failed, see study/7_0/logs/cell-0-" in done.stderr
 
 
 def test_a_command_of_ours_on_a_node_without_python_ends_the_job(folder: Path) -> None:

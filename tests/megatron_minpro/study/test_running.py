@@ -21,7 +21,7 @@ from megatron_minpro.study.running import Interrupted, check_folders, collect, m
 from tests.megatron_minpro.study.test_rows import write_run
 
 
-def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1) -> list[str]:
+def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1, stop_file: Path | None = None) -> list[str]:
     """Run cells as forks of this process; what was said."""
     said: list[str] = []
 
@@ -36,6 +36,7 @@ def run(cells: Sequence[Cell], folder: Path, *, jobs: int = 1) -> list[str]:
         preloaded=True,
         place=lambda config: config,
         watch=lambda _: None,
+        stop_file=stop_file,
         ended=ended,
         say=said.append,
     )
@@ -113,6 +114,14 @@ def test_an_interrupted_cell_has_no_row_and_leaves_nothing(cells: dict[str, Cell
     assert read_rows(tmp_path) == {}
     assert "interrupted before training began" in (tmp_path / f"logs/{cell.name}.log").read_text()
     assert not cells["grpo_staleness2_seed1"].config.run_dir.exists()
+
+
+def test_nothing_starts_once_the_stop_file_is_there(cells: dict[str, Cell], tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    stop.touch()
+    with pytest.raises(Interrupted):
+        run(list(cells.values()), tmp_path / "studies", stop_file=stop)
+    assert not (tmp_path / "studies/logs").exists()
 
 
 def test_base_models_are_made_once_before_the_cells(cells: dict[str, Cell], tmp_path: Path) -> None:
