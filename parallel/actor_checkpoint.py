@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 
 from checkpoints_convert.checkpoint_pickle import check_metadata
+from parallel import torch_checkpoint
 from parallel.host_copy import copy_to_host
 from parallel.mcore import (
     MCoreSavePlanner,
@@ -216,7 +216,7 @@ def _write_copies(directory: Path, strategy: _Capture, group: dist.ProcessGroup)
 def write_shards(
     directory: Path,
     state: dict[str, Any],
-    planner: checkpoint.SavePlanner,
+    planner: torch_checkpoint.SavePlanner,
     group: dist.ProcessGroup,
     *,
     small_files: Mapping[str, bytes],
@@ -227,8 +227,8 @@ def write_shards(
     Raises OSError on every rank when one of them cannot write, with that rank's reason in one line; RuntimeError for any other reason.
     """
     try:
-        checkpoint.save(state, storage_writer=ShardWriter(directory, small_files), planner=planner, process_group=group)
-    except checkpoint.CheckpointException as error:  # no Exception, and its text is every rank's stack
+        torch_checkpoint.save(state, storage_writer=ShardWriter(directory, small_files), planner=planner, process_group=group)
+    except torch_checkpoint.CheckpointException as error:  # no Exception, and its text is every rank's stack
         failures = [(rank, failure) for rank, (failure, _) in sorted(error.failures.items())]
         reason = " ".join("; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures).split())
         if all(isinstance(failure, OSError) for _, failure in failures):

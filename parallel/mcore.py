@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-from parallel import cpu
+from parallel import (
+    cpu,
+    torch_checkpoint,  # noqa: F401  Megatron-Core imports torch's checkpoints too
+)
 from parallel.engine_import import import_engine
 from parallel.hidden_packages import hide_unusable
 from parallel.skipped_import import skipped_import

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
-
 from checkpoints_convert.atomic_directory import fsync_path, write_file
+from parallel.torch_checkpoint import FileSystem, FileSystemWriter
 
 
 class ShardWriter(FileSystemWriter):

@@ -28,5 +28,9 @@ def configure_process(config: RunConfig, *, name: str, log_level: str, device_ty
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
     if device_type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if config.debug.deterministic:
+    if config.debug.deterministic and device_type == "cpu":
+        # The same switch. torch.use_deterministic_algorithms also tells torch's compiler, which it imports for that: 0.6 s of CPU time in
+        # every process. Nothing is compiled on a CPU.
+        torch.set_deterministic_debug_mode("error")
+    elif config.debug.deterministic:
         torch.use_deterministic_algorithms(True)

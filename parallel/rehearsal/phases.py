@@ -100,7 +100,8 @@ class Rehearsal:
             RANK=str(request.rank), WORLD_SIZE=str(layout.world_size), LOCAL_RANK=str(request.rank % torch.cuda.device_count())
         )
         self._device.deterministic = request.deterministic
-        torch.use_deterministic_algorithms(request.deterministic)
+        # Without importing torch's compiler, as torch.use_deterministic_algorithms does: nothing is compiled on fake tensors.
+        torch.set_deterministic_debug_mode("error" if request.deterministic else "default")
         # New ones: Megatron's modules outlive their model in parts.
         self._device.ledger, self._device.host_ledger = MemoryLedger(), MemoryLedger()
         run = _Run(request, self._device, self._hear, self._progress)
