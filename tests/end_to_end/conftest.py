@@ -17,19 +17,30 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.command_pool import CommandPool, ForkedCommand
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MINPRO_TEST_MARK"
 
 
 class Command:
-    """A running `minpro` command whose whole offspring carries a mark in its environment."""
+    """A running `minpro` command whose whole offspring carries a mark in its environment.
 
-    def __init__(self, arguments: list[str], **environment: str) -> None:
+    pool: forks it; without one it is a new process, as a shell starts it.
+    """
+
+    process: subprocess.Popen[str] | ForkedCommand
+
+    def __init__(self, arguments: list[str], *, pool: CommandPool | None = None, **environment: str) -> None:
         self.mark = uuid.uuid4().hex
+        marked = {**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark, **environment}
+        if pool is not None:
+            self.process = pool.start(arguments, environment=marked)
+            return
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_minpro.cli", *arguments],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark, **environment},
+            env=marked,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -39,7 +50,7 @@ class Command:
     def wait(self, timeout_s: float = 900) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, out, err
+        return self.process.wait(), out, err
 
     def offspring(self) -> list[psutil.Process]:
         """Every living process that carries the mark, the command itself excepted."""
@@ -77,18 +88,39 @@ class Command:
             process.kill()
 
 
-@pytest.fixture
-def minpro() -> Iterator[Callable[..., Command]]:
+@pytest.fixture(scope="session")
+def command_pool() -> Iterator[CommandPool]:
+    """Forks commands."""
+    with CommandPool() as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def starting(pool: CommandPool | None) -> Iterator[Callable[..., Command]]:
     """Starts commands; whatever a failing test leaves is killed."""
     started: list[Command] = []
 
     def start(*arguments: str, **environment: str) -> Command:
-        started.append(Command(list(arguments), **environment))
+        started.append(Command(list(arguments), pool=pool, **environment))
         return started[-1]
 
     yield start
     for command in started:
         command.kill_everything()
+
+
+@pytest.fixture
+def minpro(command_pool: CommandPool) -> Iterator[Callable[..., Command]]:
+    """Starts commands that find their imports done."""
+    with starting(command_pool) as start:
+        yield start
+
+
+@pytest.fixture
+def new_minpro() -> Iterator[Callable[..., Command]]:
+    """Starts commands as a shell does."""
+    with starting(None) as start:
+        yield start
 
 
 def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 600) -> Any:
@@ -180,12 +212,13 @@ class TwoServers:
 
 @pytest.fixture(scope="session")
 def two_servers(
-    short_run_settings: list[str], finished_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    short_run_settings: list[str], finished_run: dict[str, Any], command_pool: CommandPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TwoServers]:
     """They run until the last end-to-end test is over."""
     folder = tmp_path_factory.mktemp("two_servers")
     command = Command(
-        ["serve", *short_run_settings, "rollout.servers=2", "actor.routing_replay=server", *TIME_LIMITS, "--folder", str(folder)]
+        ["serve", *short_run_settings, "rollout.servers=2", "actor.routing_replay=server", *TIME_LIMITS, "--folder", str(folder)],
+        pool=command_pool,
     )
     try:
         path = folder / "endpoints.json"

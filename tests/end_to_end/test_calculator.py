@@ -28,7 +28,7 @@ def models_words(said: str) -> list[str]:
     return kept
 
 
-def test_ten_steps_with_a_calculator_train_the_models_tokens_alone(minpro: Callable[..., Command], tmp_path: Path) -> None:
+def test_ten_steps_with_a_calculator_train_the_models_tokens_alone(new_minpro: Callable[..., Command], tmp_path: Path) -> None:
     settings = [
         f"output_dir={tmp_path}",
         f"model.path={tmp_path / 'base'}",
@@ -36,7 +36,7 @@ def test_ten_steps_with_a_calculator_train_the_models_tokens_alone(minpro: Calla
         "evaluation=null",
         "debug.check_weights=true",  # server and trainer agree on the log-probs behind the calculator's words too
     ]
-    command = minpro("train", "configs/tiny_calculator_cpu.yaml", *settings)
+    command = new_minpro("train", "configs/tiny_calculator_cpu.yaml", *settings)
     code, _, err = command.wait()
     assert code == 0, err
     assert command.survivors() == []

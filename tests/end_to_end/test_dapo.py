@@ -22,9 +22,9 @@ OPTIONS = [
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 
 
-def test_two_global_steps_on_dapo_math_17k(minpro: Callable[..., Command], assets: Path, tmp_path: Path) -> None:
+def test_two_global_steps_on_dapo_math_17k(new_minpro: Callable[..., Command], assets: Path, tmp_path: Path) -> None:
     settings = [f"output_dir={tmp_path}", f"model.path={tmp_path / 'base'}", *OPTIONS]
-    command = minpro("train", "configs/tiny_moe_dapo.yaml", *settings, MINPRO_ASSETS=str(assets))
+    command = new_minpro("train", "configs/tiny_moe_dapo.yaml", *settings, MINPRO_ASSETS=str(assets))
     code, _, err = command.wait()
     assert code == 0, err
     assert command.survivors() == []

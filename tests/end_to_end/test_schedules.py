@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.command_pool import CommandPool
 from tests.end_to_end.conftest import Command, TwoServers, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(900)]
@@ -45,7 +46,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tuple[list[str], Path]:
+def on_two_servers(short_run_settings: list[str], two_servers: TwoServers, command_pool: CommandPool) -> tuple[list[str], Path]:
     """Settings of a run on two servers, and what the serial schedule makes of it."""
     settings = [
         *short_run_settings,
@@ -53,7 +54,7 @@ def on_two_servers(short_run_settings: list[str], two_servers: TwoServers) -> tu
         *("staleness=1", "num_global_steps=6", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
         "actor.routing_replay=server",
     ]
-    command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"])
+    command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"], pool=command_pool)
     try:
         code, _, err = command.wait()
         assert code == 0, err
