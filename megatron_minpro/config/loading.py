@@ -90,9 +90,9 @@ def dump_config(config: RunConfig) -> str:
     return render_yaml(escape(config.model_dump(mode="json")))
 
 
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value of every setting; lists stay whole."""
-    return dict(_flatten(config.model_dump(mode="json"), ""))
+def flatten(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
+    """Dotted key -> value of every setting; lists stay whole. defaults: also of those that have their default."""
+    return dict(_flatten(config.model_dump(mode="json", exclude_defaults=not defaults), ""))
 
 
 def flatten_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:

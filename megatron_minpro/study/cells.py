@@ -20,7 +20,11 @@ CELLS_FOLDER = "cells"  # of the study's folder: the run folders, and beside eac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run of a study. levels: axis -> name of the level. digest: of `settings`, everything that changes the run's numbers."""
+    """One run of a study.
+
+    levels: axis -> name of the level. settings: what changes the run's numbers, defaults left out. digest: of them. named: those of them
+    that the study gives, the others being its base configuration's.
+    """
 
     name: str
     levels: Mapping[str, str]
@@ -28,6 +32,7 @@ class Cell:
     config: RunConfig
     settings: Mapping[str, Any]
     digest: str
+    named: Mapping[str, Any]
 
 
 def make_cells(study: Study, *, smoke: bool = False) -> list[Cell]:
@@ -92,7 +97,9 @@ def _make_cell(study: Study, levels: Mapping[str, Level], seed: int, *, smoke: b
         assigned += [_assign(key, value, study.place("smoke", key)) for key, value in study.smoke.items()]
         config = load_config(study.base, assigned)
     settings = settings_of(config)
-    return Cell(name=name, levels=names, seed=seed, config=config, settings=settings, digest=digest(settings))
+    given = tuple(f"{each.assignment.partition('=')[0]}." for each in assigned)
+    named = {key: value for key, value in settings.items() if f"{key}.".startswith(given)}
+    return Cell(name=name, levels=names, seed=seed, config=config, settings=settings, digest=digest(settings), named=named)
 
 
 def _assign(key: str, value: Any, place: str) -> Placed:
@@ -100,10 +107,13 @@ def _assign(key: str, value: Any, place: str) -> Placed:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that change the run's numbers. A path below the working folder is relative: another machine has another one."""
+    """The settings that change the run's numbers, without those at their default: a later version may have more of them.
+
+    A path below the working folder is relative: another machine has another one.
+    """
     return {
         key: _relative(value)
-        for key, value in flatten(config).items()
+        for key, value in flatten(config, defaults=False).items()
         if key not in ("name", "output_dir") and (key == "num_global_steps" or not may_change_on_resume(key))
     }
 

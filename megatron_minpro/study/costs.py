@@ -74,7 +74,8 @@ def plan_of(config: RunConfig, machine: Hardware, *, mean_tokens: int | None) ->
 
 def _scaled(row: Row, config: RunConfig) -> float:
     """A run as the smoke run was, with this run's steps and responses; what is no step, the start and the end, stays."""
-    step_s, steps = row.measures["step_s"], row.settings["num_global_steps"]
-    responses = row.settings["rollout.prompts_per_step"] * row.settings["rollout.group_size"]
-    more = config.rollout.prompts_per_step * config.rollout.group_size / responses
+    given, rollout = row.settings, config.rollout  # what the row does not name is the base configuration's
+    step_s, steps = row.measures["step_s"], given.get("num_global_steps", config.num_global_steps)
+    prompts = given.get("rollout.prompts_per_step", rollout.prompts_per_step)
+    more = rollout.prompts_per_step * rollout.group_size / (prompts * given.get("rollout.group_size", rollout.group_size))
     return max(0.0, row.measures["seconds"] - step_s * steps) + step_s * more * config.num_global_steps

@@ -14,6 +14,7 @@ The window is a tenth of the trained batches, at least 5, at most half of them (
 | clipped | mean over all trained batches of clip/hard + clip/soft |
 | pass_at_K_before, _after | held-out pass@K of the base model and of the last policy |
 | pass_at_K_best | largest held-out pass@K of all measurements after the first update |
+| weight/..., log_prefix_min/... | mean over all trained batches, by place in the response: token_1, tokens_2_3, ... |
 | step_s | median wall time of a global step that trained a batch |
 | seconds | wall time of all attempts at the run without the base model; of a Slurm job, of its global steps |
 
@@ -41,7 +42,8 @@ CURVES = {
     "grad_norm": "update/grad_norm",
     "length": "rollout/length",
 }
-_MOST_POINTS = 200
+BY_PLACE = ("weight", "log_prefix_min")  # groups of metrics by place
+_MOST_POINTS = 25
 _DIGITS = 4
 
 Curve = Sequence[float | None]
@@ -98,6 +100,16 @@ def measures_of(curves: Mapping[str, Curve], evaluations: Mapping[str, Mapping[s
     return found | _held_out(evaluations)
 
 
+def measures_by_place(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Means over the batches of weight and prefix minimum along a response: weight/token_1, weight/tokens_2_3, ...
+
+    metrics: the lines of metrics.jsonl.
+    """
+    names = dict.fromkeys(name for line in metrics for name in line if name.startswith(tuple(f"{group}/token" for group in BY_PLACE)))
+    values = {name: _known([line.get(name) for line in metrics]) for name in names}
+    return {name: _mean(known) for name, known in values.items() if known}
+
+
 def _held_out(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     found = {
         f"{name}_{label}": value
@@ -112,7 +124,7 @@ def _held_out(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float
 
 
 def thin(curve: Curve) -> list[float | None]:
-    """Rounded to 4 significant digits; every k-th value, with the smallest k that leaves at most 200."""
+    """Rounded to 4 significant digits; every k-th value, with the smallest k that leaves at most 25."""
     stride = max(1, math.ceil(len(curve) / _MOST_POINTS))
     return [None if value is None else rounded(value) for value in curve[::stride]]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_minpro.run.attempt_clock import SECONDS_FILE
 from megatron_minpro.run.run_folder import RESULT_FILE
 from megatron_minpro.study.cells import Cell
-from megatron_minpro.study.measures import HEADLINE, measures_of, rounded, thin, trained_curves
+from megatron_minpro.study.measures import HEADLINE, measures_by_place, measures_of, rounded, thin, trained_curves
 from megatron_minpro.tracking.json_lines import JsonLines, line_number, read_json_lines
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 
@@ -25,7 +25,7 @@ _SHOWN_DIFFERENCES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One cell. settings: everything that changes the numbers. curves: a value per `stride` trained batches, from the first on."""
+    """One cell. settings: those that the study names, of the digest's. curves: a value per `stride` trained batches, from the first on."""
 
     cell: str
     levels: Mapping[str, str]
@@ -52,7 +52,7 @@ def finished_row(cell: Cell) -> Row:
     clock = run_dir / SECONDS_FILE  # of `minpro train`; a job of several nodes has none
     seconds = {**_read(run_dir / RESULT_FILE)["seconds"], **(_read(clock) if clock.exists() else {})}
     steps = [duration for line in metrics if (duration := line.get("time/step")) is not None]
-    measures = measures_of(curves, evaluations)
+    measures = measures_of(curves, evaluations) | measures_by_place(metrics)
     measures["step_s"] = statistics.median(
         duration for line in metrics if line.get(HEADLINE) is not None and (duration := line["time/step"])
     )
@@ -65,7 +65,7 @@ def finished_row(cell: Cell) -> Row:
         seed=cell.seed,
         status="ok",
         digest=cell.digest,
-        settings=cell.settings,
+        settings=cell.named,
         measures={name: rounded(value) for name, value in measures.items()},
         batches=batches,
         stride=-(-batches // len(thinned["reward"])),
@@ -85,7 +85,7 @@ def failed_row(cell: Cell, error: str) -> Row:
         status="failed",
         error=error,
         digest=cell.digest,
-        settings=cell.settings,
+        settings=cell.named,
         ended_at=time.strftime("%F %T"),
     )
 
@@ -136,8 +136,11 @@ def rows_of(folder: Path, cells: Iterable[Cell]) -> tuple[dict[str, Row], int]:
     for cell in cells:
         if (row := found.get(cell.name)) is not None:
             if row.digest != cell.digest:
+                differing = (
+                    _differences(row.settings, cell.named) or "in settings that the study's file does not name, so those of its base"
+                )
                 raise ValueError(
-                    f"{folder / ROWS_FILE}: {cell.name} was made with another configuration ({_differences(row.settings, cell.settings)}); "
+                    f"{folder / ROWS_FILE}: {cell.name} was made with another configuration ({differing}); "
                     "expected another name of the study, or the old settings"
                 )
             rows[cell.name] = row

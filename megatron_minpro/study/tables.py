@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _report(
         "`reward, area` is the mean over all trained batches. megatron_minpro/study/measures.py defines every column.\n",
     ]
     for family, members in families(study, groups).items():
-        parts += [f"## {family}\n" if family else "", _means(members)]
+        parts += [f"## {family}\n" if family else "", _means(members), _along(members)]
     if comparisons:
         axis, level = next(iter(study.reference.items()))
         parts += [
@@ -109,6 +110,25 @@ def _means(groups: Sequence[Group]) -> str:
         collapsed = f"{sum(fallen.values()):.0f} of {len(fallen)}" if fallen else "-"
         lines.append([group.name, seeds, *(_shown(group.interval(measure), measure) for measure in shown), collapsed])
     return markdown_table(header, lines)
+
+
+def _along(groups: Sequence[Group]) -> str:
+    """Weight and smallest earlier ratio by place in the response; nothing where no row has them."""
+    weight, minimum = rules.BY_PLACE
+    stretches = {name: int(name.split("_")[1]) for group in groups for row in group.rows.values() for name in _stretches(row, weight)}
+    if not stretches:
+        return ""
+    ordered = sorted(stretches, key=lambda name: stretches[name])
+    lines = []
+    for group in groups:
+        pairs = [(group.interval(f"{weight}/{name}"), group.interval(f"{minimum}/{name}")) for name in ordered]
+        lines.append([group.name, *("-" if w is None or m is None else f"{w.mean:.2f} / {math.exp(m.mean):.2f}" for w, m in pairs)])
+    header = ["weight / smallest earlier ratio", *(name.replace("_", " ") for name in ordered)]
+    return markdown_table(header, lines)
+
+
+def _stretches(row: Row, group: str) -> list[str]:
+    return [name.removeprefix(f"{group}/") for name in row.measures if name.startswith(f"{group}/")]
 
 
 def _differences(comparisons: Sequence[Comparison], axis: str) -> str:

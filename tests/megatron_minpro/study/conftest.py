@@ -52,7 +52,7 @@ def make_row() -> Callable[..., Row]:
             seed=cell.seed,
             status="ok",
             digest=cell.digest,
-            settings=dict(cell.settings),
+            settings=dict(cell.named),
             measures={"reward_last": 0.5, "collapsed": 0.0, "seconds": 60.0, "step_s": 5.0, **measures},
             batches=3,
             curves={"reward": [0.1 * cell.seed, 0.2, None], "clip_hard": [0.1, 0.1, 0.1], "clip_soft": [0.2, None, 0.0]},

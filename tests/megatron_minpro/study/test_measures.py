@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_minpro.study.measures import CURVES, measures_of, rounded, thin, trained_curves, window_of
+from megatron_minpro.study.measures import CURVES, measures_by_place, measures_of, rounded, thin, trained_curves, window_of
 
 
 def curves(rewards: list[float], **others: list[float | None]) -> dict[str, list[float | None]]:
@@ -84,5 +84,14 @@ def test_steps_that_only_sample_are_no_points_of_a_curve() -> None:
 
 def test_curves_are_rounded_and_thinned() -> None:
     assert thin([0.123456, None, 1234567.0]) == [0.1235, None, 1235000.0]
-    assert thin([float(index) for index in range(401)]) == [float(index) for index in range(0, 401, 3)]
+    assert thin([float(index) for index in range(51)]) == [float(index) for index in range(0, 51, 3)]
     assert rounded(2e-7 / 3) == 6.667e-08
+
+
+def test_measures_by_place_are_means_over_batches_that_reach_the_place() -> None:
+    lines = [
+        {"weight/token_1": 0.5, "weight/mean": 9.0},
+        {"weight/token_1": 1.5, "log_prefix_min/tokens_2_3": -2.0},
+        {"weight/token_1": None},
+    ]
+    assert measures_by_place(lines) == {"weight/token_1": 1.0, "log_prefix_min/tokens_2_3": -2.0}

@@ -58,13 +58,22 @@ def test_rows_of_several_processes_do_not_mix(cells: dict[str, Cell], make_row: 
 
 def test_a_row_of_another_configuration_is_refused(cells: dict[str, Cell], make_row: Callable[..., Row], tmp_path: Path) -> None:
     cell = cells["grpo_staleness2_seed1"]
-    append_row(tmp_path, replace(make_row(cell), digest="0", settings={**cell.settings, "num_global_steps": 7, "rollout.top_p": None}))
+    append_row(tmp_path, replace(make_row(cell), digest="0", settings={**cell.named, "num_global_steps": 7, "rollout.top_p": 0.5}))
     with pytest.raises(ValueError) as caught:
         rows_of(tmp_path, cells.values())
     assert str(caught.value) == (
         f"{tmp_path}/rows.jsonl: grpo_staleness2_seed1 was made with another configuration (num_global_steps 7 there, 6 here; "
-        "rollout.top_p None there, 1.0 here); expected another name of the study, or the old settings"
+        "rollout.top_p 0.5 there, None here); expected another name of the study, or the old settings"
     )
+
+
+def test_a_row_of_another_base_configuration_is_refused(cells: dict[str, Cell], make_row: Callable[..., Row], tmp_path: Path) -> None:
+    cell = cells["grpo_staleness2_seed1"]
+    append_row(tmp_path, replace(make_row(cell), digest="0"))
+    with pytest.raises(
+        ValueError, match=r"configuration \(in settings that the study's file does not name, so those of its base\); expected"
+    ):
+        rows_of(tmp_path, cells.values())
 
 
 def test_rows_of_cells_that_are_gone_are_counted(cells: dict[str, Cell], make_row: Callable[..., Row], tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ def test_a_row_holds_what_the_run_left(cells: dict[str, Cell]) -> None:
     cell = cells["grpo_staleness2_seed1"]
     write_run(cell)
     row = finished_row(cell)
-    assert (row.status, row.batches, row.stride, row.settings, row.digest) == ("ok", 2, 1, cell.settings, cell.digest)
+    assert (row.status, row.batches, row.stride, row.settings, row.digest) == ("ok", 2, 1, cell.named, cell.digest)
     assert dict(row.curves) == {"reward": [0.25, 0.1235], "entropy": [2.0, 1.0]}
     assert dict(row.evaluations) == {"before": {"pass_at_1": 0.25}, "step_000002": {"pass_at_1": 0.5}, "after": {"pass_at_1": 0.375}}
     assert (row.measures["step_s"], row.measures["seconds"]) == (5.0, 11.0)

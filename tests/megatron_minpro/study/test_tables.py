@@ -38,6 +38,21 @@ def rows(cells: dict[str, Cell], make_row: Callable[..., Row]) -> dict[str, Row]
     return found
 
 
+def test_the_report_shows_weights_along_a_response(study: Study, rows: dict[str, Row], tmp_path: Path) -> None:
+    name = "minpro_staleness2_seed1"
+    places = {
+        "weight/tokens_16_31": 0.25,
+        "log_prefix_min/tokens_16_31": -0.693147,
+        "weight/tokens_2_3": 0.9,
+        "log_prefix_min/tokens_2_3": 0.0,
+    }
+    rows[name] = replace(rows[name], measures={**rows[name].measures, **places})
+    text = write_tables(tmp_path, study, rows, total=18)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert ["weight / smallest earlier ratio", "tokens 2 3", "tokens 16 31"] in lines
+    assert ["minpro_staleness2", "0.90 / 1.00", "0.25 / 0.50"] in lines and ["grpo_staleness2", "-", "-"] in lines
+
+
 def test_comparisons_are_paired_within_a_lag(study: Study, rows: dict[str, Row]) -> None:
     groups = make_groups(study, rows)
     assert [(group.name, len(group.rows), group.failed, group.missing) for group in groups[:3]] == [
@@ -101,7 +116,7 @@ def test_costs_come_from_rows_then_smoke_runs(cells: dict[str, Cell], make_row: 
     assert cost_of(cell, like, {}, machine=None, mean_tokens=None).seconds == 100.0
     assert cost_of(cells["cispo_staleness0_seed1"], like, {}, machine=None, mean_tokens=None).seconds == 75.0
     short = make_row(cell, seconds=30.0, step_s=2.0)
-    short = replace(short, settings={**cell.settings, "num_global_steps": 3, "rollout.prompts_per_step": 4})
+    short = replace(short, settings={**cell.named, "num_global_steps": 3, "rollout.prompts_per_step": 4})
     found = cost_of(cell, {}, {"a": short}, machine=None, mean_tokens=None)
     # 24 s around 3 steps of 2 s; 6 steps of 32 prompts in place of 4
     assert (found.seconds, found.source) == (24.0 + 6 * 2.0 * 8, "scaled from a smoke run")
