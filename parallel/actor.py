@@ -44,6 +44,7 @@ from parallel.routing_replay import RoutingCounts, RoutingPass, RowSink, check_r
 from parallel.schedule import run_micro_batches
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
+from parallel.top_tokens import ScoredTopTokens
 from parallel.weight_snapshot import SnapshotPlace, WeightSnapshot
 from parallel.weights import WeightExporter, load_weights, local_parameters, mark_tensor_parallel
 
@@ -74,6 +75,7 @@ class TokenFunction(Protocol[Result]):
         entropy_T: Tensor,
         loss_mask_T: Tensor,
         streams: Mapping[str, Tensor],
+        top: ScoredTopTokens | None,
         shard: SequenceShard,
         global_tokens: int,
         global_sequences: int,
@@ -84,6 +86,7 @@ class TokenFunction(Protocol[Result]):
             entropy_T: fp32, detached.
             loss_mask_T: bool.
             streams: fp32 [T] each, those of the sequences.
+            top: log-probs of the sequences' top tokens, which carry the gradient too; None where the sequences have none.
             shard: where the tokens belong.
             global_tokens: trained tokens of the whole mini-batch.
             global_sequences: its sequences with at least one trained token.
@@ -286,7 +289,9 @@ class MegatronActor:
         scored: dict[int, list[Tensor]] = {}  # log-probs and, where wanted, entropies of a sequence
 
         def keep(micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel) -> tuple[Tensor, Tensor, None]:
-            logprobs_T, entropy_T = self._score(micro_batch, hidden, module, watch, with_entropy=entropies is not None)
+            logprobs_T, entropy_T = self._score(
+                micro_batch, micro_batch.labels_T, hidden, module, watch, with_entropy=entropies is not None
+            )
             if micro_batch.indices:
                 values = [micro_batch.shard.assemble(x_T) for x_T in (logprobs_T, entropy_T) if x_T is not None]
                 scored.update(zip(micro_batch.indices, map(list, zip(*values, strict=True)), strict=False))  # padding may follow
@@ -389,32 +394,43 @@ class MegatronActor:
         watch: FiniteWatch,
         counts: _Counts,
     ) -> Any:
-        logprobs_T, entropy_T = self._score(micro_batch, hidden, module, watch, with_entropy=True)
+        labels, behaviour_TK = micro_batch.labels_T, None
+        if micro_batch.top is not None:
+            ids_TK, behaviour_TK = micro_batch.top.read(self._device)
+            labels = torch.cat([labels[:, None], ids_TK], dim=1)
+            del ids_TK
+        logprobs, entropy_T = self._score(micro_batch, labels, hidden, module, watch, with_entropy=True)
+        del labels
         assert entropy_T is not None
+        scored_top = None
+        if behaviour_TK is not None:
+            scored_top = ScoredTopTokens(logprobs_TK=logprobs[:, 1:], behaviour_logprobs_TK=behaviour_TK)
         return function(
-            logprobs_T=logprobs_T,
+            logprobs_T=logprobs if scored_top is None else logprobs[:, 0],
             entropy_T=entropy_T,
             loss_mask_T=micro_batch.loss_mask_T,
             streams=micro_batch.streams,
+            top=scored_top,
             shard=micro_batch.shard,
             global_tokens=counts.tokens,
             global_sequences=counts.sequences,
         )
 
     def _score(
-        self, micro_batch: MicroBatch, hidden: Tensor, module: HiddenStateModel, watch: FiniteWatch, *, with_entropy: bool
+        self, micro_batch: MicroBatch, labels: Tensor, hidden: Tensor, module: HiddenStateModel, watch: FiniteWatch, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs_T, entropy_T = token_logprobs(
+        """labels: [T], or [T, L] with further ones."""
+        logprobs, entropy_T = token_logprobs(
             module.head_input(hidden),
             module.head_weight(),
-            micro_batch.labels_T,
+            labels,
             temperature=self.settings.temperature,
             tp_group=self._groups.tp,
             chunk_tokens=self.settings.logprob_chunk_tokens,
             vocab_size=self.architecture.vocab_size,
             with_entropy=with_entropy,
         )
-        return watch.screen(logprobs_T, micro_batch), entropy_T
+        return watch.screen(logprobs, micro_batch), entropy_T
 
     def _routing(self, sequences: Sequence[TokenSequence], record: RowSink | None = None) -> RoutingPass | None:
         """What this pass replays or records. None where no sequence has rows: the routers choose. A sequence without is then missing."""

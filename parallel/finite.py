@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float32
 from torch import Tensor
 
 from parallel.packing import MicroBatch
@@ -16,7 +17,7 @@ from parallel.packing import MicroBatch
 class FiniteWatch:
     """Watches the log-probs of one pass over a mini-batch. What it sees stays on the device until the pass is over.
 
-    T: this rank's packed tokens.
+    T: this rank's packed tokens, L labels of each.
     """
 
     def __init__(self, *, rank: int, control_group: dist.ProcessGroup) -> None:
@@ -25,15 +26,18 @@ class FiniteWatch:
         self._micro_batches: list[tuple[int, ...]] = []  # which sequences each held
         self._seen: list[Tensor] = []  # of each: wrong tokens, and the first one's sequence there, position and value
 
-    def screen(self, logprobs_T: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """logprobs_T with 0 in place of NaN and infinity where the loss mask is set; remembers where the first one was."""
-        wrong_T = micro_batch.loss_mask_T & ~logprobs_T.detach().isfinite()
+    def screen(self, logprobs: Float32[Tensor, "T ..."], micro_batch: MicroBatch) -> Float32[Tensor, "T ..."]:
+        """Log-probs, [T] or [T, L], with 0 in the rows that hold a NaN or infinity where the loss mask is set; remembers where the first
+        one was."""
+        found = logprobs.detach()
+        sum_T = found if found.dim() == 1 else found.sum(1)  # as finite as its terms: they are log-probs
+        wrong_T = micro_batch.loss_mask_T & ~sum_T.isfinite()
         first = wrong_T.int().argmax(0, keepdim=True)  # of one element: an index without an axis would be read, which waits
-        of_first = (micro_batch.shard.sequence_id_T, micro_batch.shard.position_T, logprobs_T.detach())
+        of_first = (micro_batch.shard.sequence_id_T, micro_batch.shard.position_T, sum_T)
         facts = (wrong_T.sum(0, keepdim=True), *(x_T.index_select(0, first) for x_T in of_first))
         self._micro_batches.append(micro_batch.indices)
         self._seen.append(torch.cat([fact.double() for fact in facts]))
-        return torch.where(wrong_T, 0.0, logprobs_T)
+        return torch.where(wrong_T if logprobs.dim() == 1 else wrong_T[:, None], 0.0, logprobs)
 
     def _first(self) -> str | None:
         """What this rank found, in words. Waits for the device once."""

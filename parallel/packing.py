@@ -20,6 +20,7 @@ from parallel.layout import ParallelLayout
 from parallel.routing_replay import RoutingPass
 from parallel.sequence_shard import SequenceShard
 from parallel.token_sequence import TokenSequence
+from parallel.top_tokens import PackedTopTokens, TopTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +34,14 @@ class MicroBatch:
     labels_T: Int64[Tensor, " T"]
     loss_mask_T: Bool[Tensor, " T"]
     streams: Mapping[str, Float32[Tensor, " T"]]
+    top: PackedTopTokens | None = None  # read by the last stage's loss alone
 
 
 def check_sequences(sequences: Sequence[TokenSequence], *, vocab_size: int) -> None:
     """Refuse what would go wrong on some rank only, or nowhere visibly. Every rank holds all sequences, so all refuse together.
 
     Raises ValueError naming the sequence, by its index: no sequence at all, streams that others have and it lacks, a token outside the
-    vocabulary, a NaN or infinity in a stream where loss_mask is True.
+    vocabulary, a NaN or infinity in a stream where loss_mask is True, another number of top tokens.
     """
     if not sequences:
         raise ValueError("sequences: none, expected at least one")
@@ -47,6 +49,8 @@ def check_sequences(sequences: Sequence[TokenSequence], *, vocab_size: int) -> N
     for index, sequence in enumerate(sequences):
         if sorted(sequence.streams) != names:
             raise ValueError(f"sequence {index}: streams {sorted(sequence.streams)}, expected {names} as in sequence 0")
+        if (top_k := _top_k(sequence)) != _top_k(sequences[0]):
+            raise ValueError(f"sequence {index}: {top_k} top tokens, expected {_top_k(sequences[0])} as in sequence 0")
         lowest, highest = (int(x) for x in sequence.token_ids.aminmax())
         if lowest < 0 or highest >= vocab_size:
             outside = lowest if lowest < 0 else highest
@@ -56,6 +60,10 @@ def check_sequences(sequences: Sequence[TokenSequence], *, vocab_size: int) -> N
             if wrong.any():
                 at = int(wrong.nonzero()[0, 0])
                 raise ValueError(f"sequence {index}: {name} is {float(stream[at])} at position {at}, where loss_mask is True")
+
+
+def _top_k(sequence: TokenSequence) -> int:
+    return 0 if sequence.top is None else sequence.top.top_k
 
 
 def break_even_tokens(architecture: Architecture) -> float:
@@ -176,6 +184,8 @@ def build_micro_batch(
     token_ids_T = shard.local([sequence.token_ids[:-1] for sequence in chosen], fill=0)
     labels_T = shard.local([sequence.token_ids[1:] for sequence in chosen], fill=0)
     loss_mask_T = shard.local([sequence.loss_mask for sequence in chosen], fill=False)
+    tops = [sequence.top for sequence in chosen if sequence.top is not None]  # of all sequences or of none
+    top = PackedTopTokens.of(tops, [sequence.loss_mask for sequence in chosen], shard, loss_mask_T) if tops else None
 
     micro_batch_routing = None if routing is None else routing.micro_batch(indices, [sequences[i].experts for i in indices], shard)
 
@@ -191,6 +201,7 @@ def build_micro_batch(
         labels_T=move(labels_T),
         loss_mask_T=move(loss_mask_T),
         streams={name: move(x_T) for name, x_T in streams.items()},
+        top=top,
     )
 
 
@@ -199,4 +210,6 @@ def _padding_like(sequence: TokenSequence, *, num_positions: int) -> TokenSequen
         token_ids=torch.zeros(num_positions + 1, dtype=torch.int64),
         loss_mask=torch.zeros(num_positions, dtype=torch.bool),
         streams={name: torch.zeros(num_positions) for name in sequence.streams},
+        # Without a row, but as wide: all ranks then report the same metrics.
+        top=None if sequence.top is None else TopTokens(ids=sequence.top.ids[:0], logprobs=sequence.top.logprobs[:0]),
     )

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float32, Int64, Integer
 from torch import Tensor
 
+from parallel.top_tokens import TopTokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
@@ -22,6 +24,7 @@ class TokenSequence:
     loss_mask: Bool[Tensor, " L-1"]
     streams: Mapping[str, Float32[Tensor, " L-1"]]
     experts: Integer[Tensor, "layers L-1 k"] | None = None  # rows that the routers replay (expert_rows.py); None: they choose
+    top: TopTokens | None = None  # the sampler's most likely tokens at each trained position; None: the loss needs none
 
     def __post_init__(self) -> None:
         if self.token_ids.dtype != torch.int64 or self.token_ids.dim() != 1:
@@ -39,6 +42,8 @@ class TokenSequence:
                 raise ValueError(f"{name}: dtype {stream.dtype}, expected torch.float32")
         if self.experts is not None and (self.experts.dim() != 3 or self.experts.size(1) != length - 1):
             raise ValueError(f"experts: shape {tuple(self.experts.shape)}, expected (layers, {length - 1}, k) for {length} tokens")
+        if self.top is not None and self.top.num_rows != (trained := int(self.loss_mask.sum())):
+            raise ValueError(f"top: {self.top.num_rows} rows, expected {trained}, one for each True of loss_mask")
 
     @property
     def num_positions(self) -> int:

@@ -23,7 +23,7 @@ import httpx
 
 from rollout.event_loop import BackgroundLoop, Result
 from rollout.gate import Gate, Patience, RolloutFailed, SessionGate, WeightsMissing
-from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams
+from rollout.records import NO_SINKS, Generation, GenerationRequest, SamplingParams, Sinks
 from rollout.reports import ServerClock, SessionReport
 from rollout.rolling_gate import Give, RollingServers
 from rollout.session import RETRIED_STATUS, Arrived, Assignment, GenerationSession, OnGeneration, SessionSettings, run_all
@@ -156,7 +156,7 @@ class GenerationClient:
 
     @asynccontextmanager
     async def session(
-        self, sampling: SamplingParams, *, policy_version: int | None, routes: RouteSink | None = None
+        self, sampling: SamplingParams, *, policy_version: int | None, sinks: Sinks = NO_SINKS
     ) -> AsyncIterator[GenerationSession]:
         """Connections to the servers for all calls of one batch.
 
@@ -166,13 +166,13 @@ class GenerationClient:
         Args:
             sampling: how to sample.
             policy_version: every token is sampled under these weights; servers that hold others are not asked. None: any weights.
-            routes: keeps the experts that the tokens visited, also of a session that is opened again.
+            sinks: keep what else is asked for, also of a session that is opened again.
         """
         arrived = Arrived(policy_version, sampling)
         if policy_version is not None:
             arrived = self._arrived.setdefault((policy_version, sampling), arrived)
         async with self._connections() as http, self._gate(http, policy_version) as gate:
-            session = self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None, routes=routes)
+            session = self._open(http, arrived, gate, one_at_a_time=self._settings.samples_per_call is None, sinks=sinks)
             yield session
         self._arrived.clear()
         self.last_report = session.metrics()
@@ -207,7 +207,7 @@ class GenerationClient:
         return Gate(self.endpoints, http, policy_version=policy_version, patience=self._patience, silent=self._silent)
 
     def _open(
-        self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool, routes: RouteSink | None = None
+        self, http: httpx.AsyncClient, arrived: Arrived, gate: SessionGate, *, one_at_a_time: bool, sinks: Sinks = NO_SINKS
     ) -> GenerationSession:
         return GenerationSession(
             settings=self._settings,
@@ -219,7 +219,7 @@ class GenerationClient:
             places=asyncio.Semaphore(self._settings.max_in_flight),
             waiting_tokens=[0] * len(self.endpoints),
             turns={endpoint: asyncio.Lock() for endpoint in self.endpoints} if one_at_a_time else {},
-            routes=routes,
+            sinks=sinks,
         )
 
     def _connections(self) -> httpx.AsyncClient:

@@ -1,4 +1,4 @@
-"""What goes into the rollout engine and what comes out: frozen records, no torch, no HTTP.
+"""What goes into the rollout engine and what comes out: frozen records and protocols, no torch, no HTTP.
 
 A policy version is the number of optimizer steps behind the weights; SGLang calls it `weight_version` and speaks of it as a string.
 """
@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -90,6 +93,7 @@ class Generation:
     finish_reason: "abort" never leaves the client (such responses are sampled again) but can be read back from a file.
     latency_s: from the first time the request was sent until its answer. num_retries: earlier attempts that failed.
     routes: where the RouteSink of its session keeps the experts that its tokens visited; None: they are not known, or nobody asked.
+    top: where the TopTokenSink of its session keeps the most likely tokens; None: nobody asked.
     """
 
     request_id: str
@@ -101,6 +105,7 @@ class Generation:
     latency_s: float
     num_retries: int
     routes: int | None = None
+    top: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.engine_logprobs) != len(self.response_token_ids):
@@ -148,3 +153,38 @@ class RouteSink(Protocol):
             ValueError: ids of another shape, or that are no sets of experts.
         """
         ...
+
+
+class TopTokenSink(Protocol):
+    """Keeps the engine's most likely tokens wherever it sampled one. Called in several threads at once."""
+
+    @property
+    def top_k(self) -> int:
+        """How many of them are wanted of each place."""
+        ...
+
+    def keep(self, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> int:
+        """Keep those of one answer.
+
+        Args:
+            ids: [response tokens, top_k].
+            logprobs: of these ids, natural log, at the temperature that was sampled at, over the whole vocabulary.
+
+        Returns:
+            A number by which they are found again.
+
+        Raises:
+            ValueError: ids of no token, or log-probs of no distribution.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sinks:
+    """What is wanted of a session's answers beside tokens and log-probs, and where it goes. None: it is not asked for."""
+
+    routes: RouteSink | None = None
+    top: TopTokenSink | None = None
+
+
+NO_SINKS = Sinks()

@@ -16,10 +16,10 @@ import msgspec
 
 from rollout.event_loop import Result
 from rollout.gate import RolloutFailed, SessionGate
-from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams
+from rollout.records import NO_SINKS, Generation, GenerationRequest, SamplingParams, Sinks
 from rollout.refusals import refusal
 from rollout.reports import SessionReport
-from rollout.sglang.generate import Answer, keep_routes, read_answer, read_generation, request_body, split_answers
+from rollout.sglang.generate import Answer, keep_routes, keep_top_tokens, read_answer, read_generation, request_body, split_answers
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class GenerationSession:
     places: asyncio.Semaphore  # one per request under way
     waiting_tokens: list[int]  # by number of the server: of calls that wait for it
     turns: Mapping[str, asyncio.Lock]  # of servers that get one call at a time; empty: they get as many as there are places for
-    routes: RouteSink | None = None  # gets the experts of every answer; None: nobody asks for them
+    sinks: Sinks = NO_SINKS  # get what else every answer holds
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one call takes its places before the next one begins to
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one answer is read at a time
     homes: dict[str, int] = field(default_factory=dict)  # request_id -> the number of its server
@@ -259,8 +259,11 @@ class GenerationSession:
                 self._note_failure(request, endpoint, f"{reason}, wanted is {self.gate.policy_version}")
                 again.append(request)
             else:
-                if self.routes is not None:
-                    generation = await self._with_routes(answer, generation, request, endpoint)
+                if self.sinks != NO_SINKS:
+                    try:
+                        generation = await asyncio.to_thread(self._fill_sinks, answer, generation)
+                    except ValueError as error:
+                        raise RolloutFailed(f"{endpoint}: request {request.name}: {error}") from error
                 self.report.answered(endpoint)
                 del self.first_sent[request]
                 self.failures.pop(request, None)
@@ -273,12 +276,12 @@ class GenerationSession:
             await asyncio.sleep(0)
             return read(*arguments, **options)
 
-    async def _with_routes(self, answer: Answer, generation: Generation, request: GenerationRequest, endpoint: str) -> Generation:
-        assert self.routes is not None
-        try:
-            return await asyncio.to_thread(keep_routes, answer, generation, self.routes)
-        except ValueError as error:
-            raise RolloutFailed(f"{endpoint}: request {request.name}: {error}") from error
+    def _fill_sinks(self, answer: Answer, generation: Generation) -> Generation:
+        if self.sinks.routes is not None:
+            generation = keep_routes(answer, generation, self.sinks.routes)
+        if self.sinks.top is not None:
+            generation = keep_top_tokens(answer, generation, self.sinks.top)
+        return generation
 
     def _note_failure(self, request: GenerationRequest, endpoint: str, reason: str) -> None:
         self.arrived.retries[request] += 1
@@ -286,7 +289,7 @@ class GenerationSession:
 
     async def _post(self, requests: Sequence[GenerationRequest], endpoint: str) -> list[Any]:
         """The answers, each for `read_answer`."""
-        body = request_body(requests, self.arrived.sampling, routes=self.routes is not None)
+        body = request_body(requests, self.arrived.sampling, sinks=self.sinks)
         try:
             response = await self.http.post(f"{endpoint}/generate", json=body)
         except httpx.HTTPError as error:

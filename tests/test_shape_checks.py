@@ -26,7 +26,7 @@ def logprobs_of(hidden: torch.Tensor, labels: torch.Tensor) -> None:
         (lambda: PrefixMin(torch.zeros(4), MASK_3), "mask_T"),
         (lambda: PrefixMin(torch.zeros(3), MASK_3.float()), "mask_T"),
         (lambda: SequenceShard.whole([3]).assemble(torch.zeros(3, 1)), "x_T"),
-        (lambda: logprobs_of(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)), "labels_T"),
+        (lambda: logprobs_of(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)), "labels"),
         (lambda: logprobs_of(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)), "weight_VH"),
         (lambda: TokenSequence(token_ids=torch.arange(4), loss_mask=MASK_3[:2], streams={}), "loss_mask"),
         (lambda: TokenSequence(token_ids=torch.arange(4), loss_mask=MASK_3, streams={"advantages": torch.zeros(4)}), "streams"),

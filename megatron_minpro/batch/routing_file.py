@@ -1,20 +1,16 @@
-"""The experts that a batch's tokens visited, in one file of the run folder. They are far larger than all other streams together.
+"""The experts that a batch's tokens visited, in one file of the run folder (batch_file.py).
 
     RUN/routing/step_000012.rows    for each response its rows [layers, L - 1, k] (parallel/expert_rows.py), one response after the other
 
 Bytes of one response lie together and, inside, those of one layer: a pipeline stage reads and writes one run of bytes for each response.
-Rows are never sent between ranks and never held as Python numbers. Each rank maps the file and reads the rows of what it trains. It writes
-with `pwrite` and not through a map, so that nodes that share a file system write bytes and not pages.
-
 Rows that the trainer records have their places before they are written (RowWriter). Rows of servers get theirs in the order in which they
-arrive (RoutingAppender): the file then also holds what nobody trains, such as groups that dynamic sampling drops.
+arrive (RoutingAppender).
 """
 
 from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +23,8 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_config import Architecture
+from megatron_minpro.batch.batch_file import AppendedFile, create, mapped, write_at
+from megatron_minpro.batch.folders import ROUTING_FOLDER
 from parallel.expert_rows import missing_rows, row_dtype, rows_of
 
 
@@ -68,15 +66,17 @@ class RoutingFile:
         return cls(**{**record, "offsets": tuple(record["offsets"])})
 
     @property
+    def path(self) -> str:
+        """In the run folder."""
+        return f"{ROUTING_FOLDER}/{self.name}"
+
+    @property
     def dtype(self) -> torch.dtype:
         return row_dtype(self.num_experts)
 
     def create(self, folder: Path) -> None:
-        """An empty file of full size; one of an earlier attempt goes. Rows that nobody writes are zeros, which no reader accepts."""
-        folder.mkdir(exist_ok=True)
-        (folder / self.name).unlink(missing_ok=True)  # a checkpoint may hold the same file under another name
-        with open(folder / self.name, "xb") as file:
-            file.truncate(self.num_bytes)
+        """See batch_file.create. Rows that nobody writes are zeros, which no reader accepts."""
+        create(folder / self.name, self.num_bytes)
 
     def rows(self, folder: Path, lengths: Sequence[int]) -> list[Tensor]:
         """Each response's rows, as views of the mapped file: nothing is read yet.
@@ -88,10 +88,7 @@ class RoutingFile:
         Raises:
             ValueError: the file has another size.
         """
-        path, size = folder / self.name, (folder / self.name).stat().st_size
-        if size != self.num_bytes:
-            raise ValueError(f"{path}: has {size:,} bytes, expected {self.num_bytes:,}, the chosen experts of {len(lengths)} responses")
-        mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        bytes_of_file = mapped(folder / self.name, self.num_bytes, holds=f"the chosen experts of {len(lengths)} responses")
         found = []
         for offset, length in zip(self.offsets, lengths, strict=True):
             shape = (self.num_layers, length, self.experts_per_token)
@@ -99,7 +96,7 @@ class RoutingFile:
                 found.append(missing_rows(*shape, num_experts=self.num_experts))
             else:
                 num_bytes = shape[0] * shape[1] * shape[2] * self.dtype.itemsize
-                found.append(mapped[offset : offset + num_bytes].view(self.dtype).view(shape))
+                found.append(bytes_of_file[offset : offset + num_bytes].view(self.dtype).view(shape))
         return found
 
     @contextmanager
@@ -132,12 +129,9 @@ class RoutingAppender:
     """Rows of answers in the order in which they arrive, from several threads. The `rollout.records.RouteSink` of a batch."""
 
     def __init__(self, folder: Path, architecture: Architecture, *, step: int) -> None:
-        """Make the file, see RoutingFile.create. step: global step that samples the batch."""
+        """Make the file. step: global step that samples the batch."""
         self._file = RoutingFile.of(architecture, step=step, lengths=())
-        self._file.create(folder)
-        self._descriptor: int | None = os.open(folder / self._file.name, os.O_RDWR)
-        self._num_bytes = 0
-        self._lock = threading.Lock()
+        self._appended = AppendedFile(folder / self._file.name)
 
     def keep(self, ids: bytes, *, num_inputs: int) -> int:
         """See RouteSink. Gives the place of the rows in the file. Raises OSError where the disk is full."""
@@ -147,7 +141,7 @@ class RoutingAppender:
                 f"{len(ids):,} bytes of experts, expected {4 * math.prod(shape):,}: {shape[0]} tokens x {shape[1]} layers x {shape[2]} "
                 "experts of 4 bytes"
             )
-        return self._append(rows_of(np.frombuffer(ids, dtype="<i4").reshape(shape), num_experts=self._file.num_experts))
+        return self._appended.append(rows_of(np.frombuffer(ids, dtype="<i4").reshape(shape), num_experts=self._file.num_experts))
 
     def joined(self, answers: Sequence[tuple[int, int]], *, num_inputs: int) -> int:
         """The place of one response's rows. Each token has the experts that it visited first; those after the last answer have none.
@@ -162,40 +156,13 @@ class RoutingAppender:
         rows = missing_rows(file.num_layers, num_inputs, file.experts_per_token, num_experts=file.num_experts).clone()
         done = 0
         for place, end in answers:
-            rows[:, done:end] = self._read(place, end)[:, done:]
+            rows[:, done:end] = self._appended.read(place, (file.num_layers, end, file.experts_per_token), file.dtype)[:, done:]
             done = end
-        return self._append(rows)
+        return self._appended.append(rows)
 
     def close(self, offsets: Sequence[int | None]) -> RoutingFile:
         """The complete file; from now on nothing is written into it. offsets: of the batch's responses."""
-        with self._lock:
-            assert self._descriptor is not None
-            os.close(self._descriptor)
-            self._descriptor = None
-        return replace(self._file, offsets=tuple(offsets), num_bytes=self._num_bytes)
-
-    def _append(self, rows: Tensor) -> int:
-        with self._lock:
-            if self._descriptor is None:
-                raise ValueError(f"{self._file.name}: experts of an answer that nobody waits for any more")
-            place = self._num_bytes
-            write_at(self._descriptor, rows, place)
-            self._num_bytes += rows.nbytes
-        return place
-
-    def _read(self, place: int, num_inputs: int) -> Tensor:
-        assert self._descriptor is not None
-        shape = (self._file.num_layers, num_inputs, self._file.experts_per_token)
-        read = bytearray(os.pread(self._descriptor, math.prod(shape) * self._file.dtype.itemsize, place))
-        return torch.frombuffer(read, dtype=self._file.dtype).view(shape)
-
-
-def write_at(descriptor: int, tensor: Tensor, place: int) -> None:
-    """All bytes of a CPU tensor into an open file. Raises OSError where the disk is full."""
-    left = memoryview(tensor.contiguous().view(torch.uint8).view(-1).numpy().data)
-    while left:
-        written = os.pwrite(descriptor, left, place)
-        left, place = left[written:], place + written
+        return replace(self._file, offsets=tuple(offsets), num_bytes=self._appended.close())
 
 
 def file_name(step: int) -> str:

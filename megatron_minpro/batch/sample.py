@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_minpro.batch.routing_file import RoutingFile
+from megatron_minpro.batch.top_tokens_file import TopTokensFile
 from parallel.token_sequence import TokenSequence
+from parallel.top_tokens import TopTokens
 from rollout.records import VersionSpan
 
 # What a sample holds per token of the sequence, and per token that the model wrote. A scored response costs 13 bytes a token, and 4 more
@@ -80,10 +82,10 @@ class Sample:
         """The sequence alone, for scoring. experts: rows that the routers replay."""
         return TokenSequence(token_ids=self.token_ids.long(), loss_mask=self._scored_positions(), streams={}, experts=experts)
 
-    def training_sequence(self, experts: Tensor | None = None) -> TokenSequence:
+    def training_sequence(self, experts: Tensor | None = None, top: TopTokens | None = None) -> TokenSequence:
         """The sequence with what the objective needs. Raises ValueError when it was never scored (invariant: pi_old is the sampler).
 
-        experts: rows that the routers replay.
+        experts: rows that the routers replay. top: rows of the servers' most likely tokens, for score centering.
         """
         if self.behaviour_logprobs is None:
             raise ValueError(f"{self.sample_id}: behaviour_logprobs are missing; a batch is scored under its own weights before it waits")
@@ -93,7 +95,7 @@ class Sample:
             if (values := getattr(self, name)) is not None:
                 streams[name] = torch.zeros(len(mask), dtype=torch.float32)
                 streams[name][mask] = values
-        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams, experts=experts)
+        return TokenSequence(token_ids=self.token_ids.long(), loss_mask=mask, streams=streams, experts=experts, top=top)
 
     def _scored_positions(self) -> Tensor:
         # Logit position p scores token p + 1, so the first token of an answer is scored by the position before it.
@@ -109,6 +111,7 @@ class RolloutBatch:
     group_size: int
     samples: tuple[Sample, ...]
     routing: RoutingFile | None = None  # the experts that its tokens visited, where they are replayed
+    top_tokens: TopTokensFile | None = None  # the servers' most likely tokens, where scores are centred
 
     def __post_init__(self) -> None:
         if len(self.samples) % self.group_size:
@@ -121,6 +124,11 @@ class RolloutBatch:
             for name in ("correction_weights", "behaviour_entropies"):
                 if (getattr(sample, name) is None) != (getattr(self.samples[0], name) is None):
                     raise ValueError(f"{sample.sample_id}: {name} must be there for all samples of a batch or for none")
+
+    @property
+    def files(self) -> list[str]:
+        """Paths in the run folder of what goes with the batch and not in it."""
+        return [file.path for file in (self.routing, self.top_tokens) if file is not None]
 
     @property
     def num_groups(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_minpro.batch.routing_file import RoutingFile
 from megatron_minpro.batch.sample import SEQUENCE_STREAMS, STREAMS, RolloutBatch, Sample
+from megatron_minpro.batch.top_tokens_file import TopTokensFile
 from rollout.records import VersionSpan
 
 _SCALARS = tuple(field.name for field in fields(Sample) if field.name not in (*STREAMS, "version_spans"))
@@ -46,6 +47,8 @@ def pack(batch: RolloutBatch) -> PackedBatch:
     }
     if batch.routing is not None:
         record["routing"] = asdict(batch.routing)
+    if batch.top_tokens is not None:
+        record["top_tokens"] = asdict(batch.top_tokens)
     return PackedBatch(record, {name: torch.cat([getattr(sample, name) for sample in batch.samples]) for name in present})
 
 
@@ -85,6 +88,7 @@ def unpack(record: Mapping[str, Any], streams: Mapping[str, Tensor]) -> RolloutB
         group_size=record["group_size"],
         samples=tuple(map(sample, range(len(samples)))),
         routing=RoutingFile.from_record(record["routing"]) if "routing" in record else None,
+        top_tokens=TopTokensFile.from_record(record["top_tokens"]) if "top_tokens" in record else None,
     )
 
 

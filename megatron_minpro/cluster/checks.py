@@ -31,6 +31,7 @@ from rollout.sglang.control import ServerRefused, call
 from rollout.sglang.environment import default_server_python
 from rollout.sglang.route_limits import check_route_limits
 from rollout.sglang.server import check_options, read_key
+from rollout.sglang.top_token_limits import check_top_token_limits
 
 _ENDPOINT_TIMEOUT_S = 5.0
 
@@ -51,6 +52,7 @@ def check_architecture(config: RunConfig, architecture: Architecture) -> None:
     config.layout.check_model(architecture)
     check_effect(config.megatron, architecture, recompute=config.actor.recompute)
     check_routing_replay(config, architecture)
+    check_score_centering(config, architecture)
     prompt = max(prompts.max_prompt_tokens for prompts in config.prompt_sections.values())
     if prompt + config.rollout.max_new_tokens > architecture.max_position_embeddings:
         raise ValueError(
@@ -70,6 +72,21 @@ def check_routing_replay(config: RunConfig, architecture: Architecture) -> None:
             check_route_limits(config.sglang)
     except ValueError as error:
         raise ValueError(f"actor.routing_replay = {replay!r}: {error}") from error
+
+
+def check_score_centering(config: RunConfig, architecture: Architecture) -> None:
+    """More tokens than there are, and options of the servers under which their log-probs are not those that tokens are drawn with."""
+    centering = config.objective.score_centering
+    if centering is None:
+        return
+    if centering.top_k > architecture.vocab_size:
+        raise ValueError(
+            f"objective.score_centering.top_k = {centering.top_k}: expected at most {architecture.vocab_size}, the model's vocab_size"
+        )
+    try:
+        check_top_token_limits(config.sglang)
+    except ValueError as error:
+        raise ValueError(f"objective.score_centering = {centering.model_dump()}: {error}") from error
 
 
 def check_endpoints(config: RunConfig) -> None:

@@ -101,6 +101,7 @@ def training_of(run: RunConfig, machine: Hardware, choice: TrainingChoice, *, re
         on_cpu=machine.measured,
         gradient_bytes=2 if fastest and chosen["precision"] != "fp32" else 4,
         chunk_tokens=None if fastest else run.actor.logprob_chunk_tokens,
+        top_tokens=run.objective.num_top_tokens,
     )
 
 

@@ -100,6 +100,7 @@ def make_requests(
             kept_weights=run.actor.kept_weights if run.effective_schedule == "overlapped" else None,
             lengths=tuple(length - 1 for length in lengths),  # the last token is only scored
             prompt_tokens=run.prompts.max_prompt_tokens,
+            top_tokens=run.objective.num_top_tokens,
             update=UPDATE,
             update_options={"name": run.objective.name, "options": dict(run.objective.options)},
         )

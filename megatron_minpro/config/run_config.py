@@ -82,6 +82,7 @@ class RunConfig(Section):
         self._check_micro_batch()
         self._check_corrections()
         self._check_behaviour()
+        self._check_score_centering()
         self._check_overlong()
         self._check_steps()
         return self
@@ -140,6 +141,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.dtype = {servers!r}: expected {trainer!r}, the model.dtype: with behaviour_logprobs = 'trainer' pi_old is not "
                 "the policy that sampled; or behaviour_logprobs = 'engine', or corrections.truncated_is, masked_is or rejection"
+            )
+
+    def _check_score_centering(self) -> None:
+        if self.objective.score_centering is not None and self.behaviour_logprobs != "engine":
+            raise ValueError(
+                f"behaviour_logprobs = {self.behaviour_logprobs!r}: expected 'engine' with objective.score_centering, which needs the "
+                "distribution that the servers sampled from"
             )
 
     def _check_overlong(self) -> None:

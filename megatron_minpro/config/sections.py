@@ -55,13 +55,34 @@ class Choice(Section):
         return dict(self.model_extra or {})
 
 
+class ScoreCenteringConfig(Section):
+    """Subtract what a truncated importance weight adds to the gradient in the mean (arXiv:2609.20807; objectives/score_centering.py)."""
+
+    top_k: int = Field(
+        default=128,
+        ge=1,
+        description="the servers' most likely tokens that are recorded for each sampled one; all others are taken as one. 128 and 32 are "
+        "equal in the paper. 8 bytes each, on disk until the batch is trained: 1 KiB for a sampled token with 128",
+    )
+
+
 class ObjectiveConfig(Choice):
     """What is optimised. The other keys are the objective's options; see megatron_minpro/objectives."""
 
     name: str = Field(
         description="minpro, cispo, scaled_cispo, grpo, gspo, m2po, ctpo, topr, dppo_tv, dppo_kl, cppo, a3po, sat, estr, pnpo, vespo, "
-        "sapo, ema_kpo, drpo, prefix_ratio, prefix_filter, reinforce, or package.module:function"
+        "sapo, ema_kpo, drpo, prefix_ratio, prefix_filter, masked_is, reinforce, or package.module:function"
     )
+    score_centering: ScoreCenteringConfig | None = Field(
+        default=None,
+        description="null: off; {}: on. Needs behaviour_logprobs: engine, and minpro, cispo, scaled_cispo, prefix_ratio, masked_is, "
+        "reinforce, or an objective of your own that can be centred",
+    )
+
+    @property
+    def num_top_tokens(self) -> int:
+        """How many of the servers' most likely tokens are recorded for each sampled one; 0 without score centering."""
+        return 0 if self.score_centering is None else self.score_centering.top_k
 
 
 class OverlongConfig(Section):

@@ -15,10 +15,12 @@ from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.routing_file import RoutingAppender
 from megatron_minpro.batch.sample import RolloutBatch, Sample
+from megatron_minpro.batch.top_tokens_file import TopTokensAppender
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.loop.responder import Judged, Responder
 from rollout.client import RolloutFailed, WeightsMissing
+from rollout.records import Sinks
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Collected:
     dropped: tuple[Sample, ...] = ()  # by dynamic sampling: whole groups, sampled and never trained; their advantage is 0
     rounds: int = 1  # times that responses were asked for
     equal_groups: int = 0  # equal groups that dynamic sampling had to leave in the batch
-    servers: Mapping[str, float] = field(default_factory=dict)  # metrics: how the servers fared
+    servers: Mapping[str, float] = field(default_factory=dict)  # metrics: how the servers fared, and of what they returned beside tokens
 
 
 def choose_groups(useful: Sequence[bool], wanted: int) -> list[int]:
@@ -66,6 +68,7 @@ class Collector:
         seed: int,
         dynamic_sampling: DynamicSamplingConfig | None = None,
         routing: Callable[[int], RoutingAppender] | None = None,
+        top_tokens: Callable[[int], TopTokensAppender] | None = None,
     ) -> None:
         """
         Args:
@@ -74,6 +77,7 @@ class Collector:
             advantages: of a batch's rewards.
             dynamic_sampling: None: every group is trained.
             routing: makes the file for the experts of a global step's batch, as the servers return them; None: nobody asks for them.
+            top_tokens: the same for the servers' most likely tokens.
         """
         self.cursor = cursor
         self._responder = responder
@@ -87,6 +91,8 @@ class Collector:
         self._drawn: dict[int, Drawn] = {}  # by global step: of batches that are to be collected
         self._new_routing = routing
         self._routing: dict[int, RoutingAppender] = {}  # by global step: what has arrived stays, whatever breaks off
+        self._new_top_tokens = top_tokens
+        self._top_tokens: dict[int, TopTokensAppender] = {}  # the same
 
     def draw(self, step: int) -> None:
         """Draw the prompts of a batch before `collect`. Where batches are collected at the same time, this keeps their prompts in order."""
@@ -114,7 +120,9 @@ class Collector:
         fared: list[Mapping[str, float]] = []  # the servers, round by round
         if self._new_routing is not None and step not in self._routing:
             self._routing[step] = self._new_routing(step)
-        routing = self._routing.get(step)
+        if self._new_top_tokens is not None and step not in self._top_tokens:
+            self._top_tokens[step] = self._new_top_tokens(step)
+        routing, top = self._routing.get(step), self._top_tokens.get(step)
         while missing := self._missing_groups(groups, rounds := len(fared)):
             prompts, cursor = self._drawn[step] if step in self._drawn and not rounds else self._draw(missing)
             responses = self._responder.respond(
@@ -127,7 +135,7 @@ class Collector:
                 # A response's seed depends on its request's name, so every round has its own.
                 request_prefix=f"step{step}-round{rounds}" if rounds else f"step{step}",
                 policy_version=policy_version,
-                routes=routing,
+                sinks=Sinks(routes=routing, top=top),
             )
             named = [(f"step{step}-{next(numbers)}", response) for response in responses.judged]
             groups += [named[start : start + self._group_size] for start in range(0, len(named), self._group_size)]
@@ -148,8 +156,10 @@ class Collector:
             group_size=self._group_size,
             samples=tuple(_sample(*item, advantage) for item, advantage in zip(trained, advantages, strict=True)),
             routing=None if routing is None else routing.close([_place(routing, conversation) for _, (conversation, _) in trained]),
+            top_tokens=None if top is None else top.close([_place_of_top(top, conversation) for _, (conversation, _) in trained]),
         )
         self._routing.pop(step, None)
+        self._top_tokens.pop(step, None)
         return Collected(
             batch=batch,
             judged=tuple(response for _, response in (*trained, *dropped)),
@@ -158,7 +168,7 @@ class Collector:
             dropped=tuple(_sample(*item, 0.0) for item in dropped),
             rounds=len(fared),
             equal_groups=equal_groups,
-            servers=_over_rounds(fared),
+            servers={**_over_rounds(fared), **({} if top is None else top.metrics())},
         )
 
     def _draw(self, num_prompts: int) -> Drawn:
@@ -195,6 +205,15 @@ def _place(routing: RoutingAppender, conversation: Conversation) -> int | None:
     if len(known) < len(answers) or len(conversation.version_spans) > 1:
         return None
     return routing.joined(known, num_inputs=len(conversation.token_ids) - 1)
+
+
+def _place_of_top(top_tokens: TopTokensAppender, conversation: Conversation) -> int:
+    """Of a conversation's rows in the file."""
+    answers = []
+    for answer in conversation.generations:
+        assert answer.top is not None, "the session asks for them"
+        answers.append((answer.top, len(answer.response_token_ids)))
+    return top_tokens.joined(answers)
 
 
 def _sample(sample_id: str, judged: Judged, advantage: float) -> Sample:

@@ -13,7 +13,7 @@ from megatron_minpro.environments.conversations import hold_conversations
 from megatron_minpro.environments.environment import Environment
 from megatron_minpro.rewards.reward import Reward, RewardOnArrival, RewardResult
 from rollout.client import GenerationClient
-from rollout.records import RouteSink, SamplingParams
+from rollout.records import NO_SINKS, SamplingParams, Sinks
 
 Judged = tuple[Conversation, RewardResult]
 
@@ -48,7 +48,7 @@ class Responder:
         seed: int,
         request_prefix: str,
         policy_version: int,
-        routes: RouteSink | None = None,
+        sinks: Sinks = NO_SINKS,
     ) -> Responses:
         """`num_samples` judged conversations on every prompt.
 
@@ -60,7 +60,7 @@ class Responder:
             seed: together with request_prefix and the place of a conversation it makes every answer repeatable.
             request_prefix: begins the names of the requests.
             policy_version: every token is sampled under these weights.
-            routes: keeps the experts that the tokens visited.
+            sinks: keep what else the answers hold.
 
         Raises:
             RolloutFailed, WeightsMissing: as the client. The same call, made again, asks the servers only for what is missing.
@@ -78,7 +78,7 @@ class Responder:
             return conversation, await self.reward.judge(conversation) if isinstance(self.reward, RewardOnArrival) else None
 
         async def ask() -> tuple[list[tuple[Conversation, RewardResult | None]], dict[str, float]]:
-            async with self.client.session(sampling, policy_version=policy_version, routes=routes) as session:
+            async with self.client.session(sampling, policy_version=policy_version, sinks=sinks) as session:
                 held = await hold_conversations(
                     self.environment,
                     prompts,

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_minpro.batch.folders import ROUTING_FOLDER
 from megatron_minpro.batch.routing_file import RoutingFile
-from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.loop.training_run import TrainingRun, share
 from parallel.routing_replay import RoutingCounts
@@ -74,12 +74,6 @@ def trained_metrics(counts: Sequence[RoutingCounts | None]) -> dict[str, float]:
         **_differing("differing_lag_min", known[0]),
         **_differing("differing_lag_max", known[-1]),
     }
-
-
-def forget_experts(run: TrainingRun, batch: RolloutBatch) -> None:
-    """The batch is trained: its file goes. A checkpoint that holds the batch has a link of its own."""
-    if batch.routing is not None and run.driver is not None:
-        (folder_of(run) / batch.routing.name).unlink()
 
 
 def folder_of(run: TrainingRun) -> Path:

@@ -11,9 +11,10 @@ from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.batch.staleness import expected_lag
 from megatron_minpro.config import ActorConfig
 from megatron_minpro.loop.learning_rate import sample_size_factor, training_rate
-from megatron_minpro.loop.routing import experts_of, forget_experts, trained_metrics
+from megatron_minpro.loop.routing import experts_of, trained_metrics
 from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.loop.stop_time import LONGEST_UPDATE
+from megatron_minpro.loop.top_tokens import forget_files, top_tokens_of
 from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
 from parallel.actor import LearningRate, LossFunction, MegatronActor, UpdateReport
@@ -31,13 +32,13 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     batch = None if under_way.updates == updates else run.buffer.due(under_way.step)
     if batch is None:
         return
-    experts = experts_of(run, batch)
+    experts, top = experts_of(run, batch), top_tokens_of(run, batch)
     for samples in batch.mini_batches(num_mini_batches=updates, seed=run.config.seed)[under_way.updates :]:
         obey(run)
         before_s = under_way.timer.seconds.get("update", 0.0)
         with under_way.timer("update"):
             lag = run.actor.policy_version - batch.policy_version
-            sequences = [sample.training_sequence(experts[sample.sample_id]) for sample in samples]
+            sequences = [sample.training_sequence(experts[sample.sample_id], top[sample.sample_id]) for sample in samples]
             rate = _rate(run.config.actor, run.actor.policy_version)
             report = train_mini_batch(run.actor, sequences, run.objective, lag=lag // updates, learning_rate=rate)
         took_s = under_way.timer.seconds["update"] - before_s
@@ -62,7 +63,7 @@ def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) ->
     counters.trained_batches += 1
     counters.rollouts_trained += len(batch.samples)
     counters.tokens_trained += tokens
-    forget_experts(run, batch)
+    forget_files(run, batch)
     under_way.metrics |= finalize_metrics(add_metrics(report.metrics for report in reports))
     under_way.metrics |= trained_metrics([report.routing for report in reports])
     under_way.metrics |= {

@@ -7,6 +7,7 @@ from megatron_minpro.objectives.base import (
     TokenBatch,
     with_behaviour_entropies,
     with_minibatch_statistics,
+    with_score_centering,
 )
 from megatron_minpro.objectives.metrics import add_metrics, finalize_metrics
 from megatron_minpro.objectives.registry import OBJECTIVES, make_objective
@@ -22,4 +23,5 @@ __all__ = [
     "make_objective",
     "with_behaviour_entropies",
     "with_minibatch_statistics",
+    "with_score_centering",
 ]

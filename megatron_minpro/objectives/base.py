@@ -1,6 +1,6 @@
 """The records that an objective takes and returns.
 
-Shapes: T local packed tokens (one shard's, padding included), S sequences.
+Shapes: T local packed tokens (one shard's, padding included), S sequences, K top tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
 from parallel.sequence_shard import SequenceShard
+from parallel.top_tokens import ScoredTopTokens
 
 Statistics = Callable[..., Tensor]
 Loss = TypeVar("Loss", bound=Callable[..., "ObjectiveOutput"])
@@ -40,6 +41,13 @@ def with_behaviour_entropies(objective: Loss) -> Loss:
     return objective
 
 
+def with_score_centering(objective: Loss) -> Loss:
+    """Declare that an objective's weight of a token is a function of its ratio alone, once the tokens before it are known, and that it
+    centres scores where a batch has top tokens; see score_centering.py."""
+    objective.centers_scores = True  # type: ignore[attr-defined]
+    return objective
+
+
 class NonFiniteTokenError(ValueError):
     """A trained token has a NaN or infinite value. One rank may see it alone: the caller must stop all ranks together."""
 
@@ -63,6 +71,7 @@ class TokenBatch:
     behaviour_entropies_T: Float32[Tensor, " T"] | None = None  # of pi_old's distribution at the token, nats; None: not recorded
     lag: int | None = None  # whole global steps of training between the weights that sampled the batch and these; None: unknown
     correction_weights_T: Float32[Tensor, " T"] | None = None  # multiplies each token's loss, without gradient; None multiplies nothing
+    top: ScoredTopTokens | None = None  # the sampler's most likely tokens, for score centering; None: scores are not centred
 
     def __post_init__(self) -> None:
         shape = (self.shard.num_local_tokens,)
@@ -79,6 +88,7 @@ class TokenBatch:
                 raise ValueError(f"{name} must be {dtype}, got {x.dtype}")
             if tuple(x.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, one value per local token of the shard, got {tuple(x.shape)}")
+        self._check_top()
         for name in ("global_tokens", "global_sequences"):
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -87,13 +97,30 @@ class TokenBatch:
             raise ValueError(f"lag must be a whole number of at least 0, got {self.lag!r}")
         self._check_values()
 
+    def _check_top(self) -> None:
+        if self.top is None:
+            return
+        if self.correction_weights_T is not None:
+            raise ValueError("top and correction_weights_T: expected one of them, a corrected weight is none that score centering knows")
+        for name in ("logprobs_TK", "behaviour_logprobs_TK"):
+            x = getattr(self.top, name)
+            if x.dtype != torch.float32 or x.dim() != 2 or len(x) != self.shard.num_local_tokens or x.size(1) < 1:
+                expected = f"[{self.shard.num_local_tokens}, K]"
+                raise ValueError(f"top.{name} must be torch.float32 of shape {expected}, got {x.dtype} {list(x.shape)}")
+        if self.top.logprobs_TK.shape != self.top.behaviour_logprobs_TK.shape:
+            shapes = [list(x.shape) for x in (self.top.logprobs_TK, self.top.behaviour_logprobs_TK)]
+            raise ValueError(f"top.logprobs_TK and behaviour_logprobs_TK must have one shape, got {shapes[0]} and {shapes[1]}")
+
     def _optional_streams(self) -> list[str]:
         return [name for name in ("correction_weights_T", "behaviour_entropies_T") if getattr(self, name) is not None]
 
     def _check_values(self) -> None:
-        names = ["logprobs_T", "behaviour_logprobs_T", "advantages_T"]
-        names += self._optional_streams()
-        finite = torch.stack([torch.isfinite(getattr(self, name).detach()) for name in names])
+        values = {name: getattr(self, name) for name in ("logprobs_T", "behaviour_logprobs_T", "advantages_T", *self._optional_streams())}
+        if self.top is not None:  # a sum of log-probs is as finite as its terms; in float64, as a term may be the smallest fp32 number
+            tops = {"top.logprobs_TK": self.top.logprobs_TK, "top.behaviour_logprobs_TK": self.top.behaviour_logprobs_TK}
+            values |= {name: x_TK.detach().sum(1, dtype=torch.float64) for name, x_TK in tops.items()}
+        names = list(values)
+        finite = torch.stack([torch.isfinite(x.detach()) for x in values.values()])
         wrong_T = self.loss_mask_T & ~(finite.all(0) & ~self.shard.padding_T)
         if not wrong_T.any():  # the only wait for the device
             return
@@ -102,7 +129,7 @@ class TokenBatch:
         if self.shard.padding_T[t]:
             raise ValueError(f"loss_mask_T is True at {where}, which is padding")
         name = names[int((~finite[:, t]).nonzero()[0, 0])]
-        value = float(getattr(self, name)[t])
+        value = float(values[name][t])
         raise NonFiniteTokenError(
             f"{name} is {value} at {where} (cp_rank {self.shard.cp_rank}), where loss_mask_T is True; "
             f"{int(wrong_T.sum())} such tokens on this rank"
@@ -132,6 +159,7 @@ class Objective:
     function: Callable[..., ObjectiveOutput] = field(repr=False)
     statistics_function: Callable[..., Tensor] | None = field(repr=False)  # takes the same options
     needs_behaviour_entropies: bool = False
+    centers_scores: bool = False  # where a batch has top tokens
     metric_names: frozenset[str] = frozenset()  # keys of ObjectiveOutput.metrics
 
     @property

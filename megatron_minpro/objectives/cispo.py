@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+import torch
+
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_score_centering
 from megatron_minpro.objectives.options import check_number, log_bounds
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import log_ratio, scan_batch
 
 
+@with_score_centering
 def cispo(
     batch: TokenBatch,
     *,
@@ -36,6 +39,7 @@ def cispo(
     )
 
 
+@with_score_centering
 def scaled_cispo(
     batch: TokenBatch,
     *,
@@ -60,4 +64,13 @@ def scaled_cispo(
     log_low, log_high = log_bounds(clip_low, clip_high)
     log_ratio_T = log_ratio(batch)
     scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
-    return weighted_policy_gradient(batch, log_ratio_T, scanned, log_ratio_T, log_low=log_low, log_high=log_high, scale=scale)
+    return weighted_policy_gradient(
+        batch,
+        log_ratio_T,
+        scanned,
+        log_ratio_T,
+        log_low=log_low,
+        log_high=log_high,
+        scale=scale,
+        log_factor_T=torch.zeros_like(log_ratio_T),
+    )

@@ -19,6 +19,7 @@ from megatron_minpro.objectives.base import TokenBatch
 from megatron_minpro.objectives.by_place import PLACE_SUFFIX, means_by_place, sums_by_place
 from megatron_minpro.objectives.effective_sample_size import WEIGHT_SUMS_SUFFIX, effective_sample_size, weight_sums
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, ratio
+from megatron_minpro.objectives.score_centering import Centering
 
 # A log ratio within this is that of a ratio of 1: log-probs down to -20 carry fp32 errors of 2e-6 and more when packed differently.
 UNIT_LOG_RATIO = 1e-5
@@ -81,6 +82,12 @@ def token_metrics(
         "log_prefix_min/by_place": sums_by_place(prefix_min_T, scanned.place_T, mask_T),
         "weight/by_place": sums_by_place(weights_T, scanned.place_T, mask_T),
     }
+
+
+def centering_metrics(batch: TokenBatch, centering: Centering) -> dict[str, Float64[Tensor, " _"]]:
+    """Metrics of what score centering subtracts, over the trained tokens of one micro-batch."""
+    mean_of = partial(_sum_and_count, mask_T=batch.loss_mask_T, count=batch.loss_mask_T.sum().double())
+    return {"centering/active": mean_of(centering.active_T), "centering/drift": mean_of(centering.drift_T)}
 
 
 def _sum_and_count(x_T: Shaped[Tensor, " T"], mask_T: Tensor, count: Tensor) -> Float64[Tensor, " 2"]:

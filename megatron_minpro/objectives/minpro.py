@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch, with_score_centering
 from megatron_minpro.objectives.options import log_bounds
 from megatron_minpro.objectives.policy_gradient import weighted_policy_gradient
 from megatron_minpro.objectives.ratios import log_ratio, scan_batch
 
 
+@with_score_centering
 def minpro(
     batch: TokenBatch,
     *,
@@ -37,4 +38,6 @@ def minpro(
     log_ratio_T = log_ratio(batch)
     scanned = scan_batch(batch, log_ratio_T, aggregation=aggregation, aggregation_length=aggregation_length)
     log_weights_T = log_ratio_T + scanned.prefix_min_T
-    return weighted_policy_gradient(batch, log_ratio_T, scanned, log_weights_T, log_low=log_low, log_high=log_high)
+    return weighted_policy_gradient(
+        batch, log_ratio_T, scanned, log_weights_T, log_low=log_low, log_high=log_high, log_factor_T=scanned.prefix_min_T
+    )

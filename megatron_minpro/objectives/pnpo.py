@@ -44,5 +44,5 @@ def pnpo(
     widening_T = (batch.shard.per_token(scanned.num_trained_S) / count_T).double().sqrt()
     log_low_T, log_high_T = around_one(clip_low * widening_T, clip_high * widening_T)
     keep_T = (log_low_T <= log_weights_T) & (log_weights_T <= log_high_T)
-    held = {"log_low": -MAX_LOG_RATIO, "log_high": MAX_LOG_RATIO}
-    return weighted_policy_gradient(batch, log_ratio_T, scanned, log_weights_T, **held, keep_T=keep_T)
+    low, high = -MAX_LOG_RATIO, MAX_LOG_RATIO
+    return weighted_policy_gradient(batch, log_ratio_T, scanned, log_weights_T, log_low=low, log_high=high, keep_T=keep_T)

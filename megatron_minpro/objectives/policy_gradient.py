@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from megatron_minpro.objectives import score_centering
 from megatron_minpro.objectives.aggregation import aggregate
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
-from megatron_minpro.objectives.metrics import token_metrics
+from megatron_minpro.objectives.metrics import centering_metrics, token_metrics
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, advantages, ratio, trained
+from megatron_minpro.objectives.score_centering import Centering, LogMass
 
 
 def weighted_policy_gradient(
@@ -27,6 +29,7 @@ def weighted_policy_gradient(
     log_high: float | Float[Tensor, " T"],
     scale: float = 1.0,
     keep_T: Bool[Tensor, " T"] | None = None,
+    log_factor_T: Float[Tensor, " T"] | None = None,
 ) -> ObjectiveOutput:
     """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with w = scale * exp(clamp(log_weights, log_low, log_high)).
 
@@ -40,12 +43,35 @@ def weighted_policy_gradient(
         log_low, log_high: the bounds, in log space: numbers or [T].
         scale: multiplies the bounded weights.
         keep_T: tokens where it is False have weight 0 (counted as hard-clipped); their share of the divisor remains.
+        log_factor_T: given where scores can be centred: log_weights_T is log_factor_T + log_ratio_T, or bounded to one number, and
+            log_factor_T is known before the token is drawn.
     """
     log_weights_T = log_weights_T.detach()
-    bounded_T = torch.minimum(torch.maximum(log_weights_T, _as_tensor(log_low, log_weights_T)), _as_tensor(log_high, log_weights_T))
+    log_low_T, log_high_T = _as_tensor(log_low, log_weights_T), _as_tensor(log_high, log_weights_T)
+    bounded_T = torch.minimum(torch.maximum(log_weights_T, log_low_T), log_high_T)
     dropped_T = torch.zeros_like(batch.loss_mask_T) if keep_T is None else ~keep_T
     weights_T = trained(batch, torch.where(dropped_T, 0.0, scale * bounded_T.exp()))
-    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=(bounded_T != log_weights_T) & ~dropped_T)
+    log_mass = None if log_factor_T is None else score_centering.clipped(log_factor_T, log_low_T, log_high_T)
+    soft_T = (bounded_T != log_weights_T) & ~dropped_T
+    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=soft_T, log_mass=log_mass, scale=scale)
+
+
+def masked_policy_gradient(
+    batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: Scanned, *, log_low: float, log_high: float
+) -> ObjectiveOutput:
+    """loss = sum_t -sg(w_t) A_t log pi(t) / divisor_t with w = rho where low <= rho <= high, else 0 (counted as hard-clipped).
+
+    Args:
+        batch: one packed micro-batch.
+        log_ratio_T: log rho = log pi_theta - log pi_old.
+        scanned: the answers of `scan_batch`.
+        log_low, log_high: the bounds, in log space.
+    """
+    d_T = log_ratio_T.detach()
+    dropped_T = (d_T < log_low) | (d_T > log_high)
+    weights_T = trained(batch, torch.where(dropped_T, 0.0, ratio(d_T)))
+    log_mass = score_centering.masked(log_low=log_low, log_high=log_high)
+    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=torch.zeros_like(dropped_T), log_mass=log_mass)
 
 
 def fixed_weights(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: Scanned, weights_T: Float[Tensor, " T"]) -> ObjectiveOutput:
@@ -62,10 +88,23 @@ def fixed_weights(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: 
 
 
 def _fixed(
-    batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, weights_T: Tensor, *, hard_T: Tensor, soft_T: Tensor
+    batch: TokenBatch,
+    log_ratio_T: Tensor,
+    scanned: Scanned,
+    weights_T: Tensor,
+    *,
+    hard_T: Tensor,
+    soft_T: Tensor,
+    log_mass: LogMass | None = None,
+    scale: float = 1.0,
 ) -> ObjectiveOutput:
+    """log_mass, scale: what score centering must know of the weight; None: it cannot be centred."""
     loss_T = -(weights_T * advantages(batch)) * trained(batch, batch.logprobs_T)
-    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=soft_T)
+    centering = None
+    if batch.top is not None and log_mass is not None:
+        centering = score_centering.center(batch.loss_mask_T, batch.top, log_mass, scale=scale)
+        loss_T = loss_T + advantages(batch) * centering.term_T
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=soft_T, centering=centering)
 
 
 def ppo_clip(
@@ -109,8 +148,18 @@ def ppo_clip(
 
 
 def _output(
-    batch: TokenBatch, log_ratio_T: Tensor, scanned: Scanned, loss_T: Tensor, weights_T: Tensor, *, hard_T: Tensor, soft_T: Tensor
+    batch: TokenBatch,
+    log_ratio_T: Tensor,
+    scanned: Scanned,
+    loss_T: Tensor,
+    weights_T: Tensor,
+    *,
+    hard_T: Tensor,
+    soft_T: Tensor,
+    centering: Centering | None = None,
 ) -> ObjectiveOutput:
+    if batch.top is not None and centering is None:
+        raise ValueError("the batch has top tokens, but this objective's weight cannot be centred")
     if batch.correction_weights_T is not None:
         correction_T = trained(batch, batch.correction_weights_T.detach())
         loss_T, weights_T = loss_T * correction_T, weights_T * correction_T
@@ -124,6 +173,8 @@ def _output(
         soft_T=soft_T,
         loss=loss.detach(),
     )
+    if centering is not None:
+        metrics |= centering_metrics(batch, centering)
     return ObjectiveOutput(loss=loss, weights_T=weights_T, metrics=metrics)
 
 

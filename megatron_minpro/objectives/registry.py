@@ -3,7 +3,7 @@
 An objective is a function `objective(batch, *, options) -> ObjectiveOutput` (see base.py). It lives in this package and has a line in the
 table, or it lives in a module of your own and the configuration names it: `objective.name=my_module:my_objective`. An objective that
 needs statistics of the whole mini-batch is decorated with `with_minibatch_statistics`, one that needs the sampler's entropies with
-`with_behaviour_entropies`.
+`with_behaviour_entropies`, one whose scores can be centred with `with_score_centering`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from types import MappingProxyType
 import torch
 
 from megatron_minpro.objectives.base import Objective, ObjectiveOutput, TokenBatch
-from megatron_minpro.registry import PlugIns
+from megatron_minpro.registry import PlugInError, PlugIns
 from parallel.sequence_shard import SequenceShard
+from parallel.top_tokens import ScoredTopTokens
 
 _FOLDER = "megatron_minpro.objectives"
 OBJECTIVES = PlugIns(
@@ -43,6 +44,7 @@ OBJECTIVES = PlugIns(
         "drpo": f"{_FOLDER}.drpo:drpo",
         "prefix_ratio": f"{_FOLDER}.prefix_ratio:prefix_ratio",
         "prefix_filter": f"{_FOLDER}.prefix_filter:prefix_filter",
+        "masked_is": f"{_FOLDER}.masked_is:masked_is",
         "reinforce": f"{_FOLDER}.reinforce:reinforce",
     },
 )
@@ -68,11 +70,23 @@ def make_objective(name: str, **options: object) -> Objective:
         function=function,
         statistics_function=statistics_function,
         needs_behaviour_entropies=getattr(function, "needs_behaviour_entropies", False),
+        centers_scores=getattr(function, "centers_scores", False),
     )
     return replace(objective, metric_names=frozenset(_try_options(objective).metrics))
 
 
-def _try_options(objective: Objective) -> ObjectiveOutput:
+def check_score_centering(objective: Objective) -> None:
+    """Raises PlugInError for an objective whose weight score centering cannot centre (see score_centering.py)."""
+    if not objective.centers_scores:
+        known = ", ".join(name for name in OBJECTIVES.known if getattr(OBJECTIVES.load(name), "centers_scores", False))
+        reason = f"its scores cannot be centred; expected objective.score_centering = null, or one of {known}"
+        raise PlugInError(OBJECTIVES.setting, objective.name, reason)
+    output = _try_options(objective, top=ScoredTopTokens(logprobs_TK=torch.zeros(1, 1), behaviour_logprobs_TK=torch.zeros(1, 1)))
+    if "centering/active" not in output.metrics:
+        raise OBJECTIVES.refused(objective.name, ValueError("says that it centres scores and did not; see score_centering.py"))
+
+
+def _try_options(objective: Objective, top: ScoredTopTokens | None = None) -> ObjectiveOutput:
     """Run on one token: each function checks its own options, and a wrong one must be found now, not in the first update."""
     zero = torch.zeros(1)
     batch = TokenBatch(
@@ -85,6 +99,7 @@ def _try_options(objective: Objective) -> ObjectiveOutput:
         global_sequences=1,
         behaviour_entropies_T=zero,
         lag=0,
+        top=top,
     )
     try:
         statistics = objective.minibatch_statistics(batch) if objective.needs_minibatch_statistics else None

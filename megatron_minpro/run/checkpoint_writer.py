@@ -20,12 +20,11 @@ from safetensors.torch import save_file
 
 from checkpoints_convert.atomic_directory import fsync_path, fsync_tree, mount_point, write_file
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.sample import RolloutBatch
 from megatron_minpro.config import RunConfig
 from megatron_minpro.loop.counters import RunCounters, UnfinishedStep
 from megatron_minpro.run.background_write import BackgroundWrite, Trouble, agree, time_limit_s
-from megatron_minpro.run.routing_links import keep_experts, routing_names
+from megatron_minpro.run.batch_files import keep_files, paths_of
 from megatron_minpro.run.run_folder import LATEST_FILE, STATE_FILE
 from megatron_minpro.run.run_state import (
     ACTOR_FOLDER,
@@ -47,14 +46,14 @@ class CheckpointWriter:
     """One thread per rank writes, one checkpoint at a time. A failure keeps the checkpoints that are there.
 
     `save` and `wait` are collective: all ranks call them in the same order, and on failure all of them raise. No other thread than the
-    writing one touches the file system, except to keep the experts of waiting batches: one that does not answer holds up nobody.
+    writing one touches the file system, except to keep the files of waiting batches: one that does not answer holds up nobody.
     """
 
     def __init__(
         self,
         directory: Path,
         *,
-        routing: Path,
+        run_dir: Path,
         keep: int,
         control_group: dist.ProcessGroup,
         saving_group: dist.ProcessGroup,
@@ -65,7 +64,7 @@ class CheckpointWriter:
 
         Args:
             directory: holds the checkpoints.
-            routing: holds the experts of batches that wait, see batch/routing_file.py.
+            run_dir: has the files of batches that wait, see batch/batch_file.py.
             keep: how many checkpoints stay, and beside them the one in which sampling ends. While one is written there is one more.
             control_group: gloo over all ranks.
             saving_group: gloo over all ranks, used by the writing threads alone.
@@ -73,7 +72,7 @@ class CheckpointWriter:
             before_rename: rank 0's: writes what must lie beside a complete checkpoint. Its OSError is a failure of the checkpoint.
         """
         self._directory = directory
-        self._routing = routing
+        self._run_dir = run_dir
         self._keep = keep
         self._control_group = control_group
         self._saving_group = saving_group
@@ -123,8 +122,8 @@ class CheckpointWriter:
         start = time.monotonic()
         keeps = unfinished is not None and unfinished.batch == "missing"
         partial = self._directory / f".{name}.partial"
-        experts = routing_names(waiting)
-        if experts and (refused := self._keep_experts(partial, waiting)) is not None:
+        files = paths_of(waiting)
+        if files and (refused := self._keep_files(partial, waiting)) is not None:
             self._missing = f"checkpoint {name} was not written: {refused}"
             if self._first:
                 log.warning("%s; training goes on until the next one", self._missing)
@@ -147,8 +146,8 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                self._together(lambda: self._make_folders(partial, captured, keep_partial=bool(experts)))
-                self._together(lambda: _flush(partial / ROUTING_FOLDER, experts))  # each rank may have written some of them
+                self._together(lambda: self._make_folders(partial, captured, keep_partial=bool(files)))
+                self._together(lambda: _flush(partial, files))  # each rank may have written some of them
                 for part in captured.values():
                     part.write(self._saving_group)  # returns when every rank's part is on disk
                 if self._first:
@@ -217,7 +216,7 @@ class CheckpointWriter:
                 raise OSError(f"rank {rank}: {failure}")
 
     def _make_folders(self, partial: Path, folders: Iterable[str], *, keep_partial: bool) -> None:
-        """On rank 0. keep_partial: this checkpoint has begun already, see _keep_experts."""
+        """On rank 0. keep_partial: this checkpoint has begun already, see _keep_files."""
         if not self._first:
             return
         for unfinished in self._directory.glob(".step_*.partial"):
@@ -226,7 +225,7 @@ class CheckpointWriter:
         for folder in folders:
             (partial / folder).mkdir(parents=True)
 
-    def _keep_experts(self, partial: Path, waiting: Sequence[RolloutBatch]) -> OSError | None:
+    def _keep_files(self, partial: Path, waiting: Sequence[RolloutBatch]) -> OSError | None:
         """Collective. Now, and not by the thread: a batch that is trained meanwhile drops its file."""
         trouble: list[OSError | None] = [None]
         if self._first:
@@ -234,7 +233,7 @@ class CheckpointWriter:
                 if partial.exists():
                     shutil.rmtree(partial)
                 partial.mkdir(parents=True)  # the first one makes the folder around it
-                keep_experts(self._routing, partial, waiting)
+                keep_files(self._run_dir, partial, waiting)
             except OSError as error:
                 trouble = [error]
         dist.broadcast_object_list(trouble, src=0, group=self._control_group)

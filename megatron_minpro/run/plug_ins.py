@@ -8,6 +8,7 @@ from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop.learning_rate import check_reported
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.objectives.advantages import make_advantages
+from megatron_minpro.objectives.registry import check_score_centering
 from megatron_minpro.registry import PlugInError
 from megatron_minpro.rewards.registry import make_reward
 from megatron_minpro.run import base_model
@@ -23,6 +24,8 @@ def check_plug_ins(config: RunConfig) -> None:
     """
     try:
         objective = make_objective(config.objective.name, **config.objective.options)
+        if config.objective.score_centering is not None:
+            check_score_centering(objective)
         if config.actor.optimizer.sample_size is not None:
             check_reported(config.actor.optimizer.sample_size, objective)
         make_advantages(config.advantages.estimator, **config.advantages.options)

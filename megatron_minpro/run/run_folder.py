@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from checkpoints_convert.atomic_files import write_atomically
-from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
+from megatron_minpro.batch.folders import BATCH_FOLDERS
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled
@@ -36,6 +36,6 @@ def forget_unfinished_attempt(run_dir: Path) -> None:
         write_atomically(run_dir / LOST_FILE, f"{sampled}\n")
     for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
         path.unlink(missing_ok=True)
-    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, WANDB_FOLDER, ROUTING_FOLDER):
+    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, WANDB_FOLDER, *BATCH_FOLDERS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     (run_dir / SAMPLED_FILE).unlink(missing_ok=True)  # last: an attempt that ends before this line counts the same again

@@ -5,6 +5,7 @@ checkpoints/step_000020/actor/              Megatron torch_dist: model and optim
                         sampling_weights/   only inside a step whose batch is missing: the weights that are to sample it
                         waiting.safetensors the batches that are sampled but not trained to the end yet
                         routing/            with actor.routing_replay: the experts that their tokens visited
+                        top_tokens/         with objective.score_centering: the servers' most likely tokens at each of theirs
 checkpoints/latest                          name of the newest complete directory
 
 A checkpoint inside a global step says how many updates of it are done, and whether the batch that the step samples is in it:

@@ -23,7 +23,6 @@ from checkpoints_convert.dtypes import DTYPES
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import export_policy, load_tokenizer
 from checkpoints_convert.safetensors_io import SafetensorsReader
-from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
 from megatron_minpro.batch.staleness import StalenessBuffer
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.loop import schedule
@@ -34,12 +33,12 @@ from megatron_minpro.loop.servers import publish, weights_of
 from megatron_minpro.loop.training_run import TrainingRun, share
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run import base_model, run_state
+from megatron_minpro.run.batch_files import restore_files
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.finished import summarise
 from megatron_minpro.run.last_words import last_words
 from megatron_minpro.run.process_settings import configure_process
 from megatron_minpro.run.profiling import StepProfiler
-from megatron_minpro.run.routing_links import restore_experts
 from megatron_minpro.run.run_folder import (
     CONFIG_FILE,
     ENDPOINTS_FILE,
@@ -114,12 +113,12 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: Sam
         counters, cursor_state, unfinished = saved.counters, saved.cursor, saved.unfinished
         buffer.restore(saved.waiting)
         if first:
-            restore_experts(checkpoint, run_dir / ROUTING_FOLDER, saved.waiting)
+            restore_files(checkpoint, run_dir, saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
     driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling, unfinished=unfinished)
     writer = CheckpointWriter(
         checkpoints,
-        routing=run_dir / ROUTING_FOLDER,
+        run_dir=run_dir,
         keep=config.checkpoint.keep,
         control_group=groups.control,
         saving_group=groups.saving,

@@ -55,6 +55,7 @@ def measure(config: RunConfig, settings: Settings, layout: ParallelLayout, seque
         prompt_tokens=min(config.prompts.max_prompt_tokens, settings.mean_tokens - 1),
         vocab_size=actor.architecture.vocab_size,
         seed=config.seed,
+        top_k=config.objective.num_top_tokens,
     )
     objective = make_objective(config.objective.name, **config.objective.options)
     trained = with_entropies(batch, objective)

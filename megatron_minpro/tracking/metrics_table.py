@@ -33,6 +33,7 @@ class Combined(StrEnum):
     UPDATE_LAST = "the same on all ranks; value of the step's last update"
     BATCH_MEAN = "rank 0 sees the whole batch; mean over it"
     BATCH_MAX = "rank 0 sees the whole batch; largest value in it"
+    BATCH_MIN = "rank 0 sees the whole batch; smallest value in it"
     BATCH_SUM = "rank 0 sees the whole batch; sum over it"
     RUN_TOTAL = "counted since the run began, earlier attempts included"
     NOW = "value at the end of the step"
@@ -78,6 +79,7 @@ _FINISH = "loop/finish_step.py"
 _OBJECTIVES = "objectives/metrics.py"
 _BY_PLACE = "objectives/by_place.py"
 _CORRECTIONS = "objectives/corrections.py"
+_TOP_TOKENS = "batch/top_tokens_file.py"
 _SERVERS = "rollout/reports.py"
 _IDLE = "loop/idle.py"
 
@@ -211,6 +213,28 @@ METRICS: tuple[Metric, ...] = (
     *_by_place("weight", "ratio", "weight of a token's policy gradient"),
     _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
     _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),
+    _metric(
+        "centering/active",
+        "fraction",
+        Combined.TOKEN_MEAN,
+        _OBJECTIVES,
+        "under objective.score_centering: trained tokens at which something is subtracted, because the weight truncates a token there",
+    ),
+    _metric(
+        "centering/drift",
+        "probability",
+        Combined.TOKEN_MEAN,
+        _OBJECTIVES,
+        "what is subtracted at a trained token: sum over the vocabulary of its |gradient with respect to a logit|, for an advantage of 1",
+    ),
+    _metric(
+        "centering/top_mass",
+        "probability",
+        Combined.BATCH_MEAN,
+        _TOP_TOKENS,
+        "under objective.score_centering: what the recorded tokens of a sampled token have together, in the server",
+    ),
+    _metric("centering/top_mass_min", "probability", Combined.BATCH_MIN, _TOP_TOKENS, "the smallest of one token; the others are one"),
     _metric("advantage/mean", "reward", Combined.TOKEN_MEAN, _OBJECTIVES, "advantage of a trained token"),
     _metric("policy/version", "updates", Combined.NOW, _FINISH, "optimizer steps applied since the base model"),
     _metric("policy/entropy", "nats", Combined.TOKEN_MEAN, _UPDATE, "entropy of the next-token distribution at a trained token"),

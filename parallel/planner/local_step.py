@@ -13,6 +13,8 @@ from parallel.planner.training import Batch, Training
 from parallel.stages import Chunk
 
 _MICRO_BATCH_BYTES = 48  # of a token: ids, labels, positions, masks, streams
+# Of one of a token's top tokens: what is kept for the head's backward pass, and what else the loss makes of it (score_centering.py).
+_TOP_TOKEN_KEPT, _TOP_TOKEN_LOSS = 12, 26
 
 
 def local_layer(shape: ModelShape, layout: ParallelLayout, training: Training, t: float, *, is_moe: bool) -> LocalLayer:
@@ -216,7 +218,8 @@ class _Head:
         self._exponentials = chunk * min(vocabulary, EXPONENTIALS) * 4
         self._weight = vocabulary * shape.hidden_size * 4
         self._rows = min(vocabulary, EXPONENTIALS) * shape.hidden_size * 4
-        self._numbers = t * 40
+        self._numbers = t * (40 + _TOP_TOKEN_KEPT * training.top_tokens)
+        self._loss = t * _TOP_TOKEN_LOSS * training.top_tokens
 
     def forward(self, tape: Tape, *, graph: bool) -> None:
         """From the last layer's output, held under ACTIVATIONS where there is a graph."""
@@ -241,7 +244,9 @@ class _Head:
             if layer.sequence_parallel:
                 tape.drop(TEMPORARY, of_all)
             tape.hold(ACTIVATIONS, layer.all)
-        if not graph:
+        if graph:
+            tape.flash(TEMPORARY, self._loss)
+        else:
             tape.drop(ACTIVATIONS, layer.all + self._numbers)
 
     def backward(self, tape: Tape) -> None:

@@ -48,6 +48,7 @@ def parity(result: RehearsalResult) -> Parity:
         gradient_bytes=4,
         chunk_tokens=request.logprob_chunk_tokens,
         release=26.06,
+        top_tokens=request.top_tokens,
     )
     batch = Batch(
         micro_batch_tokens=result.micro_batch_tokens * request.layout.cp,

@@ -30,6 +30,7 @@ class Training:
     cuda_graphs: "partial" captures attention or router of each layer, "full" the whole iteration.
     fp8_attention: the core of attention in fp8 too, where the products are.
     release: of the training stack, year and month, as 25.11: kernels per layer fell from release to release.
+    top_tokens: further tokens whose log-probs the loss needs at every position; 0 without score centering.
     """
 
     precision: Precision
@@ -45,6 +46,7 @@ class Training:
     gradient_bytes: int
     chunk_tokens: int | None
     release: float
+    top_tokens: int = 0
 
     @property
     def element_bytes(self) -> int:

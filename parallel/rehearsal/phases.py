@@ -35,6 +35,7 @@ from parallel.rehearsal.request import RehearsalRequest
 from parallel.rehearsal.result import Collective, Fault, Occurrence, PhaseResult, RehearsalResult
 from parallel.rehearsal.tally import Tally
 from parallel.sequence_shard import SequenceShard
+from parallel.top_tokens import ScoredTopTokens, even_top_tokens
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SEED, _TIMEOUT_S, _LEARNING_RATE = 0, 600.0, 1e-6
@@ -72,6 +73,7 @@ def two_tokens(sequence: TokenSequence) -> dict[str, Any]:
         "entropy_T": torch.zeros(2),
         "loss_mask_T": torch.ones(2, dtype=torch.bool),
         "streams": {name: torch.zeros(2) for name in sequence.streams},
+        "top": None if sequence.top is None else ScoredTopTokens(logprobs_TK=torch.zeros(2, 1), behaviour_logprobs_TK=torch.zeros(2, 1)),
         "shard": shard,
         "global_tokens": 2,
         "global_sequences": 1,
@@ -102,8 +104,6 @@ class Rehearsal:
         self._device.deterministic = request.deterministic
         # Without importing torch's compiler, as torch.use_deterministic_algorithms does: nothing is compiled on fake tensors.
         torch.set_deterministic_debug_mode("error" if request.deterministic else "default")
-        # What is alive, other requests have left behind (imports, caches): this request's collections need not look at it again.
-        gc.freeze()
         # New ones: Megatron's modules outlive their model in parts.
         self._device.ledger, self._device.host_ledger = MemoryLedger(), MemoryLedger()
         run = _Run(request, self._device, self._hear, self._progress)
@@ -274,14 +274,18 @@ class _Run:
 
     def _sequences(self, *, streams: bool) -> list[TokenSequence]:
         vocabulary = self._request.architecture.vocab_size
-        return [
-            TokenSequence(
-                token_ids=torch.arange(length + 1) % vocabulary,
-                loss_mask=torch.arange(length) >= min(self._request.prompt_tokens, length // 2),
-                streams={"behaviour_logprobs": torch.full((length,), -1.0), "advantages": torch.ones(length)} if streams else {},
+        sequences = []
+        for length in self._request.lengths:
+            num_prompt = min(self._request.prompt_tokens, length // 2)
+            sequences.append(
+                TokenSequence(
+                    token_ids=torch.arange(length + 1) % vocabulary,
+                    loss_mask=torch.arange(length) >= num_prompt,
+                    streams={"behaviour_logprobs": torch.full((length,), -1.0), "advantages": torch.ones(length)} if streams else {},
+                    top=even_top_tokens(length - num_prompt, self._request.top_tokens) if streams and self._request.top_tokens else None,
+                )
             )
-            for length in self._request.lengths
-        ]
+        return sequences
 
 
 def _fault_of(error: Exception, phase: str) -> Fault:

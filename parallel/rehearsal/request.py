@@ -20,7 +20,7 @@ class RehearsalRequest:
 
     model: the Hugging Face config. lengths: positions of the sequences of one mini-batch, over all replicas. prompt_tokens: how many of
     each are not trained. update: `package.module:function(actor, sequences, learning_rate=..., **update_options)` takes one optimizer
-    step. kept_weights: where the sampling weights lie, None without them.
+    step. kept_weights: where the sampling weights lie, None without them. top_tokens: of each trained token, for score centering.
     """
 
     model: Mapping[str, Any]
@@ -41,6 +41,7 @@ class RehearsalRequest:
     update: str
     update_options: Mapping[str, Any]
     phases: tuple[Phase, ...] = PHASES
+    top_tokens: int = 0
 
     @property
     def architecture(self) -> Architecture:

@@ -98,6 +98,8 @@ def server_environment(python: Path, *, device: str, num_threads: int, packages:
         TRANSFORMERS_OFFLINE="1",
         # /health then answers at once; being able to generate is checked by the pool, with a generation.
         SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION="0",
+        # Log-probs are those of the distribution that is drawn from, at its temperature.
+        SGLANG_RETURN_ORIGINAL_LOGPROB="0",
         # SGLang's processes change their titles; setproctitle must not write over the environment, by which they are found (reaper.py).
         SPT_NOENV="1",
     )

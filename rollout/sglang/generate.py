@@ -13,7 +13,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams, VersionSpan
+from rollout.records import (
+    NO_SINKS,
+    Generation,
+    GenerationRequest,
+    RouteSink,
+    SamplingParams,
+    Sinks,
+    TopTokenSink,
+    VersionSpan,
+)
 
 
 def response_seed(seed: int, request_id: str, sample_index: int, turn: int = 0) -> int:
@@ -29,11 +38,21 @@ def response_seed(seed: int, request_id: str, sample_index: int, turn: int = 0) 
     return (state * 0xFF51AFD7ED558CCD % 2**64) >> 33
 
 
-def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams, *, routes: bool = False) -> dict[str, Any]:
+def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams, *, sinks: Sinks = NO_SINKS) -> dict[str, Any]:
     """The body of one batched /generate call.
 
-    It states every sampling setting, so that a model folder's generation_config.json changes nothing. routes: ask for the experts too.
+    It states every sampling setting, so that a model folder's generation_config.json changes nothing. sinks: what else is asked for.
     """
+    further: dict[str, Any] = {}
+    if sinks.routes is not None:
+        further["return_routed_experts"] = True
+    if sinks.top is not None:
+        # As two blocks of bytes: lists of [log-prob, id, null] are three times as long and are read one by one.
+        further |= {
+            "top_logprobs_num": sinks.top.top_k,
+            "return_flat_raw_output_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
     nonce = uuid.uuid4().hex  # a server refuses an id that is still running there, for instance after a time-out
     return {
         "rid": [f"{request.name}-{nonce}" for request in requests],
@@ -42,7 +61,7 @@ def request_body(requests: Sequence[GenerationRequest], sampling: SamplingParams
         "return_logprob": True,
         "logprob_start_len": -1,
         "stream": False,
-        **({"return_routed_experts": True} if routes else {}),
+        **further,
     }
 
 
@@ -79,6 +98,9 @@ class MetaInfo(msgspec.Struct):
     weight_versions: Any = None
     routed_experts: Any = None
     num_retractions: Any = None
+    output_top_logprobs_idx_flat_b64: Any = None
+    output_top_logprobs_val_flat_b64: Any = None
+    output_top_logprobs_shape: Any = None
 
 
 class Answer(msgspec.Struct):
@@ -88,6 +110,7 @@ class Answer(msgspec.Struct):
     meta_info: MetaInfo
 
 
+_SAME_LOGPROB = 1e-3  # servers take both from one table: what is left is the rounding of decimal numbers
 _MOST_TOKEN_IDS = 1 << 24  # more than any vocabulary has; bounds the memory of the list
 
 
@@ -180,6 +203,34 @@ def keep_routes(answer: Answer, generation: Generation, sink: RouteSink) -> Gene
     if retractions or len(generation.version_spans) > 1:
         return generation
     return replace(generation, routes=sink.keep(base64.b64decode(text, validate=True), num_inputs=generation.num_inputs))
+
+
+def keep_top_tokens(answer: Answer, generation: Generation, sink: TopTokenSink) -> Generation:
+    """The record of an answer with the place of its most likely tokens. Their text, which is most of the answer, is taken out of it.
+
+    Takes a while: call it in a thread.
+
+    Raises:
+        ValueError: they are missing, are not `top_k` of each response token, or disagree with the log-probs of the sampled tokens.
+    """
+    meta, expected = answer.meta_info, [len(generation.response_token_ids), sink.top_k]
+    texts = meta.output_top_logprobs_idx_flat_b64, meta.output_top_logprobs_val_flat_b64
+    meta.output_top_logprobs_idx_flat_b64 = meta.output_top_logprobs_val_flat_b64 = None
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("output_top_logprobs are missing; expected a server that knows return_flat_raw_output_top_logprobs")
+    blocks = [base64.b64decode(text, validate=True) for text in texts]
+    if meta.output_top_logprobs_shape != expected or any(len(block) != 4 * expected[0] * expected[1] for block in blocks):
+        sizes = f"{len(blocks[0])} and {len(blocks[1])} bytes"
+        raise ValueError(f"output_top_logprobs have the shape {meta.output_top_logprobs_shape} in {sizes}, expected {expected}")
+    ids = np.frombuffer(blocks[0], dtype="<i4").reshape(expected)
+    logprobs = np.frombuffer(blocks[1], dtype="<f4").reshape(expected)
+    # Both are the sampled token's log-prob, where it is among the most likely ones. Another value is one of another distribution.
+    sampled = ids == np.asarray(generation.response_token_ids, dtype=np.int32)[:, None]
+    gap = np.abs(np.where(sampled, logprobs - np.asarray(generation.engine_logprobs, dtype=np.float32)[:, None], 0.0)).max(1)
+    if not gap.max() <= _SAME_LOGPROB:
+        at = int(gap.argmax())
+        raise ValueError(f"top log-prob of the sampled token {at} is {gap[at]:.3g} away from its log-prob, expected the same number")
+    return replace(generation, top=sink.keep(ids, logprobs))
 
 
 def _logprobs(meta: MetaInfo, token_ids: list[int]) -> array[float]:

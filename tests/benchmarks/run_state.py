@@ -60,7 +60,7 @@ def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.Pr
     config = load_config(_ROOT / "configs/tiny_moe_cpu.yaml", [f"model.path={model}"])
     waiting = tuple(_batch(step) for step in range(2))
     directory.mkdir(parents=True)
-    writer = CheckpointWriter(directory, routing=directory / "routing", keep=1, control_group=groups.control, saving_group=groups.saving)
+    writer = CheckpointWriter(directory, run_dir=directory, keep=1, control_group=groups.control, saving_group=groups.saving)
     pauses, saves, copies, loads = [], [], [], []
     for step in range(1, REPEATS + 1):
         os.sync()  # what others left unwritten is not ours to wait for

@@ -38,6 +38,17 @@ def main() -> None:
     grad_hidden, grad_weight = torch.autograd.grad((logprobs * given["upstream"]).sum(), (hidden, weight))
     backward = list(entered)
 
+    entered.clear()
+    of_several, _ = token_logprobs(hidden, weight, given["labels_of_several"], vocab_size=VOCAB, **options)
+    forward_of_several = list(entered)
+    entered.clear()
+    grads_of_several = torch.autograd.grad((of_several * given["upstream_of_several"]).sum(), (hidden, weight))
+    several = {
+        "logprobs": of_several.detach(),
+        "collectives": {"forward": forward_of_several, "backward": list(entered)},
+        **dict(zip(("grad_hidden", "grad_weight"), grads_of_several, strict=True)),
+    }
+
     # A vocabulary of 15 fits into rank 0's 20 rows: rank 1 holds padding alone.
     few = labels % 15
     lopsided, lopsided_entropy = token_logprobs(hidden, weight, few, vocab_size=15, **options)
@@ -50,6 +61,7 @@ def main() -> None:
             "grad_hidden": grad_hidden,
             "grad_weight": grad_weight,
             "collectives": {"forward": forward, "backward": backward},
+            "several": several,
             "lopsided": {
                 "logprobs": lopsided.detach(),
                 "entropy": lopsided_entropy,

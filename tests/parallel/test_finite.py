@@ -59,6 +59,16 @@ def test_the_first_wrong_token_of_the_pass_is_named(one_rank_group: dist.Process
         watch.raise_together("nothing is scored")
 
 
+def test_a_row_of_log_probs_is_wrong_where_one_of_them_is(one_rank_group: dist.ProcessGroup, micro_batch: MicroBatch) -> None:
+    watch = FiniteWatch(rank=7, control_group=one_rank_group)
+    rows = torch.full((7, 3), -1.0)
+    rows[0, 1] = rows[5, 2] = float("nan")  # position 0 of sequence 2 is masked, the other one is position 1 of sequence 0
+    screened = watch.screen(rows, micro_batch)
+    assert screened[5].tolist() == [0, 0, 0] and screened[6].tolist() == [-1, -1, -1] and screened[0].isnan().any()
+    with pytest.raises(FloatingPointError, match=r"^log-prob is nan in sequence 0, position 1, on rank 7 \(1 such tokens in"):
+        watch.raise_together("nothing is scored")
+
+
 def test_a_pass_without_a_wrong_token_goes_on(one_rank_group: dist.ProcessGroup, micro_batch: MicroBatch) -> None:
     watch = FiniteWatch(rank=0, control_group=one_rank_group)
     watch.raise_together("no micro-batch was on this rank")

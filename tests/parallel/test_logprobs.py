@@ -33,6 +33,20 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, 
     return logprobs.detach(), entropy.detach(), *grads
 
 
+def several(seed: int) -> tuple[Tensor, Tensor]:
+    """Five labels of each token, of which the last four differ and one may be the first, and what comes back to each."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.stack([torch.randperm(VOCAB, generator=generator)[:4] for _ in range(TOKENS)])
+    first = torch.where(torch.arange(TOKENS) % 2 == 0, others[:, 1], torch.randint(0, VOCAB, (TOKENS,), generator=generator))
+    return torch.cat([first[:, None], others], 1), torch.randn(TOKENS, 5, generator=generator)
+
+
+def reference_of_several(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logprobs = (hidden @ weight[:VOCAB].t() / temperature).log_softmax(-1).gather(1, labels)
+    return logprobs.detach(), *torch.autograd.grad((logprobs * upstream.double()).sum(), (hidden, weight))
+
+
 def options(**changed: object) -> dict:
     return {"vocab_size": VOCAB, "temperature": 1.0, "tp_group": None, "chunk_tokens": 8, "with_entropy": True} | changed
 
@@ -50,6 +64,21 @@ def test_values_and_gradients_equal_float64_log_softmax(temperature: float, chun
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)  # fp32 sums of 16 and 37 terms of size about 10
     assert grads[1][VOCAB:].eq(0).all(), "padded vocabulary rows take no gradient"
     assert grads[0][3].eq(0).all(), "a token without upstream gradient gives none"
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 100])
+def test_several_labels_of_a_token_share_one_softmax(chunk_tokens: int) -> None:
+    hidden, weight, _, _ = inputs(seed=3)
+    labels, upstream = several(3)
+    expected = reference_of_several(hidden, weight, labels, upstream, 0.6)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropy = token_logprobs(hidden, weight, labels, **options(temperature=0.6, chunk_tokens=chunk_tokens))
+    grads = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight))
+    for got, want in zip((logprobs, *grads), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        alone, entropy_alone = token_logprobs(hidden, weight, labels[:, 0], **options(temperature=0.6, chunk_tokens=chunk_tokens))
+    assert torch.equal(alone, logprobs[:, 0]) and torch.equal(entropy_alone, entropy), "to the last bit those of the first label alone"
 
 
 def test_large_logits_neither_overflow_nor_lose_the_entropy() -> None:
@@ -123,7 +152,7 @@ def test_no_buffer_of_tokens_times_vocabulary_outlives_a_chunk() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"vocab_size": 41}, "vocab_size is 41; 1 ranks with 40 rows each hold 1 to 40"),
-        ({"vocab_size": 5}, r"labels_T spans .* expected token ids in \[0, 5\)"),
+        ({"vocab_size": 5}, r"labels spans .* expected token ids in \[0, 5\)"),
     ],
 )
 def test_bad_options_are_named(change: dict, message: str) -> None:
@@ -137,16 +166,17 @@ def test_bad_tensors_are_named() -> None:
     hidden, weight, labels, _ = inputs()
     with pytest.raises(ValueError, match="both be float32 or both bfloat16"):
         token_logprobs(hidden.bfloat16(), weight, labels, **options())
-    with pytest.raises(ValueError, match=r"labels \[T\]; got \[23, 16\], \[40, 16\], \[22\]"):
+    with pytest.raises(ValueError, match=r"labels \[T\] or \[T, L\]; got \[23, 16\], \[40, 16\], \[22\]"):
         token_logprobs(hidden, weight, labels[1:], **options())
-    with pytest.raises(ValueError, match="labels_T must be int64"):
+    with pytest.raises(ValueError, match="labels must be int64"):
         token_logprobs(hidden, weight, labels.int(), **options())
 
 
 @pytest.mark.ranks
 def test_two_vocab_parallel_ranks_equal_float64_also_with_padding_alone(ranks: RankPool, tmp_path: Path) -> None:
     hidden, weight, labels, upstream = inputs(seed=2)
-    torch.save({"hidden": hidden, "weight": weight, "labels": labels, "upstream": upstream}, tmp_path / "input.pt")
+    of_several = dict(zip(("labels_of_several", "upstream_of_several"), several(2), strict=True))
+    torch.save({"hidden": hidden, "weight": weight, "labels": labels, "upstream": upstream, **of_several}, tmp_path / "input.pt")
     ranks.run(Path(__file__).with_name("logprobs_ranks.py"), tmp_path, world_size=2)
     outs = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     logprobs, entropy, grad_hidden, grad_weight = reference(hidden, weight, labels, upstream, 0.7)
@@ -160,3 +190,11 @@ def test_two_vocab_parallel_ranks_equal_float64_also_with_padding_alone(ranks: R
         torch.testing.assert_close(out["lopsided"]["entropy"], out["lopsided"]["alone_entropy"], **close)
     torch.testing.assert_close((outs[0]["grad_hidden"] + outs[1]["grad_hidden"]).double(), grad_hidden, **close)
     torch.testing.assert_close(torch.cat([out["grad_weight"] for out in outs]).double(), grad_weight, **close)
+
+    logprobs, grad_hidden, grad_weight = reference_of_several(hidden, weight, *of_several.values(), 0.7)
+    found = [out["several"] for out in outs]
+    for each in found:
+        torch.testing.assert_close(each["logprobs"].double(), logprobs, **close)
+        assert each["collectives"] == {"forward": ["all_reduce", "all_reduce"], "backward": []}
+    torch.testing.assert_close((found[0]["grad_hidden"] + found[1]["grad_hidden"]).double(), grad_hidden, **close)
+    torch.testing.assert_close(torch.cat([each["grad_weight"] for each in found]).double(), grad_weight, **close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import random
 import struct
 import sys
@@ -14,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing, response_seed
-from rollout.records import Generation, GenerationRequest
-from rollout.sglang.generate import keep_routes, read_answer, read_generation, split_answers
+from rollout.records import Generation, GenerationRequest, Sinks
+from rollout.sglang.generate import keep_routes, keep_top_tokens, read_answer, read_generation, split_answers
 from tests.rollout.generate_stub import REQUESTS, SAMPLING, Answer, Stub, all_good, answers_of, good_answer
 
 
@@ -477,7 +479,7 @@ def ask_with(sink: Kept | None, server: Stub) -> list[Generation]:
     client = make_client(server)
 
     async def ask() -> list[Generation]:
-        async with client.session(SAMPLING, policy_version=None, routes=sink) as session:
+        async with client.session(SAMPLING, policy_version=None, sinks=Sinks(routes=sink)) as session:
             return await session.generate(REQUESTS[:3])
 
     return client.run(ask())
@@ -521,3 +523,91 @@ def test_an_answer_without_its_experts_is_an_error_that_names_the_server(
     server = stub(answer)
     with pytest.raises(RolloutFailed, match=rf"^{server.endpoint}: request r0#0: .*({reason})"):
         ask_with(Kept(), server)
+
+
+# ----------------------------------------------------------------------------------------------------------------- top tokens
+
+
+class KeptTop:
+    """A TopTokenSink that remembers."""
+
+    top_k = 2
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[list[Any], list[Any]]] = []
+
+    def keep(self, ids: Any, logprobs: Any) -> int:
+        if ids.max() >= 100:
+            raise ValueError("an id of no token")
+        self.rows.append((ids.tolist(), logprobs.tolist()))
+        return len(self.rows) - 1
+
+
+def topped(
+    ids: list[int] | None = None, logprobs: list[float] | None = None, *, shape: list[int] | None = None, **meta: Any
+) -> Callable[[list[int]], dict[str, Any]]:
+    """Of the response (first prompt token, 7) with log-probs -0.5 and -0.25: it is the likeliest token, then the second one."""
+
+    def answer(prompt: list[int]) -> dict[str, Any]:
+        given = np.array([prompt[0], 9, 9, 7] if ids is None else ids, "<i4"), np.array(logprobs or [-0.5, -1.0, -0.125, -0.25], "<f4")
+        texts = [base64.b64encode(x.tobytes()).decode() for x in given]
+        fields = {
+            "output_top_logprobs_idx_flat_b64": texts[0],
+            "output_top_logprobs_val_flat_b64": texts[1],
+            "output_top_logprobs_shape": [2, 2] if shape is None else shape,
+        }
+        return good_answer(prompt, **{**WHOLE, **fields, **meta})
+
+    return answer
+
+
+def ask_for_top(sink: KeptTop, server: Stub) -> list[Generation]:
+    client = make_client(server)
+
+    async def ask() -> list[Generation]:
+        async with client.session(SAMPLING, policy_version=None, sinks=Sinks(top=sink)) as session:
+            return await session.generate(REQUESTS[:3])
+
+    return client.run(ask())
+
+
+def test_the_likeliest_tokens_are_asked_for_and_kept_as_numbers(stub: Callable[[Answer], Stub]) -> None:
+    server, sink = stub(lambda body: (200, [topped()(prompt) for prompt in body["input_ids"]])), KeptTop()
+    generations = ask_for_top(sink, server)
+    assert [sink.rows[generation.top] for generation in generations if generation.top is not None] == [
+        ([[first, 9], [9, 7]], [[-0.5, -1.0], [-0.125, -0.25]]) for first in (0, 1, 2)
+    ]
+    [body] = server.bodies
+    assert body["top_logprobs_num"] == 2 and body["return_flat_raw_output_top_logprobs"] and body["return_flat_raw_top_logprobs_b64"]
+    assert ask_with(None, stub(routed())) and "return_routed_experts" not in body
+
+
+def test_their_text_leaves_the_answer_when_it_is_read() -> None:
+    answer = read_answer(topped()([3, 4]))
+    generation = read_generation(answer, REQUESTS[3], num_retries=0, latency_s=0.0)
+    assert keep_top_tokens(answer, generation, KeptTop()).top == 0
+    assert answer.meta_info.output_top_logprobs_idx_flat_b64 is answer.meta_info.output_top_logprobs_val_flat_b64 is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (topped(output_top_logprobs_val_flat_b64=None), "output_top_logprobs are missing; expected a server that knows return_flat_raw"),
+        (topped(shape=[1, 2]), r"output_top_logprobs have the shape \[1, 2\] in 16 and 16 bytes, expected \[2, 2\]"),
+        (topped([0, 9]), r"the shape \[2, 2\] in 8 and 16 bytes, expected \[2, 2\]"),
+        (topped(output_top_logprobs_idx_flat_b64="no base64!"), "base64|Only"),
+        # Log-probs of another temperature, say.
+        (
+            topped(logprobs=[-0.5, -1.0, -0.125, -0.75]),
+            "top log-prob of the sampled token 1 is 0.5 away from its log-prob, expected the same",
+        ),
+        (topped(logprobs=[math.nan, -1.0, -0.125, -0.25]), "top log-prob of the sampled token 0 is nan away"),
+        (topped([0, 100, 9, 7]), "an id of no token"),
+    ],
+)
+def test_likeliest_tokens_that_cannot_be_the_answers_are_an_error(
+    stub: Callable[[Answer], Stub], answer: Callable[[list[int]], dict[str, Any]], reason: str
+) -> None:
+    server = stub(lambda body: (200, [answer(prompt) for prompt in body["input_ids"]]))
+    with pytest.raises(RolloutFailed, match=rf"^{server.endpoint}: request r0#0: .*({reason})"):
+        ask_for_top(KeptTop(), server)

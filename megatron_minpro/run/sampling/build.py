@@ -10,9 +10,10 @@ from typing import Any
 
 from checkpoints_convert.hf_config import read_architecture
 from checkpoints_convert.policy_folder import load_tokenizer
+from megatron_minpro.batch.folders import ROUTING_FOLDER
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.routing_file import RoutingAppender
-from megatron_minpro.batch.routing_folder import ROUTING_FOLDER
+from megatron_minpro.batch.top_tokens_file import TopTokensAppender
 from megatron_minpro.config import RunConfig
 from megatron_minpro.data.end_tokens import end_token_ids
 from megatron_minpro.data.prompts import PromptCursor
@@ -125,6 +126,7 @@ def build_sampler(
         seed=config.seed,
         dynamic_sampling=rollout.dynamic_sampling,
         routing=_routing(config, run_dir),
+        top_tokens=_top_tokens(config, run_dir),
     )
     return LocalSampler(config=config, collector=collector, responder=responder, held_out_prompts=prompts.held_out, rollouts=rollouts)
 
@@ -135,3 +137,12 @@ def _routing(config: RunConfig, run_dir: Path) -> Callable[[int], RoutingAppende
         return None
     architecture = read_architecture(Path(config.model.path))
     return lambda step: RoutingAppender(run_dir / ROUTING_FOLDER, architecture, step=step)
+
+
+def _top_tokens(config: RunConfig, run_dir: Path) -> Callable[[int], TopTokensAppender] | None:
+    """Makes the file of a global step's batch, where scores are centred."""
+    top_k = config.objective.num_top_tokens
+    if not top_k:
+        return None
+    vocab_size = read_architecture(Path(config.model.path)).vocab_size
+    return lambda step: TopTokensAppender(run_dir, top_k=top_k, vocab_size=vocab_size, step=step)

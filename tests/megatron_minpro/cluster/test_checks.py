@@ -41,6 +41,20 @@ def test_options_of_servers_that_return_no_experts_are_refused(tmp_path: Path) -
     checks.check_architecture(tiny(tmp_path, "actor.routing_replay=trainer", "sglang.chunked_prefill_size=-1"), architecture)
 
 
+def test_score_centering_with_more_tokens_than_there_are_is_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "objective.score_centering.top_k=33", "behaviour_logprobs=engine")
+    assert config.model.warm_up is not None
+    architecture = Architecture.from_config({**config.model.warm_up.architecture, "vocab_size": 32}, source="test")
+    with pytest.raises(ValueError, match=r"^objective\.score_centering\.top_k = 33: expected at most 32, the model's vocab_size$"):
+        checks.check_architecture(config, architecture)
+    given = ["objective.score_centering.top_k=32", "behaviour_logprobs=engine"]
+    checks.check_architecture(tiny(tmp_path, *given), architecture)
+    with pytest.raises(
+        ValueError, match=r"^objective\.score_centering = \{'top_k': 32\}: sglang\.enable_watermark = True: .* expected false$"
+    ):
+        checks.check_architecture(tiny(tmp_path, *given, "sglang.enable_watermark=true"), architecture)
+
+
 def test_a_running_server_that_returns_no_experts_is_named(tmp_path: Path) -> None:
     good, bad, silent = Stub(all_good), Stub(all_good), "http://127.0.0.1:9"
     good.server_info = {"enable_return_routed_experts": True}

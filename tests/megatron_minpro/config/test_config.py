@@ -58,14 +58,16 @@ def test_every_shipped_run_loads_and_is_named_after_its_file(path: Path) -> None
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/objective").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_objective_loads_into_a_run(path: Path) -> None:
-    objective = load_config(TINY, [f"objective={path}"]).objective
-    assert objective.name == path.stem
+    objective = load_config(TINY, [f"objective={path}", "behaviour_logprobs=engine"]).objective
+    assert objective.name == path.stem.removeprefix("centered_")
+    assert (objective.score_centering is not None) == path.stem.startswith("centered_")
     # The files say what the signatures' defaults are, which test_every_objective.py compares with the papers.
     assert objective.options.items() <= dict(make_objective(objective.name).options).items()
 
 
 def test_every_objective_but_the_one_without_a_default_has_a_file() -> None:
-    assert {path.stem for path in (REPOSITORY / "configs/objective").glob("*.yaml")} == set(OBJECTIVES.known) - {"scaled_cispo"}
+    files = {path.stem for path in (REPOSITORY / "configs/objective").glob("*.yaml")}
+    assert {stem for stem in files if not stem.startswith("centered_")} == set(OBJECTIVES.known) - {"scaled_cispo"}
 
 
 def test_production_runs_have_the_settings_of_the_paper() -> None:
@@ -116,6 +118,19 @@ def test_corrections_are_off_unless_given_and_need_the_trainers_log_probs() -> N
     assert error_of(*given, "behaviour_logprobs=engine").startswith(
         "command line: behaviour_logprobs = 'engine': expected 'trainer' with corrections.truncated_is"
     )
+
+
+def test_score_centering_is_off_unless_given_and_needs_engine_log_probs(tmp_path: Path) -> None:
+    assert load_config(TINY).objective.score_centering is None
+    assert error_of("objective.score_centering.top_k=8") == (
+        "configs/tiny_moe_cpu.yaml:9: behaviour_logprobs = 'trainer': expected 'engine' with objective.score_centering, which needs the "
+        "distribution that the servers sampled from"
+    )
+    config = load_config(TINY, ["objective.score_centering={}", "behaviour_logprobs=engine"])
+    assert config.objective.score_centering is not None and config.objective.score_centering.top_k == 128
+    assert "score_centering" not in config.objective.options  # which are the function's own
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -182,6 +197,8 @@ def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
         ("debug.check_weights=1", "command line: debug.check_weights = 1: expected a valid boolean"),
         ("debug.check_weights=yes", "command line: debug.check_weights = 'yes': expected a valid boolean"),
         ("model.dtype=fp16", "command line: model.dtype = 'fp16': expected 'float32' or 'bfloat16'"),
+        ("objective.score_centering.top_k=0", "objective.score_centering.top_k = 0: expected greater than or equal to 1"),
+        ("objective.score_centering.topk=8", "unknown key objective.score_centering.topk; did you mean objective.score_centering.top_k?"),
         ("behaviour_logprobs=sampler", "command line: behaviour_logprobs = 'sampler': expected 'trainer' or 'engine'"),
         ("actor.optimizer.learning_rate=.nan", "command line: actor.optimizer.learning_rate = nan: expected a finite number"),
         ("actor.optimizer.learning_rate=0", "command line: actor.optimizer.learning_rate = 0: expected greater than 0"),

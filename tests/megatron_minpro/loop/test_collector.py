@@ -17,6 +17,7 @@ from checkpoints_convert.hf_config import Architecture
 from megatron_minpro.batch.conversation import Conversation
 from megatron_minpro.batch.prompt import Prompt
 from megatron_minpro.batch.routing_file import RoutingAppender
+from megatron_minpro.batch.top_tokens_file import TopTokensAppender
 from megatron_minpro.config import DynamicSamplingConfig
 from megatron_minpro.data.prompts import PromptCursor, PromptList
 from megatron_minpro.environments.environment import make_environment
@@ -26,7 +27,7 @@ from megatron_minpro.objectives.advantages import make_advantages
 from megatron_minpro.rewards.reward import RewardOnArrival, RewardResult
 from parallel.expert_rows import is_missing
 from rollout.client import RolloutFailed, WeightsMissing
-from rollout.records import Generation, GenerationRequest, RouteSink, SamplingParams, VersionSpan
+from rollout.records import NO_SINKS, Generation, GenerationRequest, SamplingParams, Sinks, VersionSpan
 from tests.megatron_minpro.conftest import content, sample_content
 
 GROUP = 3
@@ -61,9 +62,9 @@ class Client:
     def end(self, request_id: str) -> None: ...
 
     @asynccontextmanager
-    async def session(self, sampling: SamplingParams, *, policy_version: int, routes: RouteSink | None = None) -> AsyncIterator[Client]:
+    async def session(self, sampling: SamplingParams, *, policy_version: int, sinks: Sinks = NO_SINKS) -> AsyncIterator[Client]:
         assert policy_version == 4
-        self.sampling, self.settings, self.routes = sampling, self, routes
+        self.sampling, self.settings, self.sinks = sampling, self, sinks
         yield self
 
     async def generate(self, requests: Sequence[GenerationRequest], *, on_generation: None) -> list[Generation]:
@@ -71,6 +72,7 @@ class Client:
         if (failure := self.fails_at.pop(len(self.asked), None)) is not None:
             raise failure
         first, last = self.versions
+        routes, top = self.sinks.routes, self.sinks.top
         return [
             Generation(
                 request_id=request.request_id,
@@ -81,10 +83,17 @@ class Client:
                 finish_reason="stop" if request.sample_index else "length",
                 latency_s=0.0,
                 num_retries=0,
-                routes=None if self.routes is None or request.sample_index == 1 else self.routes.keep(experts_of(request), num_inputs=4),
+                routes=None if routes is None or request.sample_index == 1 else routes.keep(experts_of(request), num_inputs=4),
+                top=None if top is None else top.keep(*top_tokens_of(request)),
             )
             for request in requests
         ]
+
+
+def top_tokens_of(request: GenerationRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Of 3 tokens: the first id tells the prompt, the second one the sample; likelier the later the sample."""
+    ids = np.array([[request.prompt_token_ids[0], request.sample_index]] * 3, dtype=np.int32)
+    return ids, np.log(np.array([[0.5, 0.1 * (request.sample_index + 1)]] * 3, dtype=np.float32))
 
 
 def experts_of(request: GenerationRequest) -> bytes:
@@ -264,26 +273,33 @@ def test_a_failed_call_asks_for_the_same_again_and_loses_no_prompt(failure: Exce
     assert sampled.servers == {**counts, "time/tail": 5 / 4, "time/queued": 3 / 8}
 
 
-def test_experts_of_a_batch_lie_in_its_file_whatever_broke_off(tmp_path: Path) -> None:
-    """Response 1 of every group is one whose experts are not known."""
+def test_what_servers_return_lies_in_files_whatever_broke_off(tmp_path: Path) -> None:
+    """Experts and most likely tokens. Response 1 of every group is one whose experts are not known."""
     client = Client()
     client.fails_at = {2: WeightsMissing("all servers were restarted")}
     new_file = partial(RoutingAppender, tmp_path, model_with_experts())
     rewards = {f"p{i}": row for i, row in enumerate([EQUAL, *[MIXED] * 4])}
     sampling = DynamicSamplingConfig(equal="reward", max_rounds=2)
     options: dict[str, Any] = {"cursor": InOrder(), "prompts_per_step": 2, "dynamic_sampling": sampling}
+    options |= {"top_tokens": lambda step: TopTokensAppender(tmp_path, top_k=2, vocab_size=100, step=step)}
     collector = make_collector(client, Scripted(rewards), routing=lambda step: new_file(step=step), **options)
     with pytest.raises(WeightsMissing):
         collector.collect(7, policy_version=4)
-    batch = collector.collect(7, policy_version=4).batch
-    assert batch.routing is not None and batch.routing.name == "step_000007.rows"
+    collected = collector.collect(7, policy_version=4)
+    batch = collected.batch
+    assert batch.routing is not None and batch.routing.name == "step_000007.rows" and batch.top_tokens is not None
     rows = batch.routing.rows(tmp_path, [4] * len(batch.samples))
     found = [None if is_missing(each).all() else each[:, :, 0].unique().tolist() + each[:, :, 1].unique().tolist() for each in rows]
     first = [int(sample.token_ids[0]) for sample in batch.samples]
     assert first == [11] * 3 + [12] * 3
     assert found == [[1, 10], None, [1, 12], [2, 10], None, [2, 12]]
+    assert [top.ids.tolist() for top in batch.top_tokens.rows(tmp_path, [3] * 6)] == [[[p, s]] * 3 for p in (11, 12) for s in (0, 1, 2)]
+    # This client gives the first round's two groups again. The responses of each of five groups have 0.6, 0.7 and 0.8 together.
+    assert collected.servers["centering/top_mass"] == pytest.approx(0.7) and batch.top_tokens.num_bytes == 5 * 3 * 3 * 2 * 8
+    assert collected.servers["centering/top_mass_min"] == pytest.approx(0.6)
     collector.collect(8, policy_version=4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000007.rows", "step_000008.rows"]
+    assert sorted(path.name for path in tmp_path.glob("*.rows")) == ["step_000007.rows", "step_000008.rows"]
+    assert batch.files == ["routing/step_000007.rows", "top_tokens/step_000007.top"]
 
 
 def model_with_experts() -> Architecture:

@@ -17,7 +17,7 @@ from megatron_minpro.environments.environment import make_environment
 from megatron_minpro.loop.held_out import held_out_prompts, measure
 from megatron_minpro.loop.responder import Responder
 from megatron_minpro.rewards.registry import make_reward
-from rollout.records import Generation, GenerationRequest, SamplingParams, VersionSpan
+from rollout.records import NO_SINKS, Generation, GenerationRequest, SamplingParams, Sinks, VersionSpan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -43,8 +43,8 @@ class Client:
         return {}
 
     @asynccontextmanager
-    async def session(self, sampling: SamplingParams, *, policy_version: int, routes: None) -> AsyncIterator[Client]:
-        assert routes is None, "experts are for training"
+    async def session(self, sampling: SamplingParams, *, policy_version: int, sinks: Sinks) -> AsyncIterator[Client]:
+        assert sinks == NO_SINKS, "experts and likeliest tokens are for training"
         assert policy_version == 12
         self.sampling, self.settings = sampling, self
         yield self

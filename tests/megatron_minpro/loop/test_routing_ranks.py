@@ -56,6 +56,18 @@ def test_every_layout_writes_the_same_rows_and_trains_with_them(layout: str, num
         assert ours["routing/missing"] == 0.0
         for name in ("loss/total", "update/grad_norm", "prefix_min/mean", "routing/differing", "routing/differing_lag_max"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-3), name
+        # The ceiling of 1.1 cuts the tokens that are likelier in the policy than in the invented distribution, here nearly everywhere.
+        assert ours["centering/active"] > 0.9 and ours["centering/drift"] > 0.02
+        for name in ("centering/active", "centering/drift"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_sampler_was_certain_of_teaches_nothing(layout: str, numbers: dict[str, dict[str, Any]]) -> None:
+    """The centering of a token's weight of 1 is then its own score, at its own place: on every layout the gradient is 0."""
+    norms = numbers[layout]["grad_norms"]
+    assert norms["wide"] > 0.1
+    assert norms["reinforce"] < 1e-5 * norms["wide"]
 
 
 def test_the_first_update_meets_its_own_experts_and_later_ones_do_not(numbers: dict[str, dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics
 from parallel.sequence_shard import SequenceShard
+from parallel.top_tokens import ScoredTopTokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Case:
     masks: list[Tensor]
     corrections: list[Tensor] | None = None
     entropies: list[Tensor] | None = None  # None: 0.5 everywhere
+    top: tuple[list[Tensor], list[Tensor]] | None = None  # log-probs of K tokens under pi_theta and pi_old, each [L, K]; None: not centred
     lag: int = 3
 
     @property
@@ -69,6 +71,13 @@ class Case:
     def num_sequences(self) -> int:
         return sum(bool(mask.any()) for mask in self.masks)
 
+    def centred(self, seed: int = 0, top_k: int = 3) -> Case:
+        """The same case with top tokens, which hold a part of the probability in both policies."""
+        generator = torch.Generator().manual_seed(seed)
+        old = [(0.9 * torch.rand(len(mask), top_k, generator=generator).softmax(1)).log() for mask in self.masks]
+        current = [(x + 0.3 * torch.randn(x.shape, generator=generator)) - 0.2 for x in old]
+        return replace(self, top=(current, old))
+
     def batch(self, indices: Sequence[int], *, multiple_of: int = 1) -> tuple[TokenBatch, SequenceShard]:
         shard = SequenceShard.whole([len(self.masks[i]) for i in indices], multiple_of=multiple_of)
         batch = TokenBatch(
@@ -82,6 +91,7 @@ class Case:
             behaviour_entropies_T=shard.local([self.behaviour_entropies[i] for i in indices], fill=math.nan),
             lag=self.lag,
             correction_weights_T=None if self.corrections is None else shard.local([self.corrections[i] for i in indices], fill=math.nan),
+            top=None if self.top is None else local_top(self.top, indices, shard),
         )
         return batch, shard
 
@@ -107,6 +117,14 @@ class Case:
         )
 
 
+def local_top(top: tuple[list[Tensor], list[Tensor]], indices: Sequence[int], shard: SequenceShard) -> ScoredTopTokens:
+    """The local rows of a case's top tokens, column by column. Padding holds NaN."""
+    current, old = (
+        torch.stack([shard.local([rows[i][:, k] for i in indices], fill=math.nan) for k in range(rows[0].size(1))], 1) for rows in top
+    )
+    return ScoredTopTokens(logprobs_TK=current.requires_grad_(), behaviour_logprobs_TK=old)
+
+
 @dataclass(frozen=True)
 class Ran:
     """What came out, summed over the micro-batches and put back in the order of the case."""
@@ -115,6 +133,7 @@ class Ran:
     weights: list[Tensor]
     gradients: list[Tensor]
     metrics: dict[str, Tensor]
+    top_gradients: list[Tensor]  # [L, K] each; none where the case has no top tokens
 
 
 def run(objective: Objective, case: Case, micro_batches: Sequence[Sequence[int]] | None = None, *, multiple_of: int = 1) -> Ran:
@@ -122,16 +141,20 @@ def run(objective: Objective, case: Case, micro_batches: Sequence[Sequence[int]]
     micro_batches = micro_batches or [list(range(len(case.masks)))]
     batches = [case.batch(indices, multiple_of=multiple_of) for indices in micro_batches]
     statistics = sum(objective.minibatch_statistics(batch) for batch, _ in batches) if objective.needs_minibatch_statistics else None
-    loss, weights, gradients, metrics = 0.0, {}, {}, []
+    loss, weights, gradients, top_gradients, metrics = 0.0, {}, {}, {}, []
     for (batch, shard), indices in zip(batches, micro_batches, strict=True):
         out = objective(batch, statistics)
-        (gradient_T,) = torch.autograd.grad(out.loss, batch.logprobs_T)
+        gradient_T, *of_top = torch.autograd.grad(out.loss, [batch.logprobs_T, *([batch.top.logprobs_TK] if batch.top else [])])
         loss += out.loss.item()
         metrics.append(out.metrics)
         weights |= dict(zip(indices, shard.assemble(out.weights_T), strict=True))
         gradients |= dict(zip(indices, shard.assemble(gradient_T), strict=True))
+        for gradient_TK in of_top:
+            columns = [shard.assemble(x_T) for x_T in gradient_TK.unbind(1)]
+            top_gradients |= {index: torch.stack(of_sequence, 1) for index, *of_sequence in zip(indices, *columns, strict=True)}
     order = range(len(case.masks))
-    return Ran(loss, [weights[i] for i in order], [gradients[i] for i in order], add_metrics(metrics))
+    rows = [top_gradients[i] for i in order if i in top_gradients]
+    return Ran(loss, [weights[i] for i in order], [gradients[i] for i in order], add_metrics(metrics), rows)
 
 
 # One sequence's trained tokens in float64: log ratios, advantages, log-probs -> (weight, loss) per token, by a plain loop.

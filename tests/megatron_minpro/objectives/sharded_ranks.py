@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_minpro.objectives import TokenBatch
 from parallel.sequence_shard import SequenceShard
+from tests.megatron_minpro.objectives.conftest import local_top
 from tests.megatron_minpro.objectives.variants import VARIANTS, make
 
 
@@ -34,8 +35,9 @@ def main() -> None:
     for cp_size, group, indices in ((4, dist.group.WORLD, [0, 1, 2, 3, 4, 5]), (2, pairs, [[0, 2, 5], [1, 3, 4]][dist.get_rank() // 2])):
         shard = SequenceShard.zigzag([len(case["masks"][i]) for i in indices], dist.get_rank(group), cp_size, group)
         results = {}
-        for name in VARIANTS:
+        for name, is_centred in [*((name, False) for name in VARIANTS), *((name, True) for name in VARIANTS if make(name).centers_scores)]:
             objective = make(name)
+            corrections = shard.local([case["corrections"][i] for i in indices], fill=math.nan)
             batch = TokenBatch(
                 logprobs_T=shard.local([case["logprobs"][i] for i in indices], fill=math.nan).requires_grad_(),
                 behaviour_logprobs_T=shard.local([case["behaviour"][i] for i in indices], fill=math.nan),
@@ -46,7 +48,8 @@ def main() -> None:
                 global_sequences=sum(bool(mask.any()) for mask in case["masks"]),
                 behaviour_entropies_T=shard.local([case["entropies"][i] for i in indices], fill=math.nan),
                 lag=case["lag"],
-                correction_weights_T=shard.local([case["corrections"][i] for i in indices], fill=math.nan),
+                correction_weights_T=None if is_centred else corrections,
+                top=local_top(case["top"], indices, shard) if is_centred else None,
             )
             statistics = None
             if objective.needs_minibatch_statistics:
@@ -54,9 +57,10 @@ def main() -> None:
                 dist.all_reduce(statistics)
             entered.clear()
             out = objective(batch, statistics)
-            (gradient_T,) = torch.autograd.grad(out.loss, batch.logprobs_T)
+            gradient_T, *of_top = torch.autograd.grad(out.loss, [batch.logprobs_T, *([batch.top.logprobs_TK] if batch.top else [])])
             collectives = list(entered)
-            results[name] = {
+            results[f"{name} centred" if is_centred else name] = {
+                "top_gradients": [dict(zip(indices, shard.assemble(x_T), strict=True)) for x_TK in of_top for x_T in x_TK.unbind(1)],
                 "loss": out.loss.item(),
                 "collectives": collectives,
                 "gradients": dict(zip(indices, shard.assemble(gradient_T), strict=True)),

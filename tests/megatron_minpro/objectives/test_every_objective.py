@@ -231,6 +231,7 @@ def test_a_trained_token_that_is_not_finite_is_named(name: str, value: float) ->
         ("sat", {"quantile": 1.5}, "quantile must be at most 1, got 1.5"),
         ("dppo_tv", {"delta_high": 0}, "delta_high must be a finite number above 0, got 0"),
         ("estr", {"tau": 0}, "tau must be a finite number above 0, got 0"),
+        ("masked_is", {"low": 2.0, "high": 1.5}, "high must be a finite number above 2.0, got 1.5"),
         ("drpo", {"epsilon": 0.0}, "epsilon must be a finite number above 0, got 0.0"),
         ("ema_kpo", {"noise_ratio": 0}, "noise_ratio must be a finite number above 0, got 0"),
         ("ctpo", {"max_log_ratio": 30.0}, "max_log_ratio must be at most 20.0, got 30.0"),
@@ -277,6 +278,7 @@ MINPRO_WIDTHS = {"clip_low": 1.0, "clip_high": 4.0}
         ("drpo", {"epsilon": 12.5} | TOKEN_MEAN),
         ("prefix_ratio", MINPRO_WIDTHS | TOKEN_MEAN),
         ("prefix_filter", {"fraction": 0.01} | MINPRO_WIDTHS | TOKEN_MEAN),
+        ("masked_is", {"low": 0.5, "high": 5.0} | TOKEN_MEAN),
         ("reinforce", TOKEN_MEAN),
     ],
 )

@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "pnpo_wide": ("pnpo", {"clip_low": 0.05, "clip_high": 0.2}),
     "ema_kpo_wide": ("ema_kpo", {"noise_ratio": 0.25, "clip_low": 0.5, "clip_high": 1.0}),
     "drpo_small_epsilon": ("drpo", {"epsilon": 0.2}),
+    "masked_is_narrow": ("masked_is", {"low": 0.8, "high": 1.3}),
     "prefix_filter_third": ("prefix_filter", {"fraction": 0.3}),
 }
 

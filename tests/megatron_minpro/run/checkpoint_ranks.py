@@ -57,7 +57,7 @@ def main(folder: Path, disk: Path) -> None:
     logging.getLogger("megatron_minpro").addHandler(handler)
     directory = folder / "checkpoints"
     groups = {"control_group": dist.group.WORLD, "saving_group": dist.new_group(backend="gloo")}
-    writer = CheckpointWriter(directory, routing=folder / "routing", keep=2, limit_s=lambda num_bytes: LIMIT_S + num_bytes / 1e9, **groups)
+    writer = CheckpointWriter(directory, run_dir=folder, keep=2, limit_s=lambda num_bytes: LIMIT_S + num_bytes / 1e9, **groups)
     actor = Actor()
 
     def save(step: int) -> None:

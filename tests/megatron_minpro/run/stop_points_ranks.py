@@ -129,7 +129,7 @@ def attempt(
 def new_writer(directory: Path, groups: ProcessGroups) -> CheckpointWriter:
     """It keeps all checkpoints."""
     directory.mkdir(exist_ok=True)
-    return CheckpointWriter(directory, routing=directory / "routing", keep=1000, control_group=groups.control, saving_group=groups.saving)
+    return CheckpointWriter(directory, run_dir=directory, keep=1000, control_group=groups.control, saving_group=groups.saving)
 
 
 def outcome(actor: MegatronActor, driver: Driver | None, counters: RunCounters) -> dict[str, Any]:

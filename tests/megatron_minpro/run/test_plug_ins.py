@@ -30,7 +30,7 @@ def test_the_plug_ins_of_every_shipped_run_are_found(path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/objective").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_objective_takes_its_options(path: Path) -> None:
-    check_plug_ins(load_config(TINY, [f"objective={path}"]))
+    check_plug_ins(load_config(TINY, [f"objective={path}", "behaviour_logprobs=engine"]))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,16 @@ def test_every_plug_in_may_be_a_module_of_the_working_folder(users_module: Calla
 def test_every_plug_in_that_is_missing_is_refused(users_module: Callable[[str], str], key: str) -> None:
     module = users_module("")
     assert f"{module}.py) has no " in error_of(f"{key}={NAMES[key].format(module)}")
+
+
+def test_an_objective_that_cannot_be_centred_is_refused_with_its_line(users_module: Callable[[str], str]) -> None:
+    centred = ["objective.score_centering.top_k=8", "behaviour_logprobs=engine"]
+    reason = "its scores cannot be centred; expected objective.score_centering = null, or one of minpro, cispo, scaled_cispo, prefix_ratio"
+    assert error_of("objective.name=gspo", "objective={name: gspo, score_centering: {top_k: 8}}", centred[1]).startswith(
+        f"command line: objective.name = 'gspo': {reason}"
+    )
+    assert reason in error_of(f"objective={NAMES['objective'].format(users_module(MODULE))}", *centred)
+    check_plug_ins(load_config(TINY, centred))
 
 
 def test_a_rate_that_follows_what_the_objective_does_not_report_is_refused(users_module: Callable[[str], str]) -> None:

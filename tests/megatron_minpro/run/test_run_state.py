@@ -93,7 +93,7 @@ def load(checkpoint: Path, *, actor: FakeActor | None = None, config: RunConfig 
 
 
 def writer(directory: Path, group: dist.ProcessGroup, *, keep: int = 2) -> CheckpointWriter:
-    return CheckpointWriter(directory, routing=directory.parent / "routing", keep=keep, control_group=group, saving_group=group)
+    return CheckpointWriter(directory, run_dir=directory.parent, keep=keep, control_group=group, saving_group=group)
 
 
 def begin(writer: CheckpointWriter, step: int, *, actor: FakeActor | None = None, waiting: tuple = ()) -> None:

@@ -48,6 +48,7 @@ def test_a_launcher_s_variables_are_kept_from_servers(environment: Path, monkeyp
     got = variables(environment, device="cpu")
     assert not {name for name in got if name in ("RANK", "WORLD_SIZE") or name.startswith(("MASTER_", "LOCAL_", "TORCHELASTIC"))}
     assert got["SGLANG_USE_CPU_ENGINE"] == "1" and got["OMP_NUM_THREADS"] == "1"
+    assert got["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0", "log-probs are those at the temperature, whatever this environment says"
     assert "SGLANG_USE_CPU_ENGINE" not in variables(environment)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from rollout.client import GenerationClient, RolloutFailed, WeightsMissing
-from rollout.records import Generation, GenerationRequest, SamplingParams
+from rollout.records import Generation, GenerationRequest, SamplingParams, Sinks
 from rollout.sglang.control import ServerRefused, weight_version
 from rollout.sglang.server import ServerPool, ServerSettings
 from rollout.weights.checksums import ChecksumMismatch, check_equal, expected_checksums
@@ -23,7 +24,7 @@ from rollout.weights.collective import CollectiveWeightSync
 from rollout.weights.disk import DiskWeightSync
 from rollout.weights.weight_sync import WeightSync, WeightSyncFailed
 from tests.rollout import model_reference as reference
-from tests.rollout.conftest import make_model
+from tests.rollout.conftest import VOCAB_SIZE, make_model
 
 pytestmark = pytest.mark.servers
 
@@ -101,14 +102,57 @@ class Experts:
         return len(self.kept) - 1
 
 
-def ask_with_experts(client: GenerationClient, sink: Experts, params: SamplingParams, *, num_samples: int) -> list[Generation]:
+class Likeliest:
+    """A TopTokenSink: ids and log-probs of each answer, [tokens, top_k]."""
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, ids: np.ndarray, logprobs: np.ndarray) -> int:
+        self.kept.append((torch.tensor(ids), torch.tensor(logprobs)))
+        return len(self.kept) - 1
+
+
+def ask_with(client: GenerationClient, sinks: Sinks, params: SamplingParams, *, num_samples: int) -> list[Generation]:
     requests = [dataclasses.replace(request, sample_index=index) for request in REQUESTS for index in range(num_samples)]
 
     async def ask() -> list[Generation]:
-        async with client.session(params, policy_version=None, routes=sink) as session:
+        async with client.session(params, policy_version=None, sinks=sinks) as session:
             return await session.generate(requests)
 
     return client.run(ask())
+
+
+def ask_with_experts(client: GenerationClient, sink: Experts, params: SamplingParams, *, num_samples: int) -> list[Generation]:
+    return ask_with(client, Sinks(routes=sink), params, num_samples=num_samples)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.6, 7), (1.5, VOCAB_SIZE)])
+def test_the_likeliest_tokens_are_those_of_transformers(
+    temperature: float, top_k: int, client: GenerationClient, base_model: Qwen3MoeForCausalLM
+) -> None:
+    sink, experts = Likeliest(top_k), Experts()
+    params = sampling(temperature=temperature, stop_token_ids=(2, 3, 4))
+    generations = ask_with(client, Sinks(routes=experts, top=sink), params, num_samples=3)
+    assert {len(generation.response_token_ids) for generation in generations} >= {12} and len(experts.kept) == len(generations)
+    outside = 0
+    for generation in generations:
+        assert generation.top is not None
+        ids, logprobs = sink.kept[generation.top]
+        with torch.no_grad():
+            fed = torch.tensor([generation.prompt_token_ids + generation.response_token_ids])
+            logits = base_model(fed).logits[0, len(generation.prompt_token_ids) - 1 : -1].double()
+        expected = (logits / temperature).log_softmax(-1)
+        assert (ids.sort(-1).values.diff(dim=-1) > 0).all() and (logprobs.diff(dim=-1) <= 0).all()
+        # By value: where two tokens tie to the last bits, rounding decides which one is in.
+        torch.testing.assert_close(logprobs.double(), expected.topk(top_k).values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs.double(), expected.gather(1, ids.long()), rtol=0, atol=1e-4)
+        sampled = ids == torch.tensor(generation.response_token_ids)[:, None]
+        own = torch.tensor(generation.engine_logprobs, dtype=torch.float32)[sampled.any(1)]
+        torch.testing.assert_close(logprobs[sampled], own, rtol=0, atol=1e-6)
+        outside += int((~sampled.any(1)).sum())
+    assert (outside == 0) == (top_k == VOCAB_SIZE), "some tokens that were drawn are not among the likeliest 7"
 
 
 def test_the_server_tells_which_experts_every_token_visited(client: GenerationClient, base_model: Qwen3MoeForCausalLM) -> None:
