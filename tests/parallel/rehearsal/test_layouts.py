@@ -51,6 +51,7 @@ REQUESTS: Mapping[str, RehearsalRequest] = {
     "deterministic": request(
         MOE, world_size=8, tp=2, cp=2, ep=4, deterministic=True, lengths=(16384, 16384), max_tokens_per_micro_batch=16384
     ),
+    "centred scores": request(MOE, world_size=4, tp=2, ep=2, top_tokens=40),
     "kept weights": request(MOE, world_size=2, ep=2, kept_weights="device"),
     "offloaded optimizer": request(
         DENSE, world_size=2, megatron_options={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
