@@ -104,6 +104,8 @@ class Rehearsal:
         self._device.deterministic = request.deterministic
         # Without importing torch's compiler, as torch.use_deterministic_algorithms does: nothing is compiled on fake tensors.
         torch.set_deterministic_debug_mode("error" if request.deterministic else "default")
+        # What is alive, other requests have left behind (imports, caches): this request's collections need not look at it again.
+        gc.freeze()
         # New ones: Megatron's modules outlive their model in parts.
         self._device.ledger, self._device.host_ledger = MemoryLedger(), MemoryLedger()
         run = _Run(request, self._device, self._hear, self._progress)

@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_line_at_the_end_and_the_run_continues(
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     disk = small_disk(int(2.9 * size))  # room for a run and two of its checkpoints, not for a third
     run_dir = disk / "full"
-    settings = [*short_run_settings, f"output_dir={disk}", "name=full", "checkpoint.every=1"]
+    settings = [*short_run_settings, f"output_dir={disk}", "name=full", "checkpoint.every=1", *two_servers.settings(1)]
     command = minpro("train", *settings)
     code, _, err = command.wait()
     assert code == 1
@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line_at_the_end_and_the_run_continues(
     assert len(metrics_of(run_dir)) == len(finished_run["metrics"])  # training went on to its end
     assert not list(run_dir.rglob("*.partial*"))
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-    code, _, err = minpro("train", *settings, *two_servers.settings(1), "--resume", "must").wait()
+    code, _, err = minpro("train", *settings, "--resume", "must").wait()
     assert code == 0, err
     assert [row.get("loss") for row in metrics_of(run_dir)] == [row.get("loss") for row in finished_run["metrics"]]
     assert not list(run_dir.rglob("*.partial*"))

@@ -65,5 +65,19 @@ def test_any_other_name_imports_it_at_once(module: Callable[[str], Any]) -> None
 def test_what_is_imported_already_stays(module: Callable[[str], Any]) -> None:
     assert module("slow").limit == 7
     real = sys.modules[SLOW]
-    defer(SLOW, functions=("refuse",), exceptions=())
+    defer(SLOW, functions=("refuse",))
     assert sys.modules[SLOW] is real
+
+
+def test_a_module_of_a_deferred_package_imports_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "outer_of_this_test/inner"
+    inner.mkdir(parents=True)
+    for path, source in ((inner.parent, ""), (inner, "held = 3\n")):
+        (path / "__init__.py").write_text(source)
+    (inner / "leaf.py").write_text("from outer_of_this_test.inner import held\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("outer_of_this_test")
+    defer("outer_of_this_test.inner", package=True)
+    assert not hasattr(sys.modules["outer_of_this_test.inner"], "__file__")
+    assert importlib.import_module("outer_of_this_test.inner.leaf").held == 3
+    assert sys.modules["outer_of_this_test.inner"].held == 3

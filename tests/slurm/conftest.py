@@ -102,8 +102,11 @@ def small_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm_base")
     config = load_config(
         ROOT / "configs/tiny_moe_cpu.yaml",
-        # One rank: two would spend half of their time in talking to each other.
-        [f"output_dir={folder}", "name=warm_up", f"model.path={folder / 'model'}", "world_size=1", "parallel.ep=1"],
+        # One rank: two would spend half of their time in talking to each other. Half the batch: rewards still grow by 0.2 in 12 steps.
+        [
+            *(f"output_dir={folder}", "name=warm_up", f"model.path={folder / 'model'}", "world_size=1", "parallel.ep=1"),
+            "model.warm_up.batch_size=32",
+        ],
     )
     config.run_dir.mkdir()
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config))

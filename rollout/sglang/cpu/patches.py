@@ -4,7 +4,8 @@ what                          why
 sgl_kernel                    its CPU kernels are not published as a wheel; torch.ops.sgl_kernel stays empty, so layers take their
                               plain-torch path
 torchvision, scipy            serve models with images and sound; they take 1.6 and 1.2 s, and torchvision's default wheel is a CUDA build
-torch.compile                 SGLang decorates 56 small functions for other devices; the compiler takes 0.7 s to import
+torch.compile                 SGLang decorates 56 small functions for other devices, transformers marks some for the compiler, and imports
+                              torch's symbolic shapes; the compiler takes 0.7 s to import, the shapes with sympy 0.5 s
 host buffers                  are pinned through cudart; plain memory serves on a CPU
 batched attention             SGLang loops over the sequences of a batch (kernels.py)
 seeded sampling               SGLang honours a request's seed only in its deterministic mode, which needs GPU kernels
@@ -25,6 +26,7 @@ import sys
 import types
 from typing import Any
 
+from rollout.deferred_module import defer, defer_symbolic_shapes
 from rollout.sglang.cpu import models
 
 
@@ -82,7 +84,13 @@ def _compile_nothing() -> None:
         """torch.compile without options, and with options: a decorator."""
         return (lambda decorated: decorated) if function is None else function
 
-    torch.compile = as_it_is  # type: ignore[assignment]
+    torch.compile = torch.compiler.disable = as_it_is  # type: ignore[assignment]
+    # transformers imports them at its start, for marks on functions, and nobody uses them who compiles nothing.
+    defer_symbolic_shapes()
+    defer("torch._dynamo", package=True)
+    for mark in ("allow_in_graph", "assume_constant_result", "disable"):
+        setattr(sys.modules["torch._dynamo"], mark, as_it_is)
+    defer("torch._dynamo._trace_wrapped_higher_order_op", functions=("TransformGetItemToIndex",))
 
 
 def _use_plain_host_memory() -> None:
