@@ -3,7 +3,7 @@
 Not every combination is run. Run number i takes level i of each axis, shorter axes from their beginning again, so there are as many runs as
 the longest axis has levels: 14 objectives at 3 lags are 14 runs, not 42. A rule of `cells` that none of these runs meets gets one more run.
 What is short: two updates a global step, at least two batches and one more than the staleness, four prompts an update or what the
-data-parallel ranks need, four held-out prompts, the serial schedule, and at most 100 supervised steps for a base model of the smoke's own.
+data-parallel ranks need, four held-out prompts, the serial schedule, and at most 60 supervised steps for a base model of the smoke's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from megatron_minpro.config import RunConfig
 from megatron_minpro.study.definition import Study, levels_of, meets
 
-_UPDATES, _PROMPTS_PER_UPDATE, _HELD_OUT, _WARM_UP = 2, 2, 4, 100
+_UPDATES, _PROMPTS_PER_UPDATE, _HELD_OUT, _WARM_UP = 2, 2, 4, 60
 
 
 def smoke_study(study: Study) -> Study:

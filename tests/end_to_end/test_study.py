@@ -9,29 +9,36 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Command, metrics_of
+from tests.end_to_end.conftest import Command, metrics_of, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks]
 
+# As the finished run of the other tests, which no study has started.
 STUDY = """\
 name: two
 output_dir: {folder}
 base: configs/tiny_moe_cpu.yaml
 axes:
-  objective: {{minpro: {{objective.name: minpro}}, m2po: {{objective.name: m2po}}}}
-  staleness: [0, 1]
-seeds: [5]
+  objective: {{m2po: {{objective.name: m2po}}, minpro: {{objective.name: minpro}}}}
+  staleness: [0, 2]
+seeds: [0]
 reference: {{objective: minpro}}
-smoke: {{model.path: {model}, model.warm_up.num_steps: 60, model.warm_up.batch_size: 32, evaluation.num_prompts: 2}}
+smoke:
+  model.path: {model}
+  model.warm_up.num_steps: 60
+  model.warm_up.batch_size: 32
+  num_global_steps: 5
+  rollout.prompts_per_step: 8
+  actor.updates_per_step: 4
+  evaluation.num_prompts: 8
 """
 
 
 def test_a_smoke_trains_each_level_and_lost_rows_come_back(
     minpro: Callable[..., Command], finished_run: dict[str, Any], short_run_settings: list[str], tmp_path: Path
 ) -> None:
-    model = short_run_settings[2].removeprefix("model.path=")
     path = tmp_path / "two.yaml"
-    path.write_text(STUDY.format(folder=tmp_path, model=model))
+    path.write_text(STUDY.format(folder=tmp_path, model=short_run_settings[2].removeprefix("model.path=")))
     command = minpro("study", str(path), "--smoke")
     code, out, err = command.wait()
     assert code == 0, err
@@ -40,16 +47,14 @@ def test_a_smoke_trains_each_level_and_lost_rows_come_back(
     folder = tmp_path / "two_smoke"
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [(row["cell"], row["status"], row["batches"]) for row in rows] == [
-        ("minpro_staleness0_seed5", "ok", 2),
-        ("m2po_staleness1_seed5", "ok", 2),
+        ("m2po_staleness0_seed0", "ok", 5),
+        ("minpro_staleness2_seed0", "ok", 5),
     ]
-    for row in rows:
-        run_dir = folder / "cells" / row["cell"]
-        metrics = [line for line in metrics_of(run_dir) if line.get("reward/trained") is not None]
-        assert row["curves"]["entropy"] == pytest.approx([line["policy/entropy"] for line in metrics], rel=1e-3)
-        assert [line["batch/sampled_at_step"] + row["settings"]["staleness"] for line in metrics] == [
-            line["global_step"] for line in metrics
-        ]
+    # Neither the fork, nor the serial schedule, nor the server that another run has used moves a number.
+    metrics = metrics_of(folder / "cells/minpro_staleness2_seed0")
+    assert without_times(metrics) == without_times(finished_run["metrics"])
+    entropies = [line["policy/entropy"] for line in metrics if line.get("policy/entropy") is not None]
+    assert rows[1]["curves"]["entropy"] == pytest.approx(entropies, rel=1e-3)
 
     # The first row is lost in the middle of a write: it is made again of what its run left, and nothing is trained.
     (folder / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n" + json.dumps(rows[0])[:40])
