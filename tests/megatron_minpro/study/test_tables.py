@@ -79,6 +79,7 @@ def test_the_report_says_means_differences_and_failures(study: Study, rows: dict
     # 0.61, 0.70, 0.79: standard error 0.09 / sqrt 3, times 4.3027
     assert "| minpro_staleness2 | 3     | 0.700 ± 0.224" in text and "| 1 of 3    |" in text
     assert "| minpro    | +0.100 [+0.075, +0.125] p 0.0066 (3+ 0-) * |" in text
+    assert "| grpo      | -0.100 [-0.348, +0.148] p 0.23 (0+ 2-) " in text and "(0+ 2-) *" not in text
     assert "- grpo_staleness0_seed1: a server died" in text
     assert "With 3 seeds an exact sign-flip test has no p below 0.25" in text
     assert "![reward](plots/reward.png)" in text
