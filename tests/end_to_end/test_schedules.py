@@ -1,6 +1,7 @@
 """Overlapped, serial and rolling runs give the same numbers, bit for bit, on real ranks and real servers.
 
-Those on two servers replay the servers' experts: also then a hang, a death and a stop inside a step change nothing.
+Those on two servers replay the servers' experts and centre scores with the servers' likeliest tokens: also then a hang, a death and a stop
+inside a step change nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def on_two_servers(short_run_settings: list[str], two_servers: TwoServers, comma
         *two_servers.settings(2),
         *("staleness=1", "num_global_steps=6", "evaluation.every=2", "checkpoint.every=3", "debug.check_weights=true"),
         "actor.routing_replay=server",
+        *("behaviour_logprobs=engine", "objective.score_centering.top_k=6", "objective.clip_high=0.1"),
     ]
     command = Command(["train", *settings, "name=serial_on_two", "schedule=serial"], pool=command_pool)
     try:
@@ -110,6 +112,16 @@ def test_servers_return_the_experts_that_the_trainer_would_choose(on_two_servers
     assert len(trained) == 6 and {row["routing/missing"] for row in trained} == {0.0}
     assert trained[-1]["routing/differing_lag_max"] > 1e-3, "the router has moved since, the experts have not"
     assert max(row["engine_logprob_gap/mean"] for row in rows if "engine_logprob_gap/mean" in row) < 1e-5
+
+
+def test_scores_are_centred_with_what_the_servers_held_likely(on_two_servers: tuple[list[str], Path]) -> None:
+    rows = metrics_of(on_two_servers[1])
+    masses = [(row["centering/top_mass"], row["centering/top_mass_min"]) for row in rows if "centering/top_mass" in row]
+    assert len(masses) == 6 and all(0.25 < smallest < mean < 1 for mean, smallest in masses)  # 6 of 24 tokens
+    # The first batch is trained by the weights that sampled it, or nearly: next to nothing is truncated. Later the ceiling cuts.
+    trained = [(row["centering/active"], row["centering/drift"]) for row in rows if "centering/drift" in row]
+    assert len(trained) == 6 and trained[0][1] < 1e-5 and max(drift for _, drift in trained) > 1e-4
+    assert list((on_two_servers[1] / "top_tokens").iterdir()) == []
 
 
 def test_overlapped_equals_serial_on_two_servers_of_which_one_hangs(
