@@ -23,7 +23,7 @@ What the weight is enters as q f(p / q) alone, a `LogMass`. It is formed in log 
 
 u must be known before the token is drawn, as the minimum and the product of earlier ratios are. A weight that looks at the whole response
 (GSPO), at the mini-batch, or at the sign of the advantage (PPO's clip) is none of these: such an objective is refused. An f that never
-truncates gives c = 0. MinPRO at its published ceiling of 5 is near that; a narrow ceiling, f = 1 and quantized servers are not.
+truncates gives c = 0. MinPRO at its published ceiling of 5 should be near that; a narrow ceiling, f = 1 and quantized servers are not.
 
 The text of the paper was not available. This follows the authors' code and its ports to other frameworks; that MinPRO's weight can be
 centred follows from the algebra above and is published by nobody. Unclear: whether the paper floors the two masses as its code does.

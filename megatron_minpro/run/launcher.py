@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import rich.console
 
@@ -26,6 +25,7 @@ from megatron_minpro.loop.stop_time import stop_warning
 from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
+from megatron_minpro.run.ctrl_c import CtrlC
 from megatron_minpro.run.finished import stopped, write_report
 from megatron_minpro.run.preflight import check_run_folder, check_start
 from megatron_minpro.run.ranks import are_forked, fork_ranks, on_loopback, start_forked_ranks, start_ranks
@@ -75,7 +75,7 @@ def run(config: RunConfig, *, resume: str, preloaded: bool = False) -> Path:
     with rich.console.Console(stderr=True).status("checking model, prompts and machine"):
         check_start(config, resume=resume, capabilities=detect(), machine=True)
     run_dir = config.run_dir
-    with _ownership(run_dir), _CtrlC() as ctrl_c:
+    with _ownership(run_dir), CtrlC() as ctrl_c:
         resumed = prepare_run_folder(config, resume=resume)
         clock = AttemptClock(run_dir)
         with (
@@ -115,7 +115,7 @@ def make_base_model(config: RunConfig, *, preloaded: bool = False) -> None:
         ValueError, RuntimeError, Interrupted: as `run`.
     """
     check_start(config, resume="auto", capabilities=detect(), machine=True)
-    with _ownership(config.run_dir), _CtrlC() as ctrl_c:
+    with _ownership(config.run_dir), CtrlC() as ctrl_c:
         prepare_run_folder(config, resume="auto")
         with Console(config.run_dir, num_global_steps=config.num_global_steps, name=config.name, resumed_from=None) as console:
             ensure_base_model(config, console, ctrl_c, preloaded=preloaded)
@@ -157,7 +157,7 @@ def prepare_run_folder(config: RunConfig, *, resume: str) -> int | None:
     return read_state(checkpoint).counters.next_step - 1
 
 
-def ensure_base_model(config: RunConfig, console: Console, ctrl_c: _CtrlC, *, preloaded: bool) -> None:
+def ensure_base_model(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: bool) -> None:
     """Make model.path when it does not exist. preloaded: see `run`."""
     if Path(config.model.path).exists():
         return
@@ -196,7 +196,7 @@ def start_workers(config: RunConfig, task: str, *, preloaded: bool = False) -> M
     )
 
 
-def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC, *, preloaded: bool) -> None:
+def _train(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: bool) -> None:
     run_dir = config.run_dir
     write_progress(run_dir, Progress(phase="starting servers and ranks", global_step=0))
     pool = None
@@ -230,7 +230,7 @@ def _train(config: RunConfig, console: Console, ctrl_c: _CtrlC, *, preloaded: bo
             pool.stop()
 
 
-def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: _CtrlC, run_dir: Path) -> None:
+def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: CtrlC, run_dir: Path) -> None:
     """Raises Interrupted after Ctrl-C, RuntimeError when the ranks have ended: then there is no need to wait for servers."""
     console.refresh()
     _refuse_to_begin(ctrl_c)
@@ -238,7 +238,7 @@ def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: _Ctrl
         raise _rank_failure(ranks, run_dir)
 
 
-def _refuse_to_begin(ctrl_c: _CtrlC) -> None:
+def _refuse_to_begin(ctrl_c: CtrlC) -> None:
     if ctrl_c.times:  # nothing is trained yet, so at once
         raise Interrupted("interrupted before training began")
 
@@ -252,7 +252,7 @@ def _rank_failure(ranks: ManagedProcess, run_dir: Path) -> RuntimeError:
 
 
 def _watch(
-    ranks: ManagedProcess, console: Console, check_servers: Callable[[], None], ctrl_c: _CtrlC, run_dir: Path, *, stop_gently: bool
+    ranks: ManagedProcess, console: Console, check_servers: Callable[[], None], ctrl_c: CtrlC, run_dir: Path, *, stop_gently: bool
 ) -> None:
     """Until the ranks end. Raises RuntimeError with the first error of a rank, ServerDied, or Interrupted."""
     asked = False
@@ -271,23 +271,3 @@ def _watch(
     console.refresh()
     if ranks.exit_code != 0:
         raise _rank_failure(ranks, run_dir)
-
-
-class _CtrlC:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
-
-    def __init__(self) -> None:
-        self.times = 0
-        self._former: dict[int, object] = {}
-
-    def __enter__(self) -> _CtrlC:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _count(self, _number: int, _frame: FrameType | None) -> None:
-        self.times += 1

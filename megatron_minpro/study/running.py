@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config, load_config
+from megatron_minpro.run.ctrl_c import CtrlC
 from megatron_minpro.run.preflight import check_run_folder
 from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.study import child
@@ -80,7 +80,7 @@ def make_base_models(configs: Sequence[RunConfig], *, folder: Path, preloaded: b
     makers = {config.model.path: config for config in configs}
     for number, config in enumerate(makers.values(), start=1):
         maker = config.model_copy(update={"name": BASE_MODEL if len(makers) == 1 else f"{BASE_MODEL}_{number}"})
-        with _one_at_a_time(folder), _CtrlC() as ctrl_c:
+        with _one_at_a_time(folder), CtrlC() as ctrl_c:
             if Path(config.model.path).exists():
                 continue
             process = _start(maker, "base_model", folder=folder, preloaded=preloaded)
@@ -137,7 +137,7 @@ def run_cells(
         Interrupted: after Ctrl-C, SIGTERM, or when the stop file is there.
     """
     waiting, running = deque(cells), list[_Running]()
-    with _CtrlC() as ctrl_c:
+    with CtrlC() as ctrl_c:
         forwarded = 0
         try:
             while running or (waiting and not ctrl_c.times):
@@ -202,23 +202,3 @@ def _last_words(process: ManagedProcess) -> str:
     code = process.exit_code or 0
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{said.strip()} ({how}; log: {process.log_path})"
-
-
-class _CtrlC:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
-
-    def __init__(self) -> None:
-        self.times = 0
-        self._former: dict[int, object] = {}
-
-    def __enter__(self) -> _CtrlC:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _count(self, _number: int, _frame: FrameType | None) -> None:
-        self.times += 1
