@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,12 @@ from megatron_minpro.registry import PlugInError
 __all__ = [
     "ConfigError",
     "Placed",
+    "changes_numbers",
     "dump_config",
     "explain",
     "flatten",
     "flatten_differences",
+    "flatten_settings",
     "load_config",
     "located",
     "may_change_on_resume",
@@ -105,6 +107,16 @@ def flatten_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]
 def may_change_on_resume(key: str) -> bool:
     """Whether attempts at one run may differ in the setting with this dotted key. The field, or a section above it, says so."""
     return f"{key}.".startswith(_free_beginnings())
+
+
+def changes_numbers(key: str) -> bool:
+    """Whether two runs that differ in the setting with this dotted key have other numbers: it is no place, schedule or layout."""
+    return key not in ("name", "output_dir") and (key == "num_global_steps" or not may_change_on_resume(key))
+
+
+def flatten_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of nested plain settings, whether this version knows their keys or not; lists stay whole."""
+    return dict(_flatten(dict(values), ""))
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""What a run achieved: summary.json, pictures, pass@k. Pure functions of numbers; run/finished.py reads a run folder for them."""
+"""What runs achieved: measures, comparisons, summary.json, pictures, pass@k. From a run folder or numbers; nothing here runs a model."""

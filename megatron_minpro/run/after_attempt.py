@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_minpro.run.attempts import Attempt, Outcome, newest_place, read_attempts, record_end
-from megatron_minpro.run.run_folder import ATTEMPTS_FILE, ERROR_FILE, RESULT_FILE
+from megatron_minpro.run.run_folder import ATTEMPTS_FILE, ERROR_FILE
+from megatron_minpro.tracking.run_files import RESULT_FILE
 
 WRONG_INPUT = 2  # the exit code of every command of ours
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from checkpoints_convert.atomic_files import write_atomically
+from megatron_minpro.tracking.run_files import SECONDS_FILE
 
-SECONDS_FILE = "seconds.json"  # wall seconds by phase, over all attempts until now
 _WRITE_EVERY_S = 2.0
 
 

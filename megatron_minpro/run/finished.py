@@ -10,9 +10,8 @@ from typing import Any
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.report import summary
 from megatron_minpro.run import profiling
-from megatron_minpro.run.attempt_clock import SECONDS_FILE
-from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE, SECONDS_FILE
 
 
 def report(run_dir: Path) -> str:

@@ -30,12 +30,10 @@ from megatron_minpro.run.finished import stopped, write_report
 from megatron_minpro.run.preflight import check_run_folder, check_start
 from megatron_minpro.run.ranks import are_forked, fork_ranks, on_loopback, start_forked_ranks, start_ranks
 from megatron_minpro.run.run_folder import (
-    CONFIG_FILE,
     ENDPOINTS_FILE,
     ERROR_FILE,
     INITIAL_MODEL_FOLDER,
     LOCK_FILE,
-    RESULT_FILE,
     STOP_FILE,
     forget_unfinished_attempt,
 )
@@ -43,6 +41,7 @@ from megatron_minpro.run.run_state import read_state
 from megatron_minpro.run.serving import server_settings, supervise
 from megatron_minpro.tracking.console import Console
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
 from parallel.capabilities import detect
 from rollout.processes import ManagedProcess
 from rollout.sglang.server import ServerPool

@@ -14,9 +14,9 @@ from megatron_minpro.loop.stop_time import stop_warning
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempts import record_beginning
 from megatron_minpro.run.plug_ins import check_plug_ins
-from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.run.run_state import checkpoint_to_continue, read_state, refuse_unusable
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
 from parallel.capabilities import Capabilities, detect
 
 

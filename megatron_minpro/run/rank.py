@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_minpro.config import RunConfig, load_config
-from megatron_minpro.run.run_folder import CONFIG_FILE
+from megatron_minpro.tracking.run_files import CONFIG_FILE
 from parallel import cuda_environment
 from rollout import nccl_variables
 

@@ -13,10 +13,8 @@ from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled
 from megatron_minpro.tracking.tensorboard import TENSORBOARD_FOLDER
 from megatron_minpro.tracking.wandb import WANDB_FOLDER
 
-CONFIG_FILE = "config.yaml"  # the resolved configuration
 ENDPOINTS_FILE = "endpoints.json"  # addresses of the rollout servers, once they answer
 STOP_FILE = "stop"  # its presence asks the run to stop, with a checkpoint
-RESULT_FILE = "result.json"  # counters of the attempt that ended
 ERROR_FILE = "error.txt"  # what the first rank to fail said
 LOST_FILE = "rollouts_lost.json"  # responses sampled by attempts that ended before they were in a checkpoint
 ATTEMPTS_FILE = "attempts.jsonl"  # how each start of a job began and ended

@@ -40,12 +40,10 @@ from megatron_minpro.run.last_words import last_words
 from megatron_minpro.run.process_settings import configure_process
 from megatron_minpro.run.profiling import StepProfiler
 from megatron_minpro.run.run_folder import (
-    CONFIG_FILE,
     ENDPOINTS_FILE,
     EXPORT_FOLDER,
     INITIAL_MODEL_FOLDER,
     LOST_FILE,
-    RESULT_FILE,
     STOP_FILE,
     forget_unfinished_attempt,
 )
@@ -55,6 +53,7 @@ from megatron_minpro.run.weight_sync import WeightSyncContext, make_server_weigh
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.tracking.sampled_count import read_sampled
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups

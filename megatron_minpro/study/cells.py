@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_minpro.config import ConfigError, Placed, RunConfig, flatten, load_config, may_change_on_resume
+from megatron_minpro.config import ConfigError, Placed, RunConfig, changes_numbers, flatten, load_config
 from megatron_minpro.study.definition import Level, Study, meets
 from megatron_minpro.study.smoke import covering, shortened
 
@@ -111,11 +111,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
     A path below the working folder is relative: another machine has another one.
     """
-    return {
-        key: _relative(value)
-        for key, value in flatten(config, defaults=False).items()
-        if key not in ("name", "output_dir") and (key == "num_global_steps" or not may_change_on_resume(key))
-    }
+    return {key: _relative(value) for key, value in flatten(config, defaults=False).items() if changes_numbers(key)}
 
 
 def digest(settings: Mapping[str, Any]) -> str:

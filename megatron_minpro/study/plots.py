@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_minpro.report.plots import moving_average
+from megatron_minpro.report.statistics import Interval, mean_interval
 from megatron_minpro.report.style import save, set_title, style
 from megatron_minpro.study.definition import FigureConfig, Study, meets
 from megatron_minpro.study.rows import Row
-from megatron_minpro.study.statistics import Interval, mean_interval
 from megatron_minpro.study.summary import Group, families, main_axis, make_groups
 
 PLOTS_FOLDER = "plots"

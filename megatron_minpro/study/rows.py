@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -12,12 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_minpro.run.attempt_clock import SECONDS_FILE
-from megatron_minpro.run.run_folder import RESULT_FILE
+from megatron_minpro.report.measures import rounded, run_measures, thin, trained_curves
+from megatron_minpro.report.runs import evaluation_files
 from megatron_minpro.study.cells import Cell
-from megatron_minpro.study.measures import HEADLINE, measures_by_place, measures_of, rounded, thin, trained_curves
 from megatron_minpro.tracking.json_lines import JsonLines, line_number, read_json_lines
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.run_files import RESULT_FILE, SECONDS_FILE
 
 ROWS_FILE = "rows.jsonl"
 _SHOWN_DIFFERENCES = 3
@@ -51,12 +50,7 @@ def finished_row(cell: Cell) -> Row:
     evaluations = _evaluations(run_dir)
     clock = run_dir / SECONDS_FILE  # of `minpro train`; a job of several nodes has none
     seconds = {**_read(run_dir / RESULT_FILE)["seconds"], **(_read(clock) if clock.exists() else {})}
-    steps = [duration for line in metrics if (duration := line.get("time/step")) is not None]
-    measures = measures_of(curves, evaluations) | measures_by_place(metrics)
-    measures["step_s"] = statistics.median(
-        duration for line in metrics if line.get(HEADLINE) is not None and (duration := line["time/step"])
-    )
-    measures["seconds"] = seconds.get("train_and_servers", sum(steps))
+    measures = run_measures(metrics, evaluations, seconds)
     batches = len(curves["reward"])
     thinned = {name: thin(curve) for name, curve in curves.items() if any(value is not None for value in curve)}
     return Row(
@@ -155,10 +149,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def _evaluations(run_dir: Path) -> dict[str, dict[str, float]]:
     """before, step_..., after -> pass@k by name."""
-    labels = sorted(path.stem.removeprefix("evaluation_") for path in run_dir.glob("evaluation_*.json"))
-    ordered = [label for label in labels if label == "before"] + [label for label in labels if label.startswith("step_")]
-    ordered += [label for label in labels if label == "after"]
-    contents = {label: _read(run_dir / f"evaluation_{label}.json") for label in ordered}
+    contents = {label: _read(path) for label, path in evaluation_files(run_dir).items()}
     return {
         label: {name: rounded(value) for name, value in content.items() if name.startswith("pass_at_")}
         for label, content in contents.items()

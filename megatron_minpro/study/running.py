@@ -16,10 +16,10 @@ from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.run.ctrl_c import CtrlC
 from megatron_minpro.run.preflight import check_run_folder
-from megatron_minpro.run.run_folder import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.study import child
 from megatron_minpro.study.cells import CELLS_FOLDER, Cell, digest, settings_of
 from megatron_minpro.study.rows import Row, append_row, failed_row, finished_row, is_complete
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
 from rollout.processes import ManagedProcess
 
 LOGS_FOLDER = "logs"

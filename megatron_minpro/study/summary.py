@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_minpro.report.statistics import Difference, Interval, holm, mean_interval, paired_difference
 from megatron_minpro.study.cells import combinations, group_name, named_axes
 from megatron_minpro.study.definition import Study, level_name
 from megatron_minpro.study.rows import Row
-from megatron_minpro.study.statistics import Difference, Interval, holm, mean_interval, paired_difference
 
 # Measures that are compared with the reference.
 COMPARED = ("pass_at_1_after", "pass_at_8_after", "reward_last", "reward_area")

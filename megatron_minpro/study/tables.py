@@ -12,10 +12,10 @@ from typing import Any
 
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.evaluation.tables import markdown_table
-from megatron_minpro.study import measures as rules
+from megatron_minpro.report import measures as rules
+from megatron_minpro.report.statistics import Interval
 from megatron_minpro.study.definition import Study
 from megatron_minpro.study.rows import Row
-from megatron_minpro.study.statistics import Interval
 from megatron_minpro.study.summary import COMPARED, Comparison, Group, compare, families, make_groups
 
 # Measure -> column of the report, in order.
@@ -24,13 +24,10 @@ SHOWN = {
     "pass_at_1_best": "best pass@1",
     "pass_at_8_after": "pass@8",
     "pass_at_8_best": "best pass@8",
-    "reward_last": "reward, last",
-    "reward_best": "reward, best",
-    "reward_area": "reward, area",
-    "entropy_last": "entropy, last",
-    "sample_size": "sample size",
-    "clipped": "clipped",
-    "seconds": "seconds",
+    **{
+        name: rules.LABELS[name]
+        for name in ("reward_last", "reward_best", "reward_area", "entropy_last", "sample_size", "clipped", "seconds")
+    },
 }
 REPORT_FILE = "report.md"
 
@@ -78,7 +75,7 @@ def _report(
         f"{done} of {total} cells are done, {len(failed)} failed. Base: `{study.base}`. Seeds: {', '.join(map(str, study.seeds))}.\n",
         "Mean over seeds ± half of the 95 % t interval. `collapsed`: seeds whose mean reward over the last window lies more than "
         f"{rules.COLLAPSE} below that of their best window. The window is a tenth of the batches, at least {rules.LEAST_WINDOW}. "
-        "`reward, area` is the mean over all trained batches. megatron_minpro/study/measures.py defines every column.\n",
+        "`reward, area` is the mean over all trained batches. megatron_minpro/report/measures.py defines every column.\n",
     ]
     for family, members in families(study, groups).items():
         parts += [f"## {family}\n" if family else "", _means(members), _along(members)]

@@ -31,10 +31,11 @@ from megatron_minpro.loop.servers import publish
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.run.base_model import write_initial_model
-from megatron_minpro.run.run_folder import CONFIG_FILE, ENDPOINTS_FILE
+from megatron_minpro.run.run_folder import ENDPOINTS_FILE
 from megatron_minpro.run.sampling.process import SamplingProcess
 from megatron_minpro.run.worker import build_driver
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
+from megatron_minpro.tracking.run_files import CONFIG_FILE
 from parallel.actor import UpdateReport
 from parallel.packing import TokenSequence
 

@@ -19,7 +19,8 @@ import pytest
 from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.config import dump_config, load_config
 from megatron_minpro.run import base_model, launcher
-from megatron_minpro.run.run_folder import CONFIG_FILE, INITIAL_MODEL_FOLDER
+from megatron_minpro.run.run_folder import INITIAL_MODEL_FOLDER
+from megatron_minpro.tracking.run_files import CONFIG_FILE
 from tests.end_to_end.conftest import metrics_of
 from tests.slurm.cluster import Job, SlurmCluster, missing_requirement
 

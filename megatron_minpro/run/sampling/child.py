@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from megatron_minpro.config import load_config
 from megatron_minpro.run.process_settings import configure_process
-from megatron_minpro.run.run_folder import CONFIG_FILE
 from megatron_minpro.run.sampling.build import build_sampler, load
 from megatron_minpro.run.sampling.channel import Channel
+from megatron_minpro.tracking.run_files import CONFIG_FILE
 from rollout.background import in_background
 
 

@@ -19,9 +19,9 @@ import pytest
 from megatron_minpro.config import RunConfig, dump_config, load_config
 from megatron_minpro.data.prompts import PromptCursor
 from megatron_minpro.data.sources import load_prompts
-from megatron_minpro.run.run_folder import CONFIG_FILE
 from megatron_minpro.run.sampling.channel import ChannelClosed
 from megatron_minpro.run.sampling.process import SamplingProcess
+from megatron_minpro.tracking.run_files import CONFIG_FILE
 from rollout.background import in_background
 from rollout.client import RolloutFailed
 

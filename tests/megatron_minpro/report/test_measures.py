@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_minpro.study.measures import CURVES, measures_by_place, measures_of, rounded, thin, trained_curves, window_of
+from megatron_minpro.report.measures import CURVES, measures_by_place, measures_of, rounded, thin, trained_curves, window_of
 
 
 def curves(rewards: list[float], **others: list[float | None]) -> dict[str, list[float | None]]:
@@ -20,6 +20,7 @@ def test_rewards_by_hand() -> None:
     rewards = [0.0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.6, 0.4, 0.2, 0.1]  # windows of 5; the best is 0.4 to 0.6, the last 0.8 to 0.1
     found = measures_of(curves(rewards), {})
     assert found == {
+        "reward_first": pytest.approx((0.0 + 0.2 + 0.4 + 0.6 + 0.8) / 5),
         "reward_last": pytest.approx((0.8 + 0.6 + 0.4 + 0.2 + 0.1) / 5),
         "reward_best": pytest.approx((0.4 + 0.6 + 0.8 + 0.8 + 0.6) / 5),
         "reward_area": pytest.approx(0.41),

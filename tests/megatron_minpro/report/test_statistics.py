@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_minpro.study.statistics import holm, mean_interval, paired_difference, student_cdf, student_quantile
+from megatron_minpro.report.statistics import holm, mean_interval, paired_difference, student_cdf, student_quantile
 
 
 @pytest.mark.parametrize(

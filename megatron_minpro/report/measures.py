@@ -4,7 +4,8 @@ The window is a tenth of the trained batches, at least 5, at most half of them (
 
 | measure | meaning |
 |---|---|
-| reward_last | mean of reward/trained over the last window |
+| reward_first | mean of reward/trained over the first window |
+| reward_last | the same over the last window |
 | reward_best | largest mean of reward/trained over a window of consecutive batches |
 | reward_area | mean of reward/trained over all trained batches: the area under the curve, a batch being 1/batches wide |
 | collapsed | 1 if reward_last < reward_best - 0.1, else 0 |
@@ -15,6 +16,8 @@ The window is a tenth of the trained batches, at least 5, at most half of them (
 | pass_at_K_before, _after | held-out pass@K of the base model and of the last policy |
 | pass_at_K_best | largest held-out pass@K of all measurements after the first update |
 | weight/..., log_prefix_min/... | mean over all trained batches, by place in the response: token_1, tokens_2_3, ... |
+| lag | mean over all trained batches of the middle between batch/lag_min and batch/lag_max |
+| tokens_per_s | response tokens trained per second of global steps |
 | step_s | median wall time of a global step that trained a batch |
 | seconds | wall time of all attempts at the run without the base model; of a Slurm job, of its global steps |
 
@@ -24,11 +27,13 @@ A batch in which a metric was not measured is left out of that metric's means. A
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+
+from megatron_minpro.tracking.metrics_table import HEADLINE
 
 COLLAPSE = 0.1  # absolute, in units of reward
 WINDOW_SHARE, LEAST_WINDOW = 0.1, 5
-HEADLINE = "reward/trained"
 # Curves that a row keeps: name in the row -> metric.
 CURVES = {
     "reward": HEADLINE,
@@ -42,11 +47,53 @@ CURVES = {
     "grad_norm": "update/grad_norm",
     "length": "rollout/length",
 }
+# Measure -> what people read.
+LABELS = {
+    "reward_first": "reward, first",
+    "reward_last": "reward, last",
+    "reward_best": "reward, best",
+    "reward_area": "reward, area",
+    "entropy_last": "entropy, last",
+    "sample_size": "sample size",
+    "clipped": "clipped",
+    "lag": "lag (updates)",
+    "tokens_per_s": "tokens/s",
+    "step_s": "s per step",
+    "seconds": "seconds",
+}
 BY_PLACE = ("weight", "log_prefix_min")  # groups of metrics by place
 _MOST_POINTS = 25
 _DIGITS = 4
 
 Curve = Sequence[float | None]
+
+
+def run_measures(
+    metrics: Sequence[Mapping[str, float | None]], evaluations: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """All measures of the table above.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        evaluations: before, step_000010, ..., after -> {"pass_at_1": 0.34, ...}, in this order.
+        seconds: wall time by phase, of all attempts.
+
+    Raises:
+        ValueError: no batch was trained.
+    """
+    found = measures_of(trained_curves(metrics), evaluations) | measures_by_place(metrics)
+    trained = [line for line in metrics if line.get(HEADLINE) is not None]
+    lags = [(line.get("batch/lag_min"), line.get("batch/lag_max")) for line in trained]
+    if known := [(low + high) / 2 for low, high in lags if low is not None and high is not None]:
+        found["lag"] = _mean(known)
+    if durations := _known([line.get("time/step") for line in trained]):
+        found["step_s"] = statistics.median(durations)
+    all_steps = math.fsum(_known([line.get("time/step") for line in metrics]))
+    tokens = math.fsum(_known([line.get("batch/tokens") for line in trained]))
+    if tokens and all_steps:
+        found["tokens_per_s"] = tokens / all_steps
+    found["seconds"] = seconds.get("train_and_servers", all_steps)
+    return found
 
 
 def trained_curves(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
@@ -69,7 +116,7 @@ def collapsed(*, last: float, best: float) -> bool:
 
 
 def measures_of(curves: Mapping[str, Curve], evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The measures of the table above, without seconds.
+    """The measures of the curves and evaluations.
 
     Args:
         curves: of trained_curves.
@@ -84,7 +131,8 @@ def measures_of(curves: Mapping[str, Curve], evaluations: Mapping[str, Mapping[s
     window = window_of(len(rewards))
     means = [_mean(rewards[start : start + window]) for start in range(len(rewards) - window + 1)]
     last, best = means[-1], max(means)
-    found = {"reward_last": last, "reward_best": best, "reward_area": _mean(rewards), "collapsed": float(collapsed(last=last, best=best))}
+    found = {"reward_first": means[0], "reward_last": last, "reward_best": best, "reward_area": _mean(rewards)}
+    found["collapsed"] = float(collapsed(last=last, best=best))
     if entropies := _known(curves["entropy"]):
         found["entropy_last"] = _mean(entropies[-window:])
     for name in ("sample_size", "ratio_sample_size"):
