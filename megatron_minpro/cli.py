@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from megatron_minpro.commands import convert, doctor, evaluate, plan, rehearse, report, scale, serve, study, train
+from megatron_minpro.commands import compare, convert, doctor, evaluate, plan, rehearse, report, scale, serve, study, train
 from megatron_minpro.working_folder import without_working_folder
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("rehearse")(rehearse.rehearse)
 app.command("scale")(scale.scale)
 app.command("study")(study.study)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 
 _TYPER_INTERRUPTED = 130  # typer turns a KeyboardInterrupt into this return value
 

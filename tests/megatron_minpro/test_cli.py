@@ -16,7 +16,7 @@ from megatron_minpro import cli
 from rollout.sglang.environment import default_server_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "rehearse", "report", "scale", "study")
+COMMANDS = ("train", "serve", "doctor", "evaluate", "convert", "plan", "rehearse", "report", "scale", "study", "compare")
 
 
 class Launcher(ModuleType):
