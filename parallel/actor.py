@@ -333,7 +333,7 @@ class MegatronActor:
             self._run(self._micro_batches(minibatch, routing), add, forward_only=True)
         watch.raise_together(f"nothing changed, the policy stays at version {self.policy_version}")
         self._end_routing(routing)
-        return self._sum_statistics(totals if self._speaks else None)["statistics"]
+        return self._sum_statistics(totals if self.speaks else None)["statistics"]
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: LossFunction, *, learning_rate: LearningRate) -> UpdateReport:
         """Forward, backward, clip, step over one mini-batch. A learning rate that is a function gets the mini-batch's sums of metrics.
@@ -357,7 +357,7 @@ class MegatronActor:
         self._run(self._micro_batches(minibatch, routing), compute_loss, forward_only=False)
         watch.raise_together(unchanged)
         self._end_routing(routing)
-        sums = self._sum_metrics(totals if self._speaks else None)
+        sums = self._sum_metrics(totals if self.speaks else None)
 
         rate = learning_rate(sums) if callable(learning_rate) else learning_rate
         set_learning_rate(self._optimizer, rate, weight_decay=self.settings.optimizer.weight_decay)
@@ -378,7 +378,7 @@ class MegatronActor:
         )
 
     @property
-    def _speaks(self) -> bool:
+    def speaks(self) -> bool:
         """One rank of each tensor-parallel group of the last stage contributes to sums."""
         return self._groups.is_last_stage and self._groups.coordinates.tp == 0
 

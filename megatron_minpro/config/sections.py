@@ -468,6 +468,11 @@ class TrackingConfig(Section):
         description="where metrics go beside metrics.jsonl: tensorboard, wandb, {name: package.module:function, option: ...}; may be []",
     )
     keep_rollouts: bool = Field(default=True, description="every sampled response as readable JSON lines in RUN/rollouts")
+    token_groups: int = Field(
+        default=2,
+        ge=0,
+        description="groups of a batch of which RUN/tokens keeps each token's log-probs, ratio and weight, 34 bytes a token; 0: none",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
 
 

@@ -21,6 +21,7 @@ from megatron_minpro.loop.server_weights import ServerWeights
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, write_sampled
+from megatron_minpro.tracking.token_records import TokenRecords, token_file, write_token_records
 from megatron_minpro.tracking.tracker import RunTracker
 from rollout.weights.weight_sync import WeightSyncFailed
 
@@ -84,6 +85,11 @@ class RunDriver:
         self.tracker.log(step, metrics)
         self.trained_batches = int(metrics["total/batches_trained"])
         log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def keep_tokens(self, records: TokenRecords) -> None:
+        """One file for people to look into."""
+        name = token_file(self.run_dir, global_step=records.global_step, update=records.update).name
+        self.files.write(name, lambda: write_token_records(self.run_dir, records), may_be_lost=True)
 
     def evaluate(self, label: str, *, policy_version: int) -> dict[str, float]:
         """Measure held-out pass@k, keep it as evaluation_<label>.json."""

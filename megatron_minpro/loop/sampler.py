@@ -87,6 +87,8 @@ def _records(collected: Collected) -> list[RolloutRecord]:
     samples = (*collected.batch.samples, *collected.dropped)
     return [
         RolloutRecord(
+            sample_id=sample.sample_id,
+            group=number // collected.batch.group_size if number < num_trained else None,
             prompt_id=conversation.prompt.prompt_id,
             prompt=conversation.prompt.text,
             response=conversation.text,

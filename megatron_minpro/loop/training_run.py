@@ -17,6 +17,7 @@ from megatron_minpro.loop.phase_timer import PhaseTimer
 from megatron_minpro.loop.sampled_batch import SampledBatch
 from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.objectives import Objective
+from megatron_minpro.tracking.token_records import TokenRecords
 from parallel.actor import MegatronActor
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Driver(Protocol):
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None: ...
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def keep_tokens(self, records: TokenRecords) -> None: ...  # what the objective saw of single tokens
     def evaluate(self, label: str, *, policy_version: int) -> Mapping[str, float]: ...
     def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None: ...  # see RunDriver
     def heartbeat(self, phase: str) -> None: ...  # what the trainer does now

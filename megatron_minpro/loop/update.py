@@ -12,6 +12,7 @@ from megatron_minpro.batch.staleness import expected_lag
 from megatron_minpro.config import ActorConfig
 from megatron_minpro.loop.learning_rate import sample_size_factor, training_rate
 from megatron_minpro.loop.routing import experts_of, trained_metrics
+from megatron_minpro.loop.seen_tokens import MARK, SeenTokens, recorded_groups
 from megatron_minpro.loop.step_under_way import StepUnderWay
 from megatron_minpro.loop.stop_time import LONGEST_UPDATE
 from megatron_minpro.loop.top_tokens import forget_files, top_tokens_of
@@ -33,6 +34,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     if batch is None:
         return
     experts, top = experts_of(run, batch), top_tokens_of(run, batch)
+    recorded = recorded_groups(batch, run.config.tracking.token_groups)
     for samples in batch.mini_batches(num_mini_batches=updates, seed=run.config.seed)[under_way.updates :]:
         obey(run)
         before_s = under_way.timer.seconds.get("update", 0.0)
@@ -40,7 +42,10 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
             lag = run.actor.policy_version - batch.policy_version
             sequences = [sample.training_sequence(experts[sample.sample_id], top[sample.sample_id]) for sample in samples]
             rate = _rate(run.config.actor, run.actor.policy_version)
-            report = train_mini_batch(run.actor, sequences, run.objective, lag=lag // updates, learning_rate=rate)
+            seen = SeenTokens(samples=samples, groups=recorded) if any(sample.sample_id in recorded for sample in samples) else None
+            report = train_mini_batch(run.actor, sequences, run.objective, lag=lag // updates, learning_rate=rate, seen=seen)
+            if seen is not None:
+                _keep(run, batch, seen, under_way)
         took_s = under_way.timer.seconds["update"] - before_s
         under_way.metrics[LONGEST_UPDATE] = max(took_s, under_way.metrics.get(LONGEST_UPDATE, 0.0))
         under_way.updates += 1
@@ -48,6 +53,21 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
         under_way.reports.append(report)
     run.buffer.pop(under_way.step)
     _complete(run, batch, under_way)
+
+
+def _keep(run: TrainingRun, batch: RolloutBatch, seen: SeenTokens, under_way: StepUnderWay) -> None:
+    """Collective. Rank 0 writes down what the objective saw of the recorded responses in the mini-batch that was just trained."""
+    parts = seen.gather(speaks=run.actor.speaks, group=run.control_group)
+    if run.driver is not None and parts is not None:
+        records = seen.records(
+            parts,
+            batch=batch,
+            global_step=under_way.step,
+            update=under_way.updates,
+            policy_version=run.actor.policy_version - 1,
+            objective=run.objective.name,
+        )
+        run.driver.keep_tokens(records)
 
 
 def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) -> None:
@@ -86,14 +106,27 @@ def _rate(actor: ActorConfig, policy_version: int) -> LearningRate:
 
 
 def train_mini_batch(
-    actor: MegatronActor, sequences: Sequence[TokenSequence], objective: Objective, *, lag: int, learning_rate: LearningRate
+    actor: MegatronActor,
+    sequences: Sequence[TokenSequence],
+    objective: Objective,
+    *,
+    lag: int,
+    learning_rate: LearningRate,
+    seen: SeenTokens | None = None,
 ) -> UpdateReport:
     """One optimizer step; before it, a forward pass for the few objectives that must know the whole mini-batch.
 
-    lag: whole global steps of training between the weights that sampled and the current ones.
+    Args:
+        actor: trains.
+        sequences: the mini-batch.
+        objective: gives the loss.
+        lag: whole global steps of training between the weights that sampled and the current ones.
+        learning_rate: of the step.
+        seen: takes what the objective sees of the recorded responses; None: none is recorded.
     """
     statistics = minibatch_statistics(actor, sequences, objective, lag=lag)
-    return actor.update(sequences, make_loss_function(objective, statistics, lag=lag), learning_rate=learning_rate)
+    loss_fn = make_loss_function(objective, statistics, lag=lag, seen=seen)
+    return actor.update(sequences if seen is None else seen.mark(sequences), loss_fn, learning_rate=learning_rate)
 
 
 def minibatch_statistics(
@@ -109,14 +142,18 @@ def minibatch_statistics(
     return actor.sum_statistics(sequences, statistics_fn)
 
 
-def make_loss_function(objective: Objective, statistics: torch.Tensor | None = None, *, lag: int | None = None) -> LossFunction:
-    """The actor's view of an objective, plus the entropy of the trained tokens."""
+def make_loss_function(
+    objective: Objective, statistics: torch.Tensor | None = None, *, lag: int | None = None, seen: SeenTokens | None = None
+) -> LossFunction:
+    """The actor's view of an objective, plus the entropy of the trained tokens. seen: looks at the recorded responses."""
 
     def loss_fn(
         *, entropy_T: torch.Tensor, streams: Mapping[str, torch.Tensor], **tokens: Any
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         batch = TokenBatch(**tokens, **by_token(streams), lag=lag)
         out = objective(batch, statistics)
+        if seen is not None:
+            seen.look(streams[MARK], batch, out, entropy_T)
         entropy = entropy_T[batch.loss_mask_T]
         return out.loss, {**out.metrics, "policy/entropy": torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])}
 
@@ -124,5 +161,5 @@ def make_loss_function(objective: Objective, statistics: torch.Tensor | None = N
 
 
 def by_token(streams: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The sequences' streams (batch/sample.py) as fields of a TokenBatch."""
-    return {f"{name}_T": stream for name, stream in streams.items()}
+    """The sequences' streams (batch/sample.py) as fields of a TokenBatch. The mark of recorded responses is none."""
+    return {f"{name}_T": stream for name, stream in streams.items() if name != MARK}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float32, Float64, UInt8
 from torch import Tensor
 
 from parallel.sequence_shard import SequenceShard
@@ -143,6 +143,10 @@ class ObjectiveOutput:
     loss: Float32[Tensor, ""]  # with gradient: this rank's share; summed over ranks and micro-batches it is the mini-batch's loss
     weights_T: Float32[Tensor, " T"]  # detached, 0 if masked: d loss / d logprobs_T = -weights_T * advantages_T / divisor
     metrics: dict[str, Float64[Tensor, " _"]]  # each kind of metrics.py adds up
+    # For people who look at single tokens; None: the objective does not say.
+    prefix_min_T: Float32[Tensor, " T"] | None = None  # detached: log of the smallest ratio among earlier trained tokens; at the first 0
+    cumulative_T: Float32[Tensor, " T"] | None = None  # detached: log of the product of the ratios up to and with the token
+    cut_T: UInt8[Tensor, " T"] | None = None  # a Cut: what a bound or a filter did to the weight; 0 if masked
 
 
 @dataclass(frozen=True, kw_only=True)

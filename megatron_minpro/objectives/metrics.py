@@ -1,7 +1,8 @@
 """What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
 
 A metric is float64, [2] = (sum, count), or by the end of its name: [NUM_BINS] = counts per bin (`/histogram`), what
-effective_sample_size.py sums (`/weight_sums`), what by_place.py sums (`/by_place`). `finalize_metrics` makes numbers of the totals.
+effective_sample_size.py sums (`/weight_sums`), what by_place.py sums (`/by_place`, `/by_share`). `finalize_metrics` makes numbers of
+the totals.
 megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens, S sequences.
 """
 
@@ -12,11 +13,22 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped, UInt8
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
-from megatron_minpro.objectives.by_place import PLACE_SUFFIX, means_by_place, sums_by_place
+from megatron_minpro.objectives.by_place import (
+    NUM_STRETCHES,
+    PLACE_SUFFIX,
+    SHARE_SUFFIX,
+    SHARES,
+    means_by_place,
+    means_by_share,
+    place_stretches,
+    share_stretches,
+    sums_by_stretch,
+)
+from megatron_minpro.objectives.cut import has_no_gradient, is_held
 from megatron_minpro.objectives.effective_sample_size import WEIGHT_SUMS_SUFFIX, effective_sample_size, weight_sums
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, ratio
 from megatron_minpro.objectives.score_centering import Centering
@@ -27,7 +39,7 @@ UNIT_LOG_RATIO = 1e-5
 VANISHED_WEIGHT = 0.01
 
 HISTOGRAM_SUFFIX = "/histogram"
-_SUFFIXES = f"{HISTOGRAM_SUFFIX}, {WEIGHT_SUMS_SUFFIX} or {PLACE_SUFFIX}"
+_SUFFIXES = f"{HISTOGRAM_SUFFIX}, {WEIGHT_SUMS_SUFFIX}, {PLACE_SUFFIX} or {SHARE_SUFFIX}"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 # Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
@@ -42,13 +54,12 @@ def token_metrics(
     log_ratio_T: Float[Tensor, " T"],
     scanned: Scanned,
     weights_T: Float[Tensor, " T"],
-    hard_T: Bool[Tensor, " T"],
-    soft_T: Bool[Tensor, " T"],
+    cut_T: UInt8[Tensor, " T"],
     loss: Float[Tensor, ""],
 ) -> dict[str, Float64[Tensor, " _"]]:
     """Metrics of one micro-batch, over its trained tokens.
 
-    hard_T: tokens whose gradient a clip, a gate or a filter made 0. soft_T: tokens whose weight was bounded but not made 0.
+    cut_T: a Cut. clip/hard counts tokens whose gradient a clip, a gate or a filter made 0, clip/soft those whose weight was held.
     loss/policy has the denominator (local trained tokens / global_tokens), which is 1 over a mini-batch: its mean is the loss per
     mini-batch. policy/kl_to_behaviour is the estimator k3 = rho - 1 - log rho of KL(pi_old || pi_theta), whose samples come from pi_old
     (Schulman, "Approximating KL divergence", 2020). Ratios in metrics are held within exp(+-20).
@@ -58,6 +69,7 @@ def token_metrics(
     mean_of = partial(_sum_and_count, mask_T=mask_T, count=count)
     d_T, prefix_min_T = log_ratio_T.detach(), scanned.prefix_min_T
     share_S = (scanned.num_trained_S > 0).double() / batch.shard.cp_size  # every context-parallel rank knows the whole sequence's ratio
+    hard_T, taught_T = has_no_gradient(cut_T), mask_T & (batch.advantages_T != 0)
     ratio_T = ratio(d_T.double())
     bounded_T = d_T.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {
@@ -70,7 +82,8 @@ def token_metrics(
         "weight/mean_square": mean_of(weights_T.double().square()),
         "weight/vanished": mean_of(weights_T.abs() < VANISHED_WEIGHT),
         "clip/hard": mean_of(hard_T),
-        "clip/soft": mean_of(soft_T),
+        "clip/hard_with_advantage": _sum_and_count(hard_T, mask_T=taught_T, count=taught_T.sum().double()),
+        "clip/soft": mean_of(is_held(cut_T)),
         "advantage/mean": mean_of(batch.advantages_T),
         "policy/kl_to_behaviour": mean_of(torch.expm1(bounded_T) - bounded_T),
         "loss/policy": torch.stack([loss.double(), count / batch.global_tokens]),
@@ -79,8 +92,17 @@ def token_metrics(
         "effective_sample_size/sequence/weight_sums": weight_sums(scanned.sequence_S, share_S),
         "log_ratio/histogram": histogram(d_T, mask_T),
         "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
-        "log_prefix_min/by_place": sums_by_place(prefix_min_T, scanned.place_T, mask_T),
-        "weight/by_place": sums_by_place(weights_T, scanned.place_T, mask_T),
+        **_along_the_response(batch, scanned, {"log_prefix_min": prefix_min_T, "weight": weights_T}),
+    }
+
+
+def _along_the_response(batch: TokenBatch, scanned: Scanned, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    place_T = place_stretches(scanned.place_T)
+    share_T = share_stretches(scanned.place_T, batch.shard.per_token(scanned.num_trained_S))
+    return {
+        name + suffix: sums_by_stretch(x_T, stretch_T, batch.loss_mask_T, num_stretches=num_stretches)
+        for name, x_T in values.items()
+        for suffix, stretch_T, num_stretches in ((PLACE_SUFFIX, place_T, NUM_STRETCHES), (SHARE_SUFFIX, share_T, len(SHARES)))
     }
 
 
@@ -112,7 +134,7 @@ def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
     """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, means by place as
-    group/token_1, group/tokens_2_3, ... (those that have a token), effective sample sizes of weight sums, and
+    group/token_1, group/tokens_2_3, ... and by share as group/share_0_1, ... (those that have a token), effective sample sizes, and
     weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
 
     A metric without any token is NaN, never 0. Raises ValueError for a shape that is none of these.
@@ -127,6 +149,9 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
         elif name.endswith(PLACE_SUFFIX):
             stem = name.removesuffix(PLACE_SUFFIX)
             final |= {f"{stem}/{stretch}": mean for stretch, mean in means_by_place(value).items()}
+        elif name.endswith(SHARE_SUFFIX):
+            stem = name.removesuffix(SHARE_SUFFIX)
+            final |= {f"{stem}/{stretch}": mean for stretch, mean in means_by_share(value).items()}
         elif tuple(value.shape) == (2,):
             total, count = value.tolist()
             final[name] = total / count if count else math.nan

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from megatron_minpro.objectives import score_centering
 from megatron_minpro.objectives.aggregation import aggregate
 from megatron_minpro.objectives.base import ObjectiveOutput, TokenBatch
+from megatron_minpro.objectives.cut import Cut, has_no_gradient
 from megatron_minpro.objectives.metrics import centering_metrics, token_metrics
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, advantages, ratio, trained
 from megatron_minpro.objectives.score_centering import Centering, LogMass
@@ -52,8 +53,8 @@ def weighted_policy_gradient(
     dropped_T = torch.zeros_like(batch.loss_mask_T) if keep_T is None else ~keep_T
     weights_T = trained(batch, torch.where(dropped_T, 0.0, scale * bounded_T.exp()))
     log_mass = None if log_factor_T is None else score_centering.clipped(log_factor_T, log_low_T, log_high_T)
-    soft_T = (bounded_T != log_weights_T) & ~dropped_T
-    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=soft_T, log_mass=log_mass, scale=scale)
+    cut_T = _held(log_weights_T, log_low_T, log_high_T).masked_fill(dropped_T, Cut.FILTERED)
+    return _fixed(batch, log_ratio_T, scanned, weights_T, cut_T, log_mass=log_mass, scale=scale)
 
 
 def masked_policy_gradient(
@@ -68,10 +69,10 @@ def masked_policy_gradient(
         log_low, log_high: the bounds, in log space.
     """
     d_T = log_ratio_T.detach()
-    dropped_T = (d_T < log_low) | (d_T > log_high)
-    weights_T = trained(batch, torch.where(dropped_T, 0.0, ratio(d_T)))
+    cut_T = _uncut(batch).masked_fill(d_T < log_low, Cut.BELOW).masked_fill(d_T > log_high, Cut.ABOVE)
+    weights_T = trained(batch, torch.where(has_no_gradient(cut_T), 0.0, ratio(d_T)))
     log_mass = score_centering.masked(log_low=log_low, log_high=log_high)
-    return _fixed(batch, log_ratio_T, scanned, weights_T, hard_T=dropped_T, soft_T=torch.zeros_like(dropped_T), log_mass=log_mass)
+    return _fixed(batch, log_ratio_T, scanned, weights_T, cut_T, log_mass=log_mass)
 
 
 def fixed_weights(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: Scanned, weights_T: Float[Tensor, " T"]) -> ObjectiveOutput:
@@ -83,8 +84,7 @@ def fixed_weights(batch: TokenBatch, log_ratio_T: Float[Tensor, " T"], scanned: 
         scanned: the answers of `scan_batch`.
         weights_T: w.
     """
-    none_T = torch.zeros_like(batch.loss_mask_T)
-    return _fixed(batch, log_ratio_T, scanned, trained(batch, weights_T.detach()), hard_T=none_T, soft_T=none_T)
+    return _fixed(batch, log_ratio_T, scanned, trained(batch, weights_T.detach()), _uncut(batch))
 
 
 def _fixed(
@@ -92,9 +92,8 @@ def _fixed(
     log_ratio_T: Tensor,
     scanned: Scanned,
     weights_T: Tensor,
+    cut_T: Tensor,
     *,
-    hard_T: Tensor,
-    soft_T: Tensor,
     log_mass: LogMass | None = None,
     scale: float = 1.0,
 ) -> ObjectiveOutput:
@@ -104,7 +103,7 @@ def _fixed(
     if batch.top is not None and log_mass is not None:
         centering = score_centering.center(batch.loss_mask_T, batch.top, log_mass, scale=scale)
         loss_T = loss_T + advantages(batch) * centering.term_T
-    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=soft_T, centering=centering)
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, cut_T, centering=centering)
 
 
 def ppo_clip(
@@ -136,15 +135,17 @@ def ppo_clip(
     ratio_T = ratio(d_T)
     bounded_T = torch.minimum(torch.maximum(d_T, _as_tensor(log_low, d_T)), _as_tensor(log_high, d_T)).detach()
     ceiling = math.inf if dual_clip is None else math.log(dual_clip)
-    gated_T = ((advantages_T > 0) & (d_T > log_high)) | ((advantages_T < 0) & ((d_T < log_low) | (d_T > ceiling)))
+    above_T = ((advantages_T > 0) & (d_T > log_high)) | ((advantages_T < 0) & (d_T > ceiling))
+    below_T = (advantages_T < 0) & (d_T < log_low)
+    gated_T = above_T | below_T
     limit_T = torch.where((advantages_T < 0) & (d_T > ceiling), ceiling, bounded_T)
     loss_T = -advantages_T * torch.where(gated_T, ratio(limit_T), ratio_T)
     overflow_T = (d_T.abs() > MAX_LOG_RATIO) & (advantages_T != 0)
-    hard_T = gated_T | overflow_T
+    cut_T = _uncut(batch).masked_fill(overflow_T, Cut.OVERFLOW).masked_fill(above_T, Cut.ABOVE).masked_fill(below_T, Cut.BELOW)
     if keep_T is not None:
-        loss_T, hard_T = torch.where(keep_T, loss_T, 0.0), hard_T | ~keep_T
-    weights_T = trained(batch, torch.where(hard_T, 0.0, ratio_T.detach()))
-    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, hard_T=hard_T, soft_T=torch.zeros_like(hard_T))
+        loss_T, cut_T = torch.where(keep_T, loss_T, 0.0), cut_T.masked_fill(~keep_T, Cut.FILTERED)
+    weights_T = trained(batch, torch.where(has_no_gradient(cut_T), 0.0, ratio_T.detach()))
+    return _output(batch, log_ratio_T, scanned, loss_T, weights_T, cut_T)
 
 
 def _output(
@@ -153,9 +154,8 @@ def _output(
     scanned: Scanned,
     loss_T: Tensor,
     weights_T: Tensor,
+    cut_T: Tensor,
     *,
-    hard_T: Tensor,
-    soft_T: Tensor,
     centering: Centering | None = None,
 ) -> ObjectiveOutput:
     if batch.top is not None and centering is None:
@@ -169,13 +169,28 @@ def _output(
         log_ratio_T=log_ratio_T.detach(),
         scanned=scanned,
         weights_T=weights_T,
-        hard_T=hard_T,
-        soft_T=soft_T,
+        cut_T=cut_T,
         loss=loss.detach(),
     )
     if centering is not None:
         metrics |= centering_metrics(batch, centering)
-    return ObjectiveOutput(loss=loss, weights_T=weights_T, metrics=metrics)
+    return ObjectiveOutput(
+        loss=loss,
+        weights_T=weights_T,
+        prefix_min_T=scanned.prefix_min_T.detach(),
+        cumulative_T=scanned.cumulative_T.detach(),
+        cut_T=cut_T.masked_fill(~batch.loss_mask_T, Cut.NONE),
+        metrics=metrics,
+    )
+
+
+def _uncut(batch: TokenBatch) -> UInt8[Tensor, " T"]:
+    return torch.zeros_like(batch.loss_mask_T, dtype=torch.uint8)
+
+
+def _held(log_weights_T: Tensor, log_low_T: Tensor, log_high_T: Tensor) -> UInt8[Tensor, " T"]:
+    none_T = torch.zeros_like(log_weights_T, dtype=torch.uint8)
+    return none_T.masked_fill(log_weights_T < log_low_T, Cut.HELD_LOW).masked_fill(log_weights_T > log_high_T, Cut.HELD_HIGH)
 
 
 def _as_tensor(bound: float | Tensor, like: Tensor) -> Tensor:

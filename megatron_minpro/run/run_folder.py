@@ -11,6 +11,7 @@ from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled
 from megatron_minpro.tracking.tensorboard import TENSORBOARD_FOLDER
+from megatron_minpro.tracking.token_records import TOKENS_FOLDER
 from megatron_minpro.tracking.wandb import WANDB_FOLDER
 
 ENDPOINTS_FILE = "endpoints.json"  # addresses of the rollout servers, once they answer
@@ -34,6 +35,6 @@ def forget_unfinished_attempt(run_dir: Path) -> None:
         write_atomically(run_dir / LOST_FILE, f"{sampled}\n")
     for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
         path.unlink(missing_ok=True)
-    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, WANDB_FOLDER, *BATCH_FOLDERS):
+    for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, TOKENS_FOLDER, WANDB_FOLDER, *BATCH_FOLDERS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     (run_dir / SAMPLED_FILE).unlink(missing_ok=True)  # last: an attempt that ends before this line counts the same again

@@ -55,6 +55,7 @@ from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
 from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
 from megatron_minpro.tracking.sampled_count import read_sampled
+from megatron_minpro.tracking.token_records import forget_token_records
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
@@ -231,6 +232,7 @@ def build_driver(
     count_lost(run_dir, counters)
     metrics = MetricsFile(run_dir)
     metrics.truncate_after(counters.next_step - 1)
+    forget_token_records(run_dir, global_step=counters.next_step, update=0 if unfinished is None else unfinished.updates)
     files = LateFiles(run_dir)
     tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers], files)
     tracker.start(config.model_dump(mode="json"))

@@ -25,7 +25,7 @@ _FLUSH_S = 120.0
 @dataclass(frozen=True, slots=True)
 class _File:
     name: str
-    write: Callable[[], None]
+    write: Callable[[], object]
     may_be_lost: bool
 
 
@@ -49,7 +49,7 @@ class LateFiles:
         self._fault: Exception | None = None
         Thread(target=self._work, name="late files", daemon=True).start()
 
-    def write(self, name: str, action: Callable[[], None], *, may_be_lost: bool = False) -> None:
+    def write(self, name: str, action: Callable[[], object], *, may_be_lost: bool = False) -> None:
         """Returns when the file is written, or has to wait.
 
         Args:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from megatron_minpro.registry import nearest
 
@@ -62,12 +63,15 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
     ]
 
 
-def _by_place(group: str, unit: str, meaning: str) -> list[Metric]:
+def _along_the_response(group: str, unit: str, meaning: str) -> list[Metric]:
     doubling = [2**exponent for exponent in range(17)]
-    stretches = ["token_1", *(f"tokens_{first}_{2 * first - 1}" for first in doubling[1:-1]), f"tokens_{doubling[-1]}_on"]
+    places = ["token_1", *(f"tokens_{first}_{2 * first - 1}" for first in doubling[1:-1]), f"tokens_{doubling[-1]}_on"]
+    stretches = {name: name.replace("_", " ") for name in places}
+    percentages = (0, 1, 2, 5, 10, 20, 50, 100)
+    stretches |= {f"share_{first}_{last}": f"{first}% to {last}%" for first, last in pairwise(percentages)}
     return [
-        _metric(f"{group}/{name}", unit, Combined.TOKEN_MEAN, _BY_PLACE, f"{meaning}: mean over {name.replace('_', ' ')} of the responses")
-        for name in stretches
+        _metric(f"{group}/{name}", unit, Combined.TOKEN_MEAN, _BY_PLACE, f"{meaning}: mean over {stretch} of the responses")
+        for name, stretch in stretches.items()
     ]
 
 
@@ -185,7 +189,7 @@ METRICS: tuple[Metric, ...] = (
         "smallest rho among the earlier tokens of the response; 1 for the first token",
     ),
     *_quantiles("log_prefix_min", "nats", _OBJECTIVES, "log of the smallest rho among the earlier tokens"),
-    *_by_place("log_prefix_min", "nats", "log of the smallest rho among the earlier tokens"),
+    *_along_the_response("log_prefix_min", "nats", "log of the smallest rho among the earlier tokens"),
     _metric("weight/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "weight of a token's policy gradient"),
     _metric("weight/mean_square", "ratio^2", Combined.TOKEN_MEAN, _OBJECTIVES, "square of that weight"),
     _metric(
@@ -210,8 +214,15 @@ METRICS: tuple[Metric, ...] = (
             ("sequence", "responses, W = product of all rho of the response"),
         )
     ),
-    *_by_place("weight", "ratio", "weight of a token's policy gradient"),
+    *_along_the_response("weight", "ratio", "weight of a token's policy gradient"),
     _metric("clip/hard", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose gradient a clip, gate or filter made 0"),
+    _metric(
+        "clip/hard_with_advantage",
+        "fraction",
+        Combined.TOKEN_MEAN,
+        _OBJECTIVES,
+        "the same share, among trained tokens whose advantage is not 0: the others have no gradient to lose",
+    ),
     _metric("clip/soft", "fraction", Combined.TOKEN_MEAN, _OBJECTIVES, "trained tokens whose weight was bounded but not made 0"),
     _metric(
         "centering/active",

@@ -18,6 +18,8 @@ ROLLOUTS_FOLDER = "rollouts"
 class RolloutRecord:
     """One response as a person wants to read it."""
 
+    sample_id: str
+    group: int | None  # of the batch; None where it is not trained
     prompt_id: str
     prompt: str
     response: str  # everything after the prompt: in a conversation also what the environment said

@@ -33,6 +33,7 @@ SMALL = (
     "rollout.group_size=2",
     "checkpoint.every=3",
     "rollout.logprob_gap_action=warn",  # the numbers below are not those of one model
+    "tracking.token_groups=0",  # the actor below shows no tokens to the loss
 )
 MakeBatch = Callable[..., RolloutBatch]
 MakeSample = Callable[..., Sample]

@@ -26,6 +26,7 @@ from megatron_minpro.loop.scoring import score
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.loop.update import make_loss_function, update
 from megatron_minpro.objectives import make_objective
+from megatron_minpro.tracking.token_records import TokenRecords, read_token_records, write_token_records
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
@@ -103,6 +104,12 @@ def grad_norms(actor: MegatronActor) -> dict[str, float]:
     }
 
 
+def written(path: Path) -> dict[str, Any]:
+    """What a file of token records holds, in JSON's types."""
+    records = asdict(read_token_records(path))
+    return {**records, "streams": {name: values.tolist() for name, values in records["streams"].items()}}
+
+
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -119,18 +126,20 @@ def main() -> None:
             "staleness=1",
             "actor.optimizer.learning_rate=0.03",
             f"actor.routing_replay={request['replay']}",
+            "tracking.token_groups=2",
         )
         first = dist.get_rank() == 0
         if first:
             run_dir.mkdir()
         actor = build(folder, layout, groups)
+        tokens: list[TokenRecords] = []
         run = TrainingRun(
             config=config,
             actor=actor,
             objective=make_objective("minpro", clip_high=0.1),
             buffer=StalenessBuffer(1),
             counters=RunCounters(),
-            driver=SimpleNamespace(heartbeat=lambda phase: None) if first else None,  # type: ignore[arg-type]
+            driver=SimpleNamespace(heartbeat=lambda phase: None, keep_tokens=tokens.append) if first else None,  # type: ignore[arg-type]
             control_group=groups.control,
             stop_requested=lambda: False,
             checkpoints=FakeCheckpoints([], lambda: 0),
@@ -160,6 +169,7 @@ def main() -> None:
                 "trained": trained,
                 "left": sorted(path.name for folder in ("routing", "top_tokens") for path in run_dir.glob(f"{folder}/*")),
                 "counters": asdict(run.counters),
+                "tokens": [written(write_token_records(run_dir, records)) for records in tokens],
             }
             (run_dir / "numbers.json").write_text(json.dumps(kept))
         process_groups.shut_down()

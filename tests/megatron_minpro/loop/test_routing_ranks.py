@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollout.ports import free_ports
+from tests.megatron_minpro.loop.diary import UPDATES
 from tests.rank_pool import RankPool
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
@@ -83,3 +85,32 @@ def test_replay_leaves_scoring_and_changes_training(numbers: dict[str, dict[str,
     assert replayed["trained"][1]["loss/total"] != live["trained"][1]["loss/total"]
     # The same experts in numerator and denominator: the ratios of the second batch, two updates later, fall less.
     assert replayed["trained"][1]["prefix_min/mean"] > live["trained"][1]["prefix_min/mean"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recorded_tokens_are_those_that_the_objective_saw(layout: str, numbers: dict[str, dict[str, Any]]) -> None:
+    """Prefix minima, products, weights and cuts of the recorded responses follow from their log-probs, by a float64 loop."""
+    found, expected = numbers[layout]["tokens"], numbers["ep2"]["tokens"]
+    names = sorted(response["sample_id"] for records in found for response in records["responses"])
+    assert names == sorted(f"step{step}-{number}" for step in (0, 1) for number in range(4)), "two groups of two, each response once"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {name: ours[name] for name in ours if name != "streams"} == {name: theirs[name] for name in theirs if name != "streams"}
+        assert ours["lag"] == ours["policy_version"] == UPDATES * (ours["global_step"] - 1) + ours["update"]
+        streams, start = ours["streams"], 0
+        assert streams["token_ids"] == theirs["streams"]["token_ids"]
+        for name in ("logprobs", "behaviour_logprobs", "entropy"):
+            assert streams[name] == pytest.approx(theirs["streams"][name], abs=2e-2), name
+        for response in ours["responses"]:
+            smallest, product = 0.0, 0.0
+            for t in range(start, start + response["num_response_tokens"]):
+                log_ratio = streams["logprobs"][t] - streams["behaviour_logprobs"][t]
+                product += log_ratio
+                weight = math.exp(log_ratio + smallest)
+                assert streams["prefix_min"][t] == pytest.approx(smallest, abs=1e-6)
+                assert streams["cumulative"][t] == pytest.approx(product, abs=1e-5)
+                assert streams["weights"][t] == pytest.approx(min(weight, 1.1), rel=1e-5)
+                if abs(weight - 1.1) > 1e-5:
+                    assert streams["cut"][t] == (2 if weight > 1.1 else 0)
+                smallest = log_ratio if t == start else min(smallest, log_ratio)
+            start += response["num_response_tokens"]
+        assert start == len(streams["logprobs"])

@@ -134,6 +134,9 @@ class Ran:
     gradients: list[Tensor]
     metrics: dict[str, Tensor]
     top_gradients: list[Tensor]  # [L, K] each; none where the case has no top tokens
+    prefix_minima: list[Tensor]
+    cumulative: list[Tensor]
+    cuts: list[Tensor]
 
 
 def run(objective: Objective, case: Case, micro_batches: Sequence[Sequence[int]] | None = None, *, multiple_of: int = 1) -> Ran:
@@ -142,19 +145,24 @@ def run(objective: Objective, case: Case, micro_batches: Sequence[Sequence[int]]
     batches = [case.batch(indices, multiple_of=multiple_of) for indices in micro_batches]
     statistics = sum(objective.minibatch_statistics(batch) for batch, _ in batches) if objective.needs_minibatch_statistics else None
     loss, weights, gradients, top_gradients, metrics = 0.0, {}, {}, {}, []
+    prefix_minima, cumulative, cuts = {}, {}, {}
     for (batch, shard), indices in zip(batches, micro_batches, strict=True):
         out = objective(batch, statistics)
         gradient_T, *of_top = torch.autograd.grad(out.loss, [batch.logprobs_T, *([batch.top.logprobs_TK] if batch.top else [])])
         loss += out.loss.item()
         metrics.append(out.metrics)
         weights |= dict(zip(indices, shard.assemble(out.weights_T), strict=True))
+        for values, x_T in ((prefix_minima, out.prefix_min_T), (cumulative, out.cumulative_T), (cuts, out.cut_T)):
+            if x_T is not None:  # an objective of a user may not say them
+                values |= dict(zip(indices, shard.assemble(x_T), strict=True))
         gradients |= dict(zip(indices, shard.assemble(gradient_T), strict=True))
         for gradient_TK in of_top:
             columns = [shard.assemble(x_T) for x_T in gradient_TK.unbind(1)]
             top_gradients |= {index: torch.stack(of_sequence, 1) for index, *of_sequence in zip(indices, *columns, strict=True)}
     order = range(len(case.masks))
     rows = [top_gradients[i] for i in order if i in top_gradients]
-    return Ran(loss, [weights[i] for i in order], [gradients[i] for i in order], add_metrics(metrics), rows)
+    by_token = ([values[i] for i in order if i in values] for values in (prefix_minima, cumulative, cuts))
+    return Ran(loss, [weights[i] for i in order], [gradients[i] for i in order], add_metrics(metrics), rows, *by_token)
 
 
 # One sequence's trained tokens in float64: log ratios, advantages, log-probs -> (weight, loss) per token, by a plain loop.

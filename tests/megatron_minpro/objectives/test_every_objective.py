@@ -77,7 +77,7 @@ def test_correction_weights_multiply_weight_gradient_and_loss_alone(objective, c
         only = [torch.where(x, weights, 0.0) for x, weights in zip(part, corrected.corrections, strict=True)]
         alone += run_objective(objective, replace(plain, corrections=only)).loss
     assert after.loss == pytest.approx(alone, rel=1e-5, abs=1e-6)
-    weighted = {"weight/mean", "weight/mean_square", "weight/vanished", "weight/by_place", "loss/policy"}
+    weighted = {"weight/mean", "weight/mean_square", "weight/vanished", "weight/by_place", "weight/by_share", "loss/policy"}
     for name in before.metrics.keys() - weighted:
         torch.testing.assert_close(after.metrics[name], before.metrics[name], rtol=0, atol=0)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_minpro.objectives import OBJECTIVES, make_objective
-from megatron_minpro.objectives.by_place import means_by_place, sums_by_place
+from megatron_minpro.objectives.by_place import NUM_STRETCHES, means_by_place, place_stretches, share_stretches, sums_by_stretch
 from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
 from megatron_minpro.tracking.metrics_table import check_declared
 
@@ -61,7 +62,10 @@ def test_every_objective_reports_the_same_list(name: str, cases, run_objective) 
     final = finalize_metrics(run_objective(objective, cases.random(0)).metrics)
     check_declared(final)
     quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "log_prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
-    stretches = ("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15")  # the longest response has 10 trained tokens
+    stretches = (
+        *("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15"),  # the longest response has 10 trained tokens,
+        *("share_5_10", "share_10_20", "share_20_50", "share_50_100"),  # so none has a token before its 10th percentage
+    )
     assert final.keys() == quantiles | {f"{what}/{stretch}" for what in ("log_prefix_min", "weight") for stretch in stretches} | {
         "ratio/mean",
         "log_ratio/mean",
@@ -76,6 +80,7 @@ def test_every_objective_reports_the_same_list(name: str, cases, run_objective) 
         "effective_sample_size/prefix",
         "effective_sample_size/sequence",
         "clip/hard",
+        "clip/hard_with_advantage",
         "clip/soft",
         "advantage/mean",
         "policy/kl_to_behaviour",
@@ -113,6 +118,37 @@ def test_means_by_place_are_those_of_a_loop(cases, run_objective) -> None:
 
 def test_stretches_double_and_the_last_one_is_open() -> None:
     place_T = torch.tensor([1.0, 2, 3, 4, 7, 8, 65535, 65536, 131072, 4194304])
-    sums = sums_by_place(place_T, place_T, torch.ones(10, dtype=torch.bool))
+    mask_T = torch.ones(10, dtype=torch.bool)
+    sums = sums_by_stretch(place_T, place_stretches(place_T), mask_T, num_stretches=NUM_STRETCHES)
     assert sums[:, 1].tolist() == [1, 2, 2, 1, *[0] * 11, 1, 3]
     assert means_by_place(sums)["tokens_2_3"] == 2.5 and means_by_place(sums)["tokens_65536_on"] == (65536 + 131072 + 4194304) / 3
+
+
+def test_means_by_share_are_those_of_a_loop(cases, run_objective) -> None:
+    """The share of a token is its place over the trained tokens of its response, also where the mask has holes; however it is packed."""
+    case = cases.random(3, 0.4)
+    prefix_minima = defaultdict(list)
+    for logprobs, behaviour, mask in zip(case.logprobs, case.behaviour, case.masks, strict=True):
+        log_ratios = (logprobs - behaviour)[mask].double().tolist()
+        for place in range(1, len(log_ratios) + 1):
+            last = next(percent for percent in (1, 2, 5, 10, 20, 50, 100) if place * 100 <= percent * len(log_ratios))
+            prefix_minima[last].append(min(log_ratios[: place - 1], default=0.0))
+    final = finalize_metrics(run_objective(make_objective("minpro"), case, [[0, 2], [1, 3, 4], [5]]).metrics)
+    found = {name: value for name, value in final.items() if name.startswith("log_prefix_min/share")}
+    first = {1: 0, 2: 1, 5: 2, 10: 5, 20: 10, 50: 20, 100: 50}
+    expected = {f"log_prefix_min/share_{first[last]}_{last}": statistics.fmean(minima) for last, minima in prefix_minima.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_shares_end_with_their_percentage() -> None:
+    place_T = torch.tensor([1.0, 2, 3, 5, 6, 10, 11, 20, 21, 50, 51, 100, 1])
+    num_trained_T = torch.tensor([100.0] * 12 + [3.0])
+    assert share_stretches(place_T, num_trained_T).tolist() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 5]
+
+
+def test_clipped_share_among_tokens_with_an_advantage(cases, run_objective) -> None:
+    case = cases.of_ratios([2.0, 2.0, 1.0, 0.5])
+    with_advantage = run_objective(make_objective("grpo"), case).metrics
+    assert with_advantage["clip/hard_with_advantage"].tolist() == with_advantage["clip/hard"].tolist() == [2.0, 4.0]
+    case = replace(case, advantages=[torch.tensor([1.0, 0.0, 0.0, 1.0])])
+    assert run_objective(make_objective("grpo"), case).metrics["clip/hard_with_advantage"].tolist() == [1.0, 2.0]

@@ -21,6 +21,8 @@ from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 
 RECORD = RolloutRecord(
+    sample_id="step3-7",
+    group=0,
     prompt_id="p",
     prompt="2 + 2",
     response="4" * 8000,

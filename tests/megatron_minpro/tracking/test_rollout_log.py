@@ -6,6 +6,8 @@ from pathlib import Path
 from megatron_minpro.tracking.rollout_log import RolloutLog, RolloutRecord
 
 RECORD = RolloutRecord(
+    sample_id="step3-7",
+    group=0,
     prompt_id="p-1",
     prompt="3 + 4 :",
     response="3 + 4 = 7 ; ½",
