@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_minpro.objectives.by_place import STRETCHES
+from megatron_minpro.objectives.by_place import SHARES, STRETCHES
 from megatron_minpro.tracking.metrics_table import METRICS
+from megatron_minpro.tracking.token_records import read_token_records
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
-UPDATES, STALENESS, STEPS, RESPONSES = 4, 2, 5, 64
+UPDATES, STALENESS, STEPS, RESPONSES, GROUP_SIZE = 4, 2, 5, 64, 8
 
 
 def test_summary_counts_every_rollout_once_and_has_all_keys(finished_run: dict[str, Any]) -> None:
@@ -44,7 +45,9 @@ def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> N
     logged = {name for row in finished_run["metrics"] for name in row} - {"global_step"}
     only_with_options = ("correction/", "routing/", "centering/", "time/evaluate", "rollout/rounds", "rollout/equal_groups")
     expected = {metric.name for metric in METRICS if not metric.name.startswith((*only_with_options, "rollout/dropped"))}
-    too_long = {f"{group}/{stretch}" for group in ("weight", "log_prefix_min") for stretch in STRETCHES[6:]}  # from the 64th token on
+    # No response has a 64th token, none of its tokens lies in the first 2 %.
+    stretches = (*STRETCHES[6:], *SHARES[:2])
+    too_long = {f"{group}/{stretch}" for group in ("weight", "log_prefix_min") for stretch in stretches}
     assert logged == expected - too_long
 
 
@@ -62,6 +65,30 @@ def test_kept_rollouts_can_be_read_and_carry_their_version(finished_run: dict[st
         assert {record["policy_version"] for record in records} == {version}
         mean = sum(record["reward"] for record in records) / len(records)
         assert finished_run["metrics"][step]["reward/sampled"] == pytest.approx(mean)
+
+
+def test_two_groups_of_each_batch_are_recorded_token_by_token(finished_run: dict[str, Any]) -> None:
+    """Once each, with the text and reward of the rollouts, under the weights of their lag."""
+    lines = {}
+    for step in range(STEPS):
+        text = (finished_run["dir"] / f"rollouts/step_{step:06d}.jsonl").read_text()
+        lines |= {record["sample_id"]: record for record in map(json.loads, text.splitlines())}
+    files = [read_token_records(path) for path in sorted((finished_run["dir"] / "tokens").iterdir())]
+    recorded = [(records, response) for records in files for response in records.responses]
+    assert len({response.sample_id for _, response in recorded}) == len(recorded) == STEPS * 2 * GROUP_SIZE
+    for records, response in recorded:
+        line = lines[response.sample_id]
+        assert (response.reward, response.num_response_tokens, response.group) == (
+            line["reward"],
+            line["num_response_tokens"],
+            line["group"],
+        )
+        assert response.advantage == line["advantage"] and records.sampled_at_step == records.global_step - STALENESS
+        assert records.lag == records.policy_version - line["policy_version"]
+        assert records.policy_version == UPDATES * records.sampled_at_step + records.update
+    for records in files:
+        gap = records.streams["engine_logprobs"] - records.streams["behaviour_logprobs"]
+        assert abs(gap).mean() < 1e-5
 
 
 def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_run: dict[str, Any], short_run_settings: list[str]) -> None:

@@ -28,9 +28,9 @@ def train(minpro: Callable[..., Command], settings: list[str], name: str, *chang
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """Metrics without times, rollouts, evaluations, the newest checkpoint's record and waiting batches, the policy."""
+    """Metrics without times, rollouts, token records, evaluations, the newest checkpoint's record and waiting batches, the policy."""
     assert without_times(metrics_of(one)) == without_times(metrics_of(other))
-    for folder, pattern in (("rollouts", "*.jsonl"), (".", "evaluation_*.json")):
+    for folder, pattern in (("rollouts", "*.jsonl"), ("tokens", "*.safetensors"), (".", "evaluation_*.json")):
         names = sorted(path.name for path in (one / folder).glob(pattern))
         assert names and names == sorted(path.name for path in (other / folder).glob(pattern))
         assert all((one / folder / name).read_bytes() == (other / folder / name).read_bytes() for name in names)
