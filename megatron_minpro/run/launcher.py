@@ -212,8 +212,9 @@ def _train(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: boo
         ranks = start_workers(config, "train", preloaded=preloaded)
         if pool is not None:
             pool.wait_until_ready(
-                config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, ranks, console, ctrl_c, run_dir)
+                config.rollout.start_timeout_s, should_abort=partial(_check_while_starting, pool, ranks, console, ctrl_c, run_dir)
             )
+            console.remark("")
             check_pool(pool)
         endpoints = list(config.rollout.endpoints) if pool is None else pool.endpoints
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
@@ -229,9 +230,10 @@ def _train(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: boo
             pool.stop()
 
 
-def _check_while_starting(ranks: ManagedProcess, console: Console, ctrl_c: CtrlC, run_dir: Path) -> None:
+def _check_while_starting(pool: ServerPool, ranks: ManagedProcess, console: Console, ctrl_c: CtrlC, run_dir: Path) -> None:
     """Raises Interrupted after Ctrl-C, RuntimeError when the ranks have ended: then there is no need to wait for servers."""
     console.refresh()
+    console.remark(f"{pool.num_ready} of {len(pool.endpoints)} servers answer")
     _refuse_to_begin(ctrl_c)
     if not ranks.is_running:
         raise _rank_failure(ranks, run_dir)

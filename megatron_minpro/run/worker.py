@@ -95,6 +95,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: Sam
     """The whole run of one rank: build, resume, measure, train, measure, export. sampling: rank 0's."""
     first = groups.coordinates.rank == 0
     folder = Path(config.model.path)
+    if first:
+        write_progress(run_dir, Progress(phase="building the model", global_step=0))
     actor = build_actor(
         config,
         folder,
@@ -109,6 +111,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: Sam
     buffer = StalenessBuffer(config.staleness)
     counters, cursor_state, unfinished = RunCounters(), None, None
     if checkpoint is not None:
+        if first:
+            write_progress(run_dir, Progress(phase=f"loading {checkpoint.name}", global_step=0))
         saved = run_state.load(checkpoint, actor=actor, config=config)
         counters, cursor_state, unfinished = saved.counters, saved.cursor, saved.unfinished
         buffer.restore(saved.waiting)
@@ -138,6 +142,8 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: Sam
         checkpoints=RunCheckpoints(writer=writer, config=config, actor=actor, counters=counters, buffer=buffer, driver=driver),
         at_step=profiler.at_step,
     )
+    if driver is not None:
+        driver.heartbeat("checking the model")
     probes = share(run, None if driver is None else probe_sequences(driver.sampler.example_tokens(_PROBES)))
     log.info(check_model(actor, probes, control_group=groups.control).line())
     # The servers' weights are those that sample next from the first request on, resumed or not.
@@ -237,6 +243,7 @@ def build_driver(
     tracker = RunTracker(metrics, [make_tracker(entry, run_dir) for entry in config.tracking.trackers], files)
     tracker.start(config.model_dump(mode="json"))
     rollout = config.rollout
+    write_progress(run_dir, Progress(phase="waiting for servers", global_step=counters.trained_batches))
     endpoints = wait_for_endpoints(run_dir, timeout_s=rollout.start_timeout_s)
     api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
     admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")

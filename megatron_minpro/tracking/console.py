@@ -1,6 +1,7 @@
-"""The live view of a run: a progress bar with time left, the latest numbers, where the time goes. Reads files, touches nothing.
+"""The live view of a run: what goes on, a progress bar with time left, the latest numbers, where the time goes.
 
-On a terminal it repaints itself; anywhere else it prints one plain line per global step.
+It reads files and touches nothing. On a terminal it repaints itself; anywhere else it prints one plain line per global step, with the time
+of day. A narrow terminal gets more lines, never broken words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from rich.columns import Columns
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
@@ -51,6 +54,9 @@ STEP_PHASES = ("sample", "reward", "score", "update", "sync")
 _IDLE = (("trainer", f"time/{WAIT}"), ("servers", "time/idle_servers"))
 _NUM_RECENT = 20  # steps that the time left is estimated from
 _LONG_PHASE_S = 60.0  # from then on the place of the logs is shown
+_BAR_WIDTH = 36
+
+Ending = Literal["", "well", "failed"]  # "": the run goes on
 
 
 class MetricsTail:
@@ -103,21 +109,25 @@ class Console:
         self._latest: dict[str, float | None] = {}
         self._steps_done = 0
         self._step_seconds: list[float] = []
-        self._last_activities: tuple[str, ...] = ()
+        self._activities: tuple[str, ...] = ()
+        self._remark = ""
         self._alarms = list(alarms)
         self._started_at = time.monotonic()
+        self._activity_since = self._started_at
         self._live: Live | None = None
 
     def __enter__(self) -> Console:
         if self._out.is_terminal:
-            self._live = Live(self._render(None), console=self._out, refresh_per_second=4, transient=False)
-            self._live.start()
+            self._live = Live(self._render(None), console=self._out, auto_refresh=False, transient=False)
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._remark = ""
         self.refresh()
         if self._live is not None:
-            self._live.update(self._render(read_progress(self._run_dir), failed=kind is not None))
+            progress = read_progress(self._run_dir)
+            self._live.update(self._render(progress, ending="well" if kind is None else "failed"), refresh=True)
             self._live.stop()
             self._live = None
 
@@ -126,19 +136,26 @@ class Console:
         # A terminal breaks lines between words; a file or pipe gets the whole line.
         self._out.print(Text(text), soft_wrap=not self._out.is_terminal)
 
+    def remark(self, text: str) -> None:
+        """Show this beside what the run's files say, until the next remark; "" for nothing. Without a terminal it is a line."""
+        if text != self._remark and text and self._live is None:
+            self.log(f"{_now()}  {self._name}: {text}")
+        self._remark = text
+
     def refresh(self) -> None:
         """Take in what the run wrote since the last call."""
         for line in self._tail.new_lines():
             self._take(line)
         progress = read_progress(self._run_dir)
+        activities = () if progress is None else progress.activities
+        if self._live is None:
+            for activity in activities:
+                if activity not in (*self._activities, *STEP_PHASES, WAIT):  # the phases of a step are in the step's line
+                    self.log(f"{_now()}  {self._name}: {activity}")
+        if activities != self._activities:
+            self._activities, self._activity_since = activities, time.monotonic()
         if self._live is not None:
-            self._live.update(self._render(progress))
-        elif progress is not None:
-            for activity in progress.activities:
-                if activity not in (*self._last_activities, *STEP_PHASES, WAIT):  # the phases of a step are in the step's line
-                    self.log(f"{self._name}: {activity}")
-        if progress is not None:
-            self._last_activities = progress.activities
+            self._live.update(self._render(progress), refresh=True)
 
     def _take(self, line: dict[str, float | None]) -> None:
         step = int(line["global_step"] or 0)
@@ -151,14 +168,14 @@ class Console:
         if self._resumed_from is not None and step <= self._resumed_from:
             return
         if self._live is None:
-            self.log(self._plain_line(line))
+            self.log(self._plain_line(step, line))
         for alarm in tuple(self._alarms):
             if (warning := alarm(line)) is not None:
                 self.log(f"warning: global step {step}: {warning}")
                 self._alarms.remove(alarm)
 
-    def _plain_line(self, line: Metrics) -> str:
-        parts = [f"trained {self._steps_done}/{self._num_global_steps}"]
+    def _plain_line(self, step: int, line: Metrics) -> str:
+        parts = [_now(), f"step {step}", f"trained {self._steps_done}/{self._num_global_steps}"]
         parts += [f"{column.label} {column.text(line)}" for column in COLUMNS]
         parts.append(f"lag {_lag(line)}")
         parts += _phases(line)
@@ -170,31 +187,42 @@ class Console:
             return None
         return (self._num_global_steps - self._steps_done) * sum(self._step_seconds) / len(self._step_seconds)
 
-    def _render(self, progress: Progress | None, *, failed: bool = False) -> Group:
-        phase = "starting" if progress is None else f"{' and '.join(progress.activities)} {progress.detail}".strip()
-        if failed and phase not in ENDED_PHASES:
-            phase = f"ended while: {phase}"
+    def _render(self, progress: Progress | None, *, ending: Ending = "") -> Group:
+        gone, left = _clock(time.monotonic() - self._started_at), _clock(self._seconds_left())
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            Text(self._name, style="bold"),
-            ProgressBar(total=self._num_global_steps, completed=self._steps_done, width=36),
-            Text(f"{self._steps_done}/{self._num_global_steps}"),
-            Text(f"{_clock(time.monotonic() - self._started_at)} gone, {_clock(self._seconds_left())} left", style="cyan"),
-            Text(phase, style="magenta"),
+            ProgressBar(total=self._num_global_steps, completed=self._steps_done, width=_BAR_WIDTH),
+            Text(f"{self._steps_done}/{self._num_global_steps}", no_wrap=True),
+            Text(f"in {gone}" if ending else f"{gone} gone, {left} left", style="cyan", no_wrap=True),
         )
-        rows: list[Table | Text] = [head]
+        rows: list[Table | Text | Columns] = [Text.assemble((self._name, "bold"), ": ", (self._doing(progress, ending), "magenta")), head]
         silence_s = 0.0 if progress is None else time.time() - progress.updated_at
-        if silence_s > _LONG_PHASE_S and phase not in ENDED_PHASES:
+        if progress is not None and silence_s > _LONG_PHASE_S and not ending and progress.phase not in ENDED_PHASES:
+            phase = f"{' and '.join(progress.activities)} {progress.detail}".strip()
             rows.append(Text(f"{phase} since {_clock(silence_s)}; logs are in {self._run_dir / 'logs'}", "yellow"))
         if self._latest:
-            numbers = Table.grid(padding=(0, 3))
-            numbers.add_row(*[Text(column.label, style="dim") for column in COLUMNS], Text("lag", style="dim"))
-            numbers.add_row(*[column.text(self._latest) for column in COLUMNS], _lag(self._latest))
-            rows.append(numbers)
+            numbers = [(column.label, column.text(self._latest)) for column in COLUMNS] + [("lag", _lag(self._latest))]
+            cells = [Text.assemble((f"{label}\n", "dim"), value, no_wrap=True) for label, value in numbers]
+            rows.append(Columns(cells, padding=(0, 3)))
             phases = _phases(self._latest)
             if phases:
                 rows.append(Text("  ".join(phases), style="dim"))
         return Group(*rows)
+
+    def _doing(self, progress: Progress | None, ending: Ending) -> str:
+        """What goes on and, outside the steps, for how long; or how the run ended."""
+        doing = "starting" if progress is None else f"{' and '.join(progress.activities)} {progress.detail}".strip()
+        if progress is not None and progress.phase in ENDED_PHASES:
+            return doing
+        if ending:
+            return f"{doing}: done" if ending == "well" else f"ended while: {doing}"
+        if progress is None or not set(progress.activities) & set(STEP_PHASES):
+            doing = f"{doing}, {_clock(time.monotonic() - self._activity_since)}"
+        return f"{doing}; {self._remark}" if self._remark else doing
+
+
+def _now() -> str:
+    return time.strftime("%F %T")
 
 
 def _lag(line: Metrics) -> str:

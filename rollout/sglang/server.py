@@ -203,6 +203,7 @@ class ServerPool:
         self._option_arguments = option_arguments
         self._servers: list[ManagedProcess] = []
         self._stopped = False
+        self._num_ready = 0
         self._lock = threading.Lock()
         # Only this user can enter it. Holds the key file and the sockets between a server's processes: a short path (the system allows
         # 107 bytes), and one place to clean up.
@@ -252,6 +253,11 @@ class ServerPool:
         return [f"http://{host}:{port}" for port in self._ports]
 
     @property
+    def num_ready(self) -> int:
+        """How many servers have answered since the pool was launched."""
+        return self._num_ready
+
+    @property
     def processes(self) -> list[ManagedProcess]:
         return list(self._servers)
 
@@ -272,6 +278,7 @@ class ServerPool:
                 done, pending = wait(pending, timeout=_ABORT_POLL_S, return_when=FIRST_EXCEPTION)
                 for ready in done:
                     ready.result()
+                    self._num_ready += 1
         except BaseException:
             self.stop()
             raise

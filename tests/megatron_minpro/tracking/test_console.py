@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def plain() -> tuple[RichConsole, io.StringIO]:
     return RichConsole(file=out, force_terminal=False, width=60), out
 
 
+def lines_of(out: io.StringIO) -> list[str]:
+    """The plain lines behind the time of day, which each of them must have."""
+    found = []
+    for line in out.getvalue().splitlines():
+        stamp, _, rest = line.partition("  ")
+        age_s = time.time() - time.mktime(time.strptime(stamp, "%Y-%m-%d %H:%M:%S"))
+        assert 0 <= age_s < 100
+        found.append(rest)
+    return found
+
+
 def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path) -> None:
     rich, out = plain()
     with MetricsFile(tmp_path) as file, Console(tmp_path, num_global_steps=40, name="run", out=rich) as console:
@@ -41,10 +53,9 @@ def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path) -> None
         file.log(1, {**STEP, "total/batches_trained": 1})
         console.refresh()
         console.refresh()
-    lines = out.getvalue().splitlines()
-    assert lines == [
-        "trained 0/40  reward 0.250  prefix min -  clipped -  entropy -  tokens/s -  lag -  0:40 left",
-        "trained 1/40  reward 0.312  prefix min 0.875  clipped 3.00%  entropy 0.500  tokens/s 1,234  lag 32-47  "
+    assert lines_of(out) == [
+        "step 0  trained 0/40  reward 0.250  prefix min -  clipped -  entropy -  tokens/s -  lag -  0:40 left",
+        "step 1  trained 1/40  reward 0.312  prefix min 0.875  clipped 3.00%  entropy 0.500  tokens/s 1,234  lag 32-47  "
         "sample 2.0s  update 1.0s  1:18 left",
     ]
 
@@ -55,7 +66,7 @@ def test_without_a_terminal_a_phase_outside_the_steps_is_told_once(tmp_path: Pat
         for phase in ("base model", "base model", "starting servers", "sample", "update"):
             write_progress(tmp_path, Progress(phase=phase, global_step=0))
             console.refresh()
-    assert out.getvalue().splitlines() == ["run: base model", "run: starting servers"]
+    assert lines_of(out) == ["run: base model", "run: starting servers"]
 
 
 def test_a_step_shows_the_idle_shares_of_trainer_and_servers(tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def test_two_activities_at_once_are_both_shown(tmp_path: Path) -> None:
         for phase in ("update", WAIT, "sync"):
             write_progress(tmp_path, Progress(phase=phase, global_step=0, beside="evaluation step_000002"))
             console.refresh()
-    assert out.getvalue().splitlines() == ["run: evaluation step_000002"]
+    assert lines_of(out) == ["run: evaluation step_000002"]
     write_progress(tmp_path, Progress(phase="update", global_step=0, beside="sample"))
     with Console(tmp_path, num_global_steps=2, name="run", out=terminal):
         pass
@@ -89,7 +100,7 @@ def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
             file.log(step, {**STEP, "total/batches_trained": step + 1})
     with Console(tmp_path, num_global_steps=3, name="run", resumed_from=1, out=rich):
         pass
-    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["trained 3/3"]
+    assert [line.split("  ")[:2] for line in lines_of(out)] == [["step 2", "trained 3/3"]]
 
 
 def test_ratios_of_one_at_a_lag_are_warned_of_once_over_attempts(tmp_path: Path) -> None:
@@ -116,9 +127,49 @@ def test_on_a_terminal_the_numbers_the_bar_and_the_time_left_are_shown(tmp_path:
         assert text in shown
 
 
+def test_a_phase_before_the_first_step_shows_its_seconds_and_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000, 2000, 7))
+    monkeypatch.setattr("megatron_minpro.tracking.console.time.monotonic", lambda: next(clock))
+    out, (rich, lines) = io.StringIO(), plain()
+    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=140)) as console:
+        write_progress(tmp_path, Progress(phase="building the model", global_step=0))
+        console.remark("0 of 2 servers answer")
+        console.refresh()
+        assert "building the model, 0:14; 0 of 2 servers answer" in out.getvalue(), "7 s a reading: one for the whole run, one for this"
+        write_progress(tmp_path, Progress(phase="update", global_step=0, beside="sample"))
+        console.remark("")
+        console.refresh()
+        assert "\x1b[35msample and update\x1b[0m" in out.getvalue(), "a step has its times in its line"
+    with Console(tmp_path, num_global_steps=1, name="t", out=rich) as console:
+        for text in ("0 of 2 servers answer", "0 of 2 servers answer", "1 of 2 servers answer", ""):
+            console.remark(text)
+    assert lines_of(lines) == ["t: 0 of 2 servers answer", "t: 1 of 2 servers answer"]
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_no_word_is_broken_on_a_narrow_terminal(width: int, tmp_path: Path) -> None:
+    out = io.StringIO()
+    with MetricsFile(tmp_path) as file:
+        file.log(0, {**STEP, "time/idle_servers": 0.5, "time/wait": 1.0, "total/batches_trained": 10})
+    write_progress(tmp_path, Progress(phase="base model", global_step=0, detail="step 1200 of 1600, loss 0.123"))
+    rich = RichConsole(file=out, force_terminal=True, color_system=None, width=width)
+    with Console(tmp_path, num_global_steps=40, name="a_rather_long_name_of_a_run", out=rich) as console:
+        console.refresh()
+        frame = last_frame(out).removeprefix("\x1b[2K")  # clears the line
+    assert max(map(len, frame.splitlines())) <= width
+    words = (
+        "a_rather_long_name_of_a_run: base 1200 0.123, 10/40 gone, left reward prefix min clipped entropy tokens/s lag 32-47 sample servers"
+    )
+    assert set(words.split()) <= set(frame.split()) and "…" not in frame
+
+
 def last_frame(out: io.StringIO) -> str:
     """What a terminal shows in the end: the lines after the last time that the cursor went up."""
     return out.getvalue().rpartition("\x1b[1A")[2]
+
+
+def plain_text(frame: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", frame)
 
 
 def test_the_last_frame_of_a_complete_run_shows_no_phase_as_still_going_on(tmp_path: Path) -> None:
@@ -127,7 +178,16 @@ def test_the_last_frame_of_a_complete_run_shows_no_phase_as_still_going_on(tmp_p
         write_progress(tmp_path, Progress(phase="export", global_step=1))
         console.refresh()
         write_progress(tmp_path, Progress(phase=DONE, global_step=1))
-    assert "done" in last_frame(out) and "export" not in last_frame(out)
+    assert "t: done" in plain_text(last_frame(out)) and "export" not in last_frame(out) and "left" not in last_frame(out)
+
+
+def test_the_last_frame_of_a_run_that_ended_well_is_done_whatever_was_told(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=140)) as console:
+        write_progress(tmp_path, Progress(phase="base model", global_step=0, detail="step 20 of 20"))
+        console.remark("1 of 2 servers answer")
+        console.refresh()
+    assert "t: base model step 20 of 20: done" in plain_text(last_frame(out)) and "servers" not in last_frame(out)
 
 
 def test_the_last_frame_of_a_failed_run_says_what_it_was_doing(tmp_path: Path) -> None:
@@ -145,8 +205,8 @@ def test_a_long_phase_is_named_with_its_time_and_the_place_of_the_logs(tmp_path:
     old = {"phase": "starting servers and ranks", "global_step": 0, "detail": "", "updated_at": time.time() - 132}
     (tmp_path / "progress.json").write_text(json.dumps(old))
     out = io.StringIO()
-    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=300)):
-        pass
+    with Console(tmp_path, num_global_steps=1, name="t", out=RichConsole(file=out, force_terminal=True, width=300)) as console:
+        console.refresh()
     assert "starting servers and ranks since 2:12; logs are in" in out.getvalue()
 
 

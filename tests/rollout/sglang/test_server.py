@@ -164,12 +164,12 @@ def test_waiting_for_servers_can_be_broken_off_and_leaves_none(server_settings: 
 
 
 def test_callback_that_says_nothing_does_not_disturb_the_start(server_settings: ServerSettings, tmp_path: Path) -> None:
-    calls: list[None] = []
+    ready: list[int] = []
     pool = ServerPool.launch(with_stub_python(server_settings, tmp_path, READY), num_servers=2, log_dir=tmp_path / "logs")
     with pool:
-        pool.wait_until_ready(20, should_abort=lambda: calls.append(None))
+        pool.wait_until_ready(20, should_abort=lambda: ready.append(pool.num_ready))
         assert all(process.is_running for process in pool.processes)
-    assert calls
+    assert ready[0] == 0 and pool.num_ready == 2
 
 
 @pytest.mark.parametrize(
