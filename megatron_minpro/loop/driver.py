@@ -20,12 +20,16 @@ from megatron_minpro.loop.sampler import Sampler
 from megatron_minpro.loop.server_weights import ServerWeights
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.progress import PROGRESS_FILE, Progress, write_progress
+from megatron_minpro.tracking.rollout_log import read_rollouts, rollout_file
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, write_sampled
+from megatron_minpro.tracking.step_details import Histogram, StepDetails
 from megatron_minpro.tracking.token_records import TokenRecords, token_file, write_token_records
 from megatron_minpro.tracking.tracker import RunTracker
 from rollout.weights.weight_sync import WeightSyncFailed
 
 log = logging.getLogger(__name__)
+
+_SHOWN_RESPONSES = 3  # in trackers, of a batch: each of another prompt
 
 
 @dataclass(kw_only=True)
@@ -80,9 +84,13 @@ class RunDriver:
         """Raises ChecksumMismatch where a server holds others than these, those of the latest publish."""
         self.weights.check(tensors)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics."""
+    def record(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+        """One line of metrics; histograms and a few responses of the batch that was trained for the trackers that take them."""
         self.tracker.log(step, metrics)
+        if "batch/sampled_at_step" in metrics and self.tracker.takes_details:
+            sampled = rollout_file(self.run_dir, int(metrics["batch/sampled_at_step"]))  # by the sampling process, before it gave the batch
+            first_of_groups = [number * self.config.rollout.group_size for number in range(_SHOWN_RESPONSES)]
+            self.tracker.log_details(step, StepDetails(histograms=histograms, responses=read_rollouts(sampled, first_of_groups)))
         self.trained_batches = int(metrics["total/batches_trained"])
         log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 

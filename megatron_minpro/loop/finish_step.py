@@ -47,5 +47,5 @@ def finish_step(run: TrainingRun, under_way: StepUnderWay) -> None:
             log.warning("global step %d: %s", step, warning)
             run.reported.add(kind)
     if run.driver is not None:
-        run.driver.record(step, metrics)
+        run.driver.record(step, metrics, under_way.histograms)
     run.under_way = None

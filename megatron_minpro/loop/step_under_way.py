@@ -18,6 +18,7 @@ import torch
 
 from megatron_minpro.loop.counters import BatchState, UnfinishedStep
 from megatron_minpro.loop.phase_timer import PhaseTimer
+from megatron_minpro.tracking.step_details import Histogram
 from parallel.actor import UpdateReport
 from parallel.routing_replay import RoutingCounts
 
@@ -33,6 +34,7 @@ class StepUnderWay:
     lags: list[int] = field(default_factory=list)  # of those updates
     reports: list[UpdateReport] = field(default_factory=list)  # of those updates, until the last one is done
     metrics: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)  # of all updates; no checkpoint holds them: a tracker may lack a step's
 
     def record(self) -> UnfinishedStep | None:
         """What a checkpoint holds of it. None where nothing is done that the state before the step does not hold."""

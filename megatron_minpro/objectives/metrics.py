@@ -163,6 +163,11 @@ def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
     return final
 
 
+def histogram_counts(totals: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The histograms under their names without the suffix: NUM_BINS counts each, of the bins that BIN_EDGES parts."""
+    return {name.removesuffix(HISTOGRAM_SUFFIX): value.tolist() for name, value in totals.items() if name.endswith(HISTOGRAM_SUFFIX)}
+
+
 def histogram_quantile(counts: Float64[Tensor, " bins"], q: float) -> float:
     """The q-quantile of a histogram, linear inside its bin; the outermost edge in an open bin; NaN for an empty histogram."""
     if tuple(counts.shape) != (NUM_BINS,):

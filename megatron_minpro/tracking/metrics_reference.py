@@ -18,7 +18,7 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 | file in the run folder | content | written by |
 |---|---|---|
 | `metrics.jsonl` | one line per global step, all metrics below; `null` where a number is not finite | `metrics_file.py`, always |
-| `tensorboard/` | the same numbers as event files | `tensorboard.py`, the default of `tracking.trackers` |
+| `tensorboard/` | the same numbers, histograms of both logarithms, three responses of each batch | `tensorboard.py`, the default tracker |
 | `wandb/` | the same numbers as a wandb run, online or offline | `wandb.py`, with `tracking.trackers=[{name: wandb}]` |
 | `rollouts/step_000012.jsonl` | every response sampled in a step | `rollout_log.py`, unless `tracking.keep_rollouts=false` |
 | `tokens/step_000012_update_0003.safetensors` | what the objective saw of a few responses | `token_records.py` |
@@ -27,6 +27,7 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 Lines that a full disk cannot take wait in memory (`late_files.py`) and are written before the next checkpoint is complete.
 
 A tracker of your own is an object with three methods (`tracker.py`): `start(config)`, `log(step, metrics)`, `finish(summary)`.
+It may have a fourth, `log_details(step, details)`: the histograms and a few responses of the batch that was trained (`step_details.py`).
 `tracking.trackers=[tensorboard, {name: "my_package.my_module:MyTracker", my_option: 3}]` calls `MyTracker(run_dir, my_option=3)`.
 
 ## Metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,31 @@ class RolloutRecord:
     dropped: str | None  # why it is not trained; None when it is
 
 
+def rollout_file(run_dir: Path, global_step: int) -> Path:
+    """The file with the responses that were sampled in a step."""
+    return run_dir / ROLLOUTS_FOLDER / f"step_{global_step:06d}.jsonl"
+
+
+def read_rollouts(path: Path, numbers: Collection[int]) -> list[dict[str, Any]]:
+    """The lines with these numbers, from 0, as far as the file has them; none where it does not exist. No other line is parsed."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for number, line in enumerate(file) if number in numbers]
+
+
 class RolloutLog:
     """Keeps one file per global step. A full disk or a file system that does not answer costs the file and a warning, not the run."""
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._folder = Path(run_dir) / ROLLOUTS_FOLDER
+        self._run_dir = Path(run_dir)
+        self._folder = self._run_dir / ROLLOUTS_FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files = LateFiles(self._folder)
 
     def write(self, global_step: int, records: Iterable[RolloutRecord]) -> Path:
         """Write one step's file, whole or not at all. A file of that step is replaced."""
-        path = self._folder / f"step_{global_step:06d}.jsonl"
+        path = rollout_file(self._run_dir, global_step)
         text = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
         self._files.write(path.name, lambda: write_atomically(path, text, durable=False), may_be_lost=True)
         return path

@@ -1,14 +1,16 @@
 """Where a run's numbers go: metrics.jsonl always, and the trackers that tracking.trackers names.
 
 A tracker of your own is a class or function `package.module:name`. It is called with the run folder and its options, and returns an
-object with the three methods of `Tracker`. The checks before a run make it too, so it begins its work in `start`. Only rank 0 starts it.
+object with the three methods of `Tracker`, and with that of `DetailTracker` where it can show histograms and texts. The checks before a run
+make it too, so it begins its work in `start`. Only rank 0 starts it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +19,7 @@ from megatron_minpro.registry import PlugIns
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, MetricsFile
 from megatron_minpro.tracking.metrics_table import check_declared
+from megatron_minpro.tracking.step_details import StepDetails
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,15 @@ class Tracker(Protocol):
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Called once when the attempt ends well. summary: what summary.json says, or where a stopped run stands."""
+        ...
+
+
+@runtime_checkable
+class DetailTracker(Tracker, Protocol):
+    """A tracker that takes more than numbers."""
+
+    def log_details(self, step: int, details: StepDetails) -> None:
+        """Called after `log` of the same step, where the step has trained a batch."""
         ...
 
 
@@ -97,16 +109,28 @@ class RunTracker:
         line = {name: finite.get(name) for name in values}
         self._files.write(f"{METRICS_FILE} of step {step}", lambda: self._file.log(step, line))
         for number, tracker in enumerate(self._trackers):
-            try:
-                tracker.log(step, finite)
-                self._behind.discard(number)
-            except OSError as error:
-                if number not in self._behind:
-                    name = type(tracker).__name__
-                    log.warning(
-                        "%s lacks global step %d and those until it can write again: %s; %s has them", name, step, error, METRICS_FILE
-                    )
-                self._behind.add(number)
+            self._tell(number, step, partial(tracker.log, step, finite))
+
+    @property
+    def takes_details(self) -> bool:
+        """Whether some tracker can show more than numbers."""
+        return any(isinstance(tracker, DetailTracker) for tracker in self._trackers)
+
+    def log_details(self, step: int, details: StepDetails) -> None:
+        """Tell the trackers that take them. Call it after `log`; a tracker that could not write the step's numbers is left out."""
+        for number, tracker in enumerate(self._trackers):
+            if isinstance(tracker, DetailTracker) and number not in self._behind:
+                self._tell(number, step, partial(tracker.log_details, step, details))
+
+    def _tell(self, number: int, step: int, say: Callable[[], None]) -> None:
+        try:
+            say()
+            self._behind.discard(number)
+        except OSError as error:
+            if number not in self._behind:
+                name = type(self._trackers[number]).__name__
+                log.warning("%s lacks global step %d and those until it can write again: %s; %s has them", name, step, error, METRICS_FILE)
+            self._behind.add(number)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Tell all trackers how the run ended, and close the file."""

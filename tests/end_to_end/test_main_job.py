@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_minpro.objectives.by_place import SHARES, STRETCHES
 from megatron_minpro.tracking.metrics_table import METRICS
@@ -48,6 +49,34 @@ def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> N
     stretches = (*STRETCHES[6:], *SHARES[:1])  # no response has a 64th token, so none has a first percent
     too_long = {f"{group}/{stretch}" for group in ("weight", "log_prefix_min") for stretch in stretches}
     assert logged == expected - too_long
+
+
+def test_tensorboard_has_histograms_and_responses_of_trained_batches(finished_run: dict[str, Any]) -> None:
+    events = EventAccumulator(str(finished_run["dir"] / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0})
+    events.Reload()
+    trained = {row["global_step"]: row for row in finished_run["metrics"] if "batch/tokens" in row}
+    for name in ("log_ratio", "log_prefix_min"):
+        found = {event.step: event.histogram_value for event in events.Histograms(name)}
+        assert {step: value.num for step, value in found.items()} == {step: row["batch/tokens"] for step, row in trained.items()}
+        assert all(value.min <= trained[step][f"{name}/p01"] < trained[step][f"{name}/p99"] <= value.max for step, value in found.items())
+    for number in range(3):
+        shown = events.Tensors(f"response/{number}/text_summary")
+        assert [event.step for event in shown] == list(trained)
+        for event in shown:
+            sampled = finished_run["dir"] / f"rollouts/step_{trained[event.step]['batch/sampled_at_step']:06d}.jsonl"
+            record = json.loads(sampled.read_text().splitlines()[number * GROUP_SIZE])
+            assert f"\n    {record['prompt'].splitlines()[0]}\n" in event.tensor_proto.string_val[0].decode()
+
+
+def test_the_console_tells_the_phases_of_the_start_and_every_step(finished_run: dict[str, Any]) -> None:
+    said = [line.partition("  ") for line in finished_run["out"].splitlines()]
+    told = [rest.removeprefix("undisturbed: ") for stamp, _, rest in said if stamp.count(":") == 2]
+    first_step = next(index for index, rest in enumerate(told) if rest.startswith("step 0  "))
+    before = ["base model", "starting servers and ranks", "0 of 1 servers answer", "evaluation before"]
+    assert [rest for rest in told[:first_step] if rest in before] == before
+    assert {"building the model", "waiting for servers", "checking the model"} & set(told[:first_step]), told
+    steps = [rest.split("  ")[:2] for rest in told if rest.startswith("step ")]
+    assert steps == [[f"step {step}", f"trained {max(0, step - 1)}/{STEPS}"] for step in range(STEPS + STALENESS)]
 
 
 def test_server_and_trainer_score_the_same_tokens_alike(finished_run: dict[str, Any]) -> None:

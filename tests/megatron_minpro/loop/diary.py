@@ -19,6 +19,7 @@ from megatron_minpro.loop.sampled_batch import SampledBatch, sampled_batch
 from megatron_minpro.loop.training_run import TrainingRun
 from megatron_minpro.objectives import make_objective
 from megatron_minpro.tracking.metrics_table import check_declared
+from megatron_minpro.tracking.step_details import Histogram
 from parallel.actor import LearningRate, UpdateReport
 from parallel.routing_replay import RowSink
 from parallel.token_sequence import TokenSequence
@@ -166,7 +167,7 @@ class FakeDriver:
     def check_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.diary.append(("check", [float(tensor) for _, tensor in tensors]))
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
         check_declared(metrics)
         self.diary.append(("record", step, metrics.get("batch/sampled_at_step")))
         self.lines.append((step, dict(metrics)))

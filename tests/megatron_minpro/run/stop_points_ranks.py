@@ -29,6 +29,7 @@ from megatron_minpro.objectives import make_objective
 from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.worker import RunCheckpoints, build_actor
+from megatron_minpro.tracking.step_details import Histogram
 from parallel import process_groups
 from parallel.actor import MegatronActor
 from parallel.process_groups import ProcessGroups
@@ -76,7 +77,7 @@ class Driver:
     def publish(self, policy_version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self.published[policy_version] = digest_of(tensors)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
         same = {name: value for name, value in metrics.items() if not name.startswith(("time/", "throughput/"))}
         self.lines.append({"global_step": step, **same})
 

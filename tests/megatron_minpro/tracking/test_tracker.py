@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_minpro.config import TrackerConfig
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import MetricsFile
+from megatron_minpro.tracking.step_details import Histogram, StepDetails
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
 
 CONFIG = {"name": "tiny", "seed": 3}
@@ -37,6 +38,50 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     tracker.log(1, {"reward/trained": 0.5})
     tracker.finish({})
     assert scalars(tmp_path, "reward/trained") == [(0, 0.25), (1, 0.5)]
+
+
+DETAILS = StepDetails(
+    # bins: x <= -1, ]-1, 0], ]0, 2], x > 2
+    histograms={
+        "log_ratio": Histogram(edges=[-1.0, 0.0, 2.0], counts=[0.0, 6.0, 2.0, 0.0]),
+        "empty": Histogram(edges=[0.0], counts=[0, 0]),
+    },
+    responses=[
+        {
+            "prompt": "1 + 2",
+            "response": "<script>alert(1)</script>\n# 3" + "x" * 5000,
+            "answer": 3,
+            "extracted": None,
+            "reward": 1.0,
+            "advantage": 0.5,
+            "num_response_tokens": 7,
+            "finish_reason": "stop",
+            "policy_version": 12,
+        }
+    ],
+)
+
+
+def test_tensorboard_shows_histograms_and_responses_as_text(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, TrackerConfig(name="tensorboard"))
+    tracker.log(4, {"reward/trained": 0.25})
+    assert tracker.takes_details
+    tracker.log_details(4, DETAILS)
+    tracker.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["log_ratio"]
+    [event] = events.Histograms("log_ratio")
+    value = event.histogram_value
+    assert (event.step, value.min, value.max, value.num) == (4, -1.0, 2.0, 8.0)
+    assert (list(value.bucket_limit), list(value.bucket)) == ([0.0, 2.0], [6.0, 2.0])
+    assert (value.sum, value.sum_squares) == (-0.5 * 6 + 1 * 2, 0.25 * 6 + 1 * 2)
+    [text] = events.Tensors("response/0/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert (text.step, shown.splitlines()[0]) == (4, "reward 1, advantage 0.5, 7 tokens, finished by stop, policy version 12")
+    assert "\n    <script>alert(1)</script>\n    # 3xxx" in shown, "a code block: nothing of it is markup"
+    assert shown.count("x") == 4000 - len("<script>alert(1)</script>\n# 3") + 1, "and the one of extracted"
+    assert " ... and 1,029 characters" in shown
 
 
 def test_a_resumed_run_hides_the_later_events_of_its_former_attempt(tmp_path: Path) -> None:
@@ -127,6 +172,29 @@ def test_an_undeclared_metric_ends_the_run_before_anything_is_written(tmp_path: 
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_a_tracker_that_lacks_a_step_is_not_told_its_details(tmp_path: Path) -> None:
+    class Full:
+        told = 0
+
+        def start(self, config: Mapping[str, Any]) -> None: ...
+        def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 0:
+                raise OSError("no space left")
+
+        def log_details(self, step: int, details: StepDetails) -> None:
+            self.told += 1
+            raise OSError("no space left")
+
+    full = Full()
+    tracker = RunTracker(MetricsFile(tmp_path), [full], LateFiles(tmp_path))
+    for step, told in enumerate([0, 1, 2]):
+        tracker.log(step, {"reward/trained": 0.5})
+        tracker.log_details(step, DETAILS)  # a full disk is no reason to end the run
+        assert full.told == told
+
+
 class Notebook:
     """A tracker of the user's own."""
 
@@ -167,6 +235,8 @@ def test_a_tracker_of_the_users_own_is_told_everything(tmp_path: Path) -> None:
     tracker = RunTracker(MetricsFile(tmp_path / "run"), [mine], LateFiles(tmp_path / "run"))
     tracker.start(CONFIG)
     tracker.log(7, {"reward/trained": 0.5, "policy/entropy": math.nan})
+    assert not tracker.takes_details
+    tracker.log_details(7, DETAILS)
     tracker.finish({"complete": True})
     assert mine.notes == ["blue", "tiny", (7, {"reward/trained": 0.5}), True]  # type: ignore[attr-defined]
 
