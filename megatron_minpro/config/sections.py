@@ -473,6 +473,7 @@ class TrackingConfig(Section):
         ge=0,
         description="groups of a batch of which RUN/tokens keeps each token's log-probs, ratio and weight, 34 bytes a token; 0: none",
     )
+    report: bool = Field(default=True, description="write RUN/report.html, a page of curves and tokens, when the run is complete")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
 
 

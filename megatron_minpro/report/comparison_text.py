@@ -16,18 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_minpro.report.comparison import Comparison, GroupDifference
-from megatron_minpro.report.measures import LABELS
-from megatron_minpro.report.statistics import Interval
+from megatron_minpro.report.measure_text import bounds_text, label_of, mean_text, number_text, shown_blocks
 
 _PIPE_WIDTH = 200  # columns where no terminal says how many it has
-_BLOCKS = (  # measures beside each other in a table
-    ("reward_first", "reward_last", "reward_best"),
-    ("entropy_last", "sample_size", "clipped", "lag"),
-    ("seconds", "step_s", "tokens_per_s"),
-)
-_FORMATS = {"clipped": ".2%", "lag": ".1f", "seconds": ",.0f", "step_s": ".2f", "tokens_per_s": ",.0f"}
-_FORMAT = ".3f"
-_HELD_OUT = ("before", "after", "best")
 
 
 def comparison_record(comparison: Comparison) -> dict[str, Any]:
@@ -74,16 +65,16 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.differing:
         _heading(console, "Settings that differ")
         console.print(_settings(comparison))
-    blocks = _blocks(comparison.measures)
+    blocks = shown_blocks(comparison.measures)
     for block in blocks:
         lines = [
-            (f"{numbers[run.label]} {run.label}", [_number(run.measures.get(name), name) for name in block]) for run in comparison.runs
+            (f"{numbers[run.label]} {run.label}", [number_text(run.measures.get(name), name) for name in block]) for run in comparison.runs
         ]
         _print_numbers(console, "run", block, lines)
     if any(len(group.runs) > 1 for group in comparison.groups):
         _heading(console, "Mean over seeds ± half of the 95 % t interval")
         for block in blocks:
-            intervals = [(group.name, [_mean(group.interval(name), name) for name in block]) for group in comparison.groups]
+            intervals = [(group.name, [mean_text(group.interval(name), name) for name in block]) for group in comparison.groups]
             _print_numbers(console, "group", block, intervals)
     shown = [name for block in blocks for name in block]
     for group in comparison.groups:
@@ -100,21 +91,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _heading(console: Console, text: str) -> None:
     console.print(Text(f"\n{text}", style="bold"))
-
-
-def _blocks(measures: Sequence[str]) -> list[list[str]]:
-    """Those of _BLOCKS that some run has, and held-out pass@k with the smallest and the largest k; JSON has all k."""
-    ks = sorted({int(name.split("_")[2]) for name in measures if name.startswith("pass_at_")})
-    held_out = [tuple(f"pass_at_{k}_{moment}" for moment in _HELD_OUT) for k in dict.fromkeys([*ks[:1], *ks[-1:]])]
-    blocks = [[name for name in block if name in measures] for block in (_BLOCKS[0], *held_out, *_BLOCKS[1:])]
-    return [block for block in blocks if block]
-
-
-def _label(measure: str) -> str:
-    if measure in LABELS:
-        return LABELS[measure]
-    *name, moment = measure.split("_")
-    return f"{'_'.join(name).replace('pass_at_', 'pass@')}, {moment}"
 
 
 def _runs(comparison: Comparison) -> Table:
@@ -152,7 +128,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _print_numbers(console: Console, who: str, measures: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> None:
     console.print(Text(""))
-    table = _table(who, *(_label(name) for name in measures))
+    table = _table(who, *(label_of(name) for name in measures))
     for name, cells in lines:
         table.add_row(Text(name, overflow="ellipsis", no_wrap=True), *cells)
     console.print(table)
@@ -162,11 +138,10 @@ def _differences(differences: Sequence[GroupDifference]) -> Table:
     table = _table("measure", "difference", "95 % interval", "p", "pairs", "above", "below")
     for each in differences:
         interval, p = each.difference.interval, each.difference.p
-        low, high = (None if bound is None else _number(bound, each.measure, sign="+") for bound in (interval.low, interval.high))
         table.add_row(
-            _label(each.measure),
-            _number(interval.mean, each.measure, sign="+"),
-            "-" if low is None or high is None else f"{low} to {high}",
+            label_of(each.measure),
+            number_text(interval.mean, each.measure, sign="+"),
+            bounds_text(interval, each.measure),
             "-" if p is None else f"{p:.2g}",
             *(str(count) for count in (interval.count, each.difference.positive, each.difference.negative)),
         )
@@ -181,13 +156,3 @@ def _table(first: str, *others: str) -> Table:
         names = other in ("run", "state")
         table.add_column(other, justify="left" if names else "right", no_wrap=other != "run", header_style="dim")
     return table
-
-
-def _mean(interval: Interval | None, measure: str) -> str:
-    if interval is None or interval.high is None:
-        return _number(None if interval is None else interval.mean, measure)
-    return f"{_number(interval.mean, measure)} ± {_number(interval.high - interval.mean, measure)}"
-
-
-def _number(value: float | None, measure: str, *, sign: str = "") -> str:
-    return "-" if value is None else format(value, sign + _FORMATS.get(measure, _FORMAT))

@@ -1,14 +1,15 @@
-"""The report of a run folder: summary.json and plots, and one paragraph for people."""
+"""The report of a run folder: summary.json, plots and a page, and one paragraph for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_minpro.config import RunConfig, load_config
 from megatron_minpro.report import summary
+from megatron_minpro.report.runs import read_run
 from megatron_minpro.run import profiling
 from megatron_minpro.tracking.metrics_file import METRICS_FILE, read_metrics
 from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE, SECONDS_FILE
@@ -53,6 +54,25 @@ def write_report(config: RunConfig, run_dir: Path, seconds: Mapping[str, float])
     if config.profile.steps is None:
         return said
     return f"{said} {profiling.write_phases(config, run_dir, list(read_metrics(run_dir / METRICS_FILE)))}"
+
+
+def write_page(run_dirs: Sequence[Path], path: Path) -> Path:
+    """Write one page about these runs, of whichever state.
+
+    Args:
+        run_dirs: their folders, at least one.
+        path: of the page.
+
+    Returns:
+        path.
+
+    Raises:
+        ValueError: a folder holds no run.
+    """
+    views = [read_run(run_dir) for run_dir in run_dirs]
+    from megatron_minpro.report.page import write  # here, as the plots: the chart library takes long to import
+
+    return write.write_page(views, path)
 
 
 def summarise(config: RunConfig, run_dir: Path, seconds: Mapping[str, float]) -> dict[str, Any]:

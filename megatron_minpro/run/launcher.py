@@ -26,7 +26,7 @@ from megatron_minpro.objectives.idle_clip import idle_clip
 from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.ctrl_c import CtrlC
-from megatron_minpro.run.finished import stopped, write_report
+from megatron_minpro.run.finished import stopped, write_page, write_report
 from megatron_minpro.run.preflight import check_run_folder, check_start
 from megatron_minpro.run.ranks import are_forked, fork_ranks, on_loopback, start_forked_ranks, start_ranks
 from megatron_minpro.run.run_folder import (
@@ -34,6 +34,7 @@ from megatron_minpro.run.run_folder import (
     ERROR_FILE,
     INITIAL_MODEL_FOLDER,
     LOCK_FILE,
+    PAGE_FILE,
     STOP_FILE,
     forget_unfinished_attempt,
 )
@@ -100,6 +101,8 @@ def run(config: RunConfig, *, resume: str, preloaded: bool = False) -> Path:
         if not result["complete"]:
             raise Interrupted(stopped(result))
         console.log(write_report(config, run_dir, {**result["seconds"], **clock.seconds()}))
+        if config.tracking.report:
+            console.log(f"Its page: {write_page([run_dir], run_dir / PAGE_FILE)}")
     return run_dir
 
 

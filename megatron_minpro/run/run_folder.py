@@ -21,6 +21,7 @@ LOST_FILE = "rollouts_lost.json"  # responses sampled by attempts that ended bef
 ATTEMPTS_FILE = "attempts.jsonl"  # how each start of a job began and ended
 LATEST_FILE = "latest"  # in checkpoints/: name of the newest complete checkpoint
 STATE_FILE = "run.json"  # in a checkpoint: where the run stands
+PAGE_FILE = "report.html"  # the page about the run
 LOCK_FILE = "lock"  # held by the process that owns the run
 EXPORT_FOLDER = "policy"  # the trained policy, Hugging Face format
 INITIAL_MODEL_FOLDER = "initial_model"  # random weights that the base model starts from

@@ -52,6 +52,7 @@ def shortened(config: RunConfig, folder: Path) -> dict[str, Any]:
         "checkpoint.every": 1_000_000,  # the last step has one
         "tracking.keep_rollouts": False,
         "tracking.token_groups": 0,
+        "tracking.report": False,
         "tracking.trackers": [],
         "profile.steps": None,
     }

@@ -159,6 +159,7 @@ def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "actor.updates_per_step=4",
         "evaluation.num_prompts=8",
         "checkpoint.every=2",
+        "tracking.report=false",  # 3 s; the undisturbed run writes one
     ]
 
 
@@ -166,7 +167,15 @@ def short_run_settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def finished_run(short_run_settings: list[str]) -> dict[str, Any]:
     """One undisturbed short run, weights checked after every sync, two steps traced."""
     command = Command(
-        ["train", *short_run_settings, "name=undisturbed", "debug.check_weights=true", "checkpoint.keep=4", "profile.steps=3-4"]
+        [
+            "train",
+            *short_run_settings,
+            "name=undisturbed",
+            "tracking.report=true",
+            "debug.check_weights=true",
+            "checkpoint.keep=4",
+            "profile.steps=3-4",
+        ]
     )
     try:
         code, out, err = command.wait()

@@ -1,0 +1,69 @@
+"use strict";
+// Draws a chart when its place is shown for the first time.
+
+const rowsOfRun = new Map();
+
+/** One row a step, from the run's columns. */
+function stepRows(run) {
+  if (!rowsOfRun.has(run)) {
+    const columns = page.runs[run].columns;
+    const names = Object.keys(columns);
+    rowsOfRun.set(run, columns.global_step.map((_, place) => Object.fromEntries(names.map((name) => [name, columns[name][place]]))));
+  }
+  return rowsOfRun.get(run);
+}
+
+/** Put a specification with its datasets into an element. Resolves to Vega's view. */
+async function embed(element, spec, datasets, count) {
+  const params = spec.params?.map((param) => (param.name === "count" ? { ...param, value: count } : param));
+  const options = {
+    mode: "vega-lite",
+    renderer: "svg",
+    actions: false,
+    ast: true, // expressions are interpreted, so that the page needs no eval
+    defaultStyle: false,
+    config: page.config,
+    tooltip: (_, event, __, value) => showTip(value ? Object.entries(value) : null, event.clientX, event.clientY),
+  };
+  const { view } = await vegaEmbed(element, { ...spec, datasets, ...(params && { params }) }, options);
+  return view;
+}
+
+/** Draw all charts below an element that are visible and not drawn yet. */
+async function drawCharts(root) {
+  for (const figure of root.querySelectorAll("figure[data-chart]:not([data-drawn])")) {
+    const plot = figure.querySelector(".plot");
+    if (!plot || plot.offsetParent === null) continue;
+    figure.dataset.drawn = "";
+    await drawChart(figure, plot);
+  }
+}
+
+async function drawChart(figure, plot) {
+  const run = Number(figure.dataset.run);
+  if (figure.dataset.chart === "any") return offerMetrics(figure, plot, run);
+  const rows = stepRows(run);
+  showHeadline(figure, rows);
+  await embed(plot, page.runs[run].specs[figure.dataset.chart], { steps: rows, evaluations: page.runs[run].evaluations }, rows.length);
+}
+
+/** First and last value beside the chart's title. */
+function showHeadline(figure, rows) {
+  const told = (value) => value !== null && value !== undefined && !(value === 0 && "positive" in figure.dataset);
+  const values = rows.map((row) => row[figure.dataset.headline]).filter(told);
+  if (values.length) figure.querySelector(".headline").textContent = `${digits(values[0], 3)} → ${digits(values.at(-1), 3)}`;
+}
+
+/** The chart of the metric that the reader chooses. */
+function offerMetrics(figure, plot, run) {
+  const select = figure.querySelector("select");
+  const names = Object.keys(page.runs[run].columns).filter((name) => name !== "global_step").sort();
+  select.replaceChildren(...names.map((name) => new Option(name, name)));
+  if (names.includes("reward/trained")) select.value = "reward/trained";
+  const draw = () => {
+    const rows = stepRows(run).map((row) => ({ global_step: row.global_step, chosen: row[select.value] }));
+    return embed(plot, page.specs.any, { steps: rows }, rows.length);
+  };
+  select.addEventListener("change", draw);
+  return names.length ? draw() : undefined;
+}
