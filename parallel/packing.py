@@ -6,6 +6,7 @@ Every per-token stream lives on these L-1 logit positions.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,34 +94,41 @@ def split_over_replicas(costs: Sequence[float], *, num_replicas: int) -> list[li
 
     costs: one per sequence, in any unit. Most expensive first onto the least loaded replica (Graham, 1969: at most 4/3 of the optimum).
     """
-    load = [0.0] * num_replicas
+    loads = [(0.0, replica) for replica in range(num_replicas)]  # a heap
     replicas: list[list[int]] = [[] for _ in range(num_replicas)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        target = min(range(num_replicas), key=lambda r: (load[r], r))
+        load, target = loads[0]
         replicas[target].append(index)
-        load[target] += costs[index]
+        heapq.heapreplace(loads, (load + costs[index], target))
     return replicas
 
 
 def plan_micro_batches(indices: Sequence[int], lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Group `indices` so that no group exceeds max_tokens positions. Deterministic; first-fit decreasing (Johnson, 1973).
 
+    The first group with room is found in a tree whose leaves are the groups' rooms and whose nodes hold the larger one below: S sequences
+    take S log S steps. Groups that are not begun have all their room, so they are found last.
+
     Raises ValueError with the index and length of a sequence longer than max_tokens.
     """
+    num_leaves = 1 << max(0, len(indices) - 1).bit_length()
+    room = [max_tokens] * (2 * num_leaves)  # node i has the children 2 i and 2 i + 1; the leaves come last
     groups: list[list[int]] = []
-    room: list[int] = []
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
         if lengths[index] > max_tokens:
             raise ValueError(
                 f"actor.max_tokens_per_micro_batch: {max_tokens} is less than sequence {index} with {lengths[index]} positions"
             )
-        place = next((g for g, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
+        node = 1
+        while node < num_leaves:
+            node = 2 * node + (room[2 * node] < lengths[index])
+        if node - num_leaves == len(groups):
             groups.append([])
-            room.append(max_tokens)
-            place = len(groups) - 1
-        groups[place].append(index)
-        room[place] -= lengths[index]
+        groups[node - num_leaves].append(index)
+        room[node] -= lengths[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return groups
 
 

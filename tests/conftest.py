@@ -40,7 +40,7 @@ GROUPS = (
     ("tests/megatron_minpro/commands/test_scale.py", "scale"),
 )
 
-SHOWN_GROUPS, SHOWN_S = 20, 5.0  # of the table of times: at most so many rows, of at least so many seconds
+SHOWN_GROUPS, SHOWN_S = 60, 5.0  # of the table of times: at most so many rows, of at least so many seconds
 PARITY = "parity"  # the user property of a test that leaves a row for the table below
 PARITY_COLUMNS = ("model", "layout", "log-probs", "gradients", "grad norms", "weights")
 

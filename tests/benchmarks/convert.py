@@ -51,7 +51,7 @@ _LARGE = _COMMON | {
     "num_experts": 32,
     "moe_intermediate_size": 768,
 }
-_MANY = _COMMON | {
+MANY = _COMMON | {
     "vocab_size": 256,
     "hidden_size": 64,
     "num_hidden_layers": 48,
@@ -61,7 +61,7 @@ _MANY = _COMMON | {
     "num_experts": 128,
     "moe_intermediate_size": 32,
 }
-_QUARTER = _MANY | {"num_hidden_layers": 12}
+_QUARTER = MANY | {"num_hidden_layers": 12}
 
 
 def rows(folder: Path) -> list[Row]:
@@ -75,7 +75,7 @@ def rows(folder: Path) -> list[Row]:
 
 
 def _against_cp(scratch: Path) -> Iterator[Row]:
-    source, num_bytes, num_tensors = _model(scratch / "large", _LARGE)
+    source, num_bytes, num_tensors = make_model(scratch / "large", _LARGE)
     copies: list[float] = []
     runs: dict[str, list[_Run]] = {}
     for _ in range(_REPEATS):  # alternating: whatever else the machine does then meets all of them
@@ -101,7 +101,7 @@ def _against_cp(scratch: Path) -> Iterator[Row]:
 
 def _per_tensor(scratch: Path) -> Iterator[Row]:
     """Four times the tensors must cost four times the seconds."""
-    models = [_model(scratch / label, config) for label, config in (("many", _MANY), ("quarter", _QUARTER))]
+    models = [make_model(scratch / label, config) for label, config in (("many", MANY), ("quarter", _QUARTER))]
     runs: dict[str, tuple[list[_Run], list[_Run]]] = {}
     for _ in range(_REPEATS):
         for size, (source, _, _) in enumerate(models):
@@ -144,9 +144,9 @@ def _against_mbridge(source: Path, ours: _Run) -> Iterator[Row]:
 def _there_and_back(source: Path) -> Iterator[tuple[str, _Run]]:
     """Each command once; what they write is removed, outside their time."""
     megatron, back = source.with_name("megatron"), source.with_name("back")
-    yield "hf-to-megatron", _run(["hf-to-megatron", str(source), str(megatron)])
-    yield "verify", _run(["verify", str(source), str(megatron)])
-    yield "megatron-to-hf", _run(["megatron-to-hf", str(megatron), str(back)])
+    yield "hf-to-megatron", run_convert(["hf-to-megatron", str(source), str(megatron)])
+    yield "verify", run_convert(["verify", str(source), str(megatron)])
+    yield "megatron-to-hf", run_convert(["megatron-to-hf", str(megatron), str(back)])
     shutil.rmtree(megatron)
     shutil.rmtree(back)
 
@@ -157,7 +157,7 @@ class _Run(NamedTuple):
     peak_bytes: int
 
 
-def _run(arguments: list[str]) -> _Run:
+def run_convert(arguments: list[str]) -> _Run:
     """One `minpro convert`, in a process of its own."""
     process = Path(__file__).with_name("convert_process.py")
     done = subprocess.run([sys.executable, str(process), *arguments], capture_output=True, text=True, check=False)
@@ -176,7 +176,7 @@ def _copy_and_sync(source: Path, destination: Path) -> float:
     return seconds
 
 
-def _model(folder: Path, config: dict[str, Any]) -> tuple[Path, int, int]:
+def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, int, int]:
     """A random checkpoint: the folder, bytes of its tensors, their number. Every tensor is another part of one random block."""
     shapes = hf_shapes(Architecture.from_config(config, source="config"))
     largest = max(map(math.prod, shapes.values()))

@@ -18,7 +18,7 @@ import torch
 from rows import table
 
 # Files beside this one, each with rows(folder) -> list[Row].
-BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state", "overlap", "replay", "client")
+BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state", "overlap", "replay", "client", "growth")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def rows(folder: Path) -> list[Row]:
 def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.ProcessGroups, directory: Path) -> list[Row]:
     """One checkpoint of the actor with two waiting batches of 64 responses of 1,000 tokens, many times, its pages on the disk each time."""
     config = load_config(_ROOT / "configs/tiny_moe_cpu.yaml", [f"model.path={model}"])
-    waiting = tuple(_batch(step) for step in range(2))
+    waiting = tuple(waiting_batch(step, num_tokens=1000) for step in range(2))
     directory.mkdir(parents=True)
     writer = CheckpointWriter(directory, run_dir=directory, keep=1, control_group=groups.control, saving_group=groups.saving)
     pauses, saves, copies, loads = [], [], [], []
@@ -111,15 +111,16 @@ def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.Pr
     ]
 
 
-def _batch(step: int) -> RolloutBatch:
+def waiting_batch(step: int, *, num_tokens: int) -> RolloutBatch:
+    """64 responses of so many tokens to prompts of 100."""
     samples = tuple(
         Sample(
             sample_id=f"step{step}-{number}",
-            token_ids=torch.randint(0, SHAPE["vocab_size"], (1100,), dtype=torch.int32),
-            loss_mask=torch.arange(1100) >= 100,
-            engine_logprobs=-torch.rand(1000),
-            behaviour_logprobs=-torch.rand(1000),
-            version_spans=(VersionSpan(policy_version=0, start=0, end=1000),),
+            token_ids=torch.randint(0, SHAPE["vocab_size"], (100 + num_tokens,), dtype=torch.int32),
+            loss_mask=torch.arange(100 + num_tokens) >= 100,
+            engine_logprobs=-torch.rand(num_tokens),
+            behaviour_logprobs=-torch.rand(num_tokens),
+            version_spans=(VersionSpan(policy_version=0, start=0, end=num_tokens),),
             finish_reason="stop",
             reward=0.0,
             correct=False,

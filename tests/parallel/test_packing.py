@@ -205,6 +205,27 @@ def test_no_micro_batch_exceeds_its_budget_and_no_two_would_fit_into_one(lengths
     assert all(a + b > budget for i, a in enumerate(loads) for b in loads[i + 1 :])
 
 
+@given(st.lists(st.integers(1, 60), max_size=70), st.integers(0, 90))
+def test_micro_batches_are_those_of_first_fit_by_a_plain_loop(lengths: list[int], spare: int) -> None:
+    max_tokens = max(lengths, default=1) + spare
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        with_room = [group for group in groups if sum(lengths[i] for i in group) + lengths[index] <= max_tokens]
+        if with_room:
+            with_room[0].append(index)
+        else:
+            groups.append([index])
+    assert plan_micro_batches(range(len(lengths)), lengths, max_tokens=max_tokens) == groups
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 7))
+def test_the_least_loaded_replica_gets_the_next_sequence(costs: list[int], num_replicas: int) -> None:
+    replicas: list[list[int]] = [[] for _ in range(num_replicas)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        min(replicas, key=lambda replica: sum(costs[i] for i in replica)).append(index)
+    assert split_over_replicas([float(cost) for cost in costs], num_replicas=num_replicas) == replicas
+
+
 def test_a_sequence_longer_than_a_micro_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^actor\.max_tokens_per_micro_batch: 10 is less than sequence 1 with 11 positions$"):
         plan_micro_batches([0, 1], [3, 11], max_tokens=10)
