@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,7 +191,9 @@ class _View:
             parts.append(f"{cell.name}: {where}")
         width = 24
         filled = round(width * self._done / max(1, self._total))
-        sys.stderr.write(f"\r\033[K[{'#' * filled}{'.' * (width - filled)}] {self._done} of {self._total}  {'; '.join(parts)}"[:200])
+        line = f"[{'#' * filled}{'.' * (width - filled)}] {self._done} of {self._total}: {'; '.join(parts)}"
+        # A line that the terminal breaks could not be painted over.
+        sys.stderr.write(f"\r\033[K{textwrap.shorten(line, shutil.get_terminal_size().columns - 1, placeholder=' ...')}")
         sys.stderr.flush()
         self._shown_at, self._is_shown = time.monotonic(), True
 

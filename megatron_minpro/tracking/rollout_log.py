@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ def rollout_file(run_dir: Path, global_step: int) -> Path:
 
 
 def read_rollouts(path: Path, numbers: Collection[int]) -> list[dict[str, Any]]:
-    """The lines with these numbers, from 0, as far as the file has them; none where it does not exist. No other line is parsed."""
+    """The lines with these numbers, from 0, as far as the file has them; none where it does not exist.
+
+    No other line is parsed, and nothing behind the last of them is read: rank 0 asks for a few lines of a file of many megabytes.
+    """
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for number, line in enumerate(file) if number in numbers]
+        return [json.loads(line) for number, line in enumerate(islice(file, max(numbers) + 1)) if number in numbers]
 
 
 class RolloutLog:
