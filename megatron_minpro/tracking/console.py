@@ -123,7 +123,6 @@ class Console:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._remark = ""
         self.refresh()
         if self._live is not None:
             progress = read_progress(self._run_dir)
