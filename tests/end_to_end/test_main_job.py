@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def test_exported_policy_is_the_trained_one_and_transformers_loads_it(finished_r
     assert base.keys() == trained.keys()
     changed = [name for name in base if not torch.equal(base[name], trained[name])]
     assert len(changed) > 0.9 * len(base)
+
+
+def test_the_page_holds_the_curves_and_tokens_of_the_run(finished_run: dict[str, Any]) -> None:
+    path = finished_run["dir"] / "report.html"
+    assert f"Its page: {path}" in " ".join(finished_run["out"].split())
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    assert data is not None
+    [run] = json.loads(data[1])["runs"]
+    assert run["columns"]["reward/trained"][STALENESS:] == [
+        pytest.approx(row["reward/trained"]) for row in finished_run["metrics"][STALENESS:]
+    ]
+    assert len(run["tokens"]["responses"]) == STEPS * 2 * 8  # two groups of eight of each batch
+    assert "".join(text for _, text, _ in run["tokens"]["pieces"] if "<|" in text) != ""  # the run's own tokenizer
+    assert all("answer" in response for response in run["tokens"]["responses"])
 
 
 def test_pictures_events_and_checkpoints_are_there_and_whole(finished_run: dict[str, Any]) -> None:

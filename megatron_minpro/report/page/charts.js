@@ -13,6 +13,12 @@ function stepRows(run) {
   return rowsOfRun.get(run);
 }
 
+/** The datasets of the charts of several runs. */
+function severalRows() {
+  const runs = page.several.runs.flatMap((place, run) => stepRows(run).map((row) => ({ ...row, ...place })));
+  return { runs, groups: page.several.groups };
+}
+
 /** Put a specification with its datasets into an element. Resolves to Vega's view. */
 async function embed(element, spec, datasets, count) {
   const params = spec.params?.map((param) => (param.name === "count" ? { ...param, value: count } : param));
@@ -40,11 +46,13 @@ async function drawCharts(root) {
 }
 
 async function drawChart(figure, plot) {
-  const run = Number(figure.dataset.run);
-  if (figure.dataset.chart === "any") return offerMetrics(figure, plot, run);
+  const { chart, run: runName } = figure.dataset;
+  if (runName === "several") return embed(plot, page.several.specs[chart], severalRows(), 0);
+  const run = Number(runName);
+  if (chart === "any") return offerMetrics(figure, plot, run);
   const rows = stepRows(run);
   showHeadline(figure, rows);
-  await embed(plot, page.runs[run].specs[figure.dataset.chart], { steps: rows, evaluations: page.runs[run].evaluations }, rows.length);
+  await embed(plot, page.runs[run].specs[chart], { steps: rows, evaluations: page.runs[run].evaluations }, rows.length);
 }
 
 /** First and last value beside the chart's title. */

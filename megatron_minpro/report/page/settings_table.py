@@ -62,13 +62,13 @@ def shipped_settings() -> dict[str, dict[str, Any]]:
 
 def shown_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(dotted key, value) of all settings, as text."""
-    return [(visible(key), _text(value)) for key, value in settings.items()]
+    return [(visible(key), shown_value(value)) for key, value in settings.items()]
 
 
 def _differences(settings: Mapping[str, Any], shipped: Mapping[str, Any]) -> list[Difference]:
     keys = [*settings, *(key for key in shipped if key not in settings)]
     return [
-        Difference(key=visible(key), value=_text(settings.get(key, _ABSENT)), shipped=_text(shipped.get(key, _ABSENT)))
+        Difference(key=visible(key), value=shown_value(settings.get(key, _ABSENT)), shipped=shown_value(shipped.get(key, _ABSENT)))
         for key in keys
         if key not in _OF_THE_PLACE and not _same(settings.get(key, _ABSENT), shipped.get(key, _ABSENT))
     ]
@@ -86,7 +86,8 @@ def _same(value: Any, shipped: Any) -> bool:
     return value == shipped or (is_path and os.path.isabs(value) and value.endswith(f"{os.sep}{shipped}"))
 
 
-def _text(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A setting's value as in a YAML file, without controls and not too long."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -10,6 +10,8 @@ function showTab(chosen) {
     tab.tabIndex = place === chosen ? 0 : -1;
     panels[place].hidden = place !== chosen;
   });
+  const choice = document.getElementById("run-field"); // of no use where all runs are shown
+  if (choice) choice.hidden = panels[chosen].id === "panel-several";
   fill(panels[chosen]);
 }
 
@@ -43,4 +45,4 @@ matchMedia("print").addEventListener("change", (change) => {
 });
 
 document.addEventListener("scroll", () => showTip(null), { passive: true, capture: true });
-showTab(0);
+showTab(page.several ? tabs.length - 1 : 0);

@@ -415,7 +415,9 @@ class TokenView {
     this.chart = null;
     const has = { below: this.quantity === "ratio", cut: rows.some((row) => row.cut > 0) };
     const spec = quantity.log ? page.specs.tokens_log : page.specs.tokens_linear;
-    const view = await embed(plot, { ...spec, layer: spec.layer.filter((layer) => has[layer.name] ?? true) }, { tokens: rows }, rows.length);
+    const inSteps = (layer) => (layer.name === "value" && this.quantity === "prefix_min" ? { ...layer, mark: { ...layer.mark, interpolate: "step-before" } } : layer);
+    const layer = spec.layer.filter((one) => has[one.name] ?? true).map(inSteps);
+    const view = await embed(plot, { ...spec, layer }, { tokens: rows }, rows.length);
     if (order !== this.drawings) return; // another one was asked for meanwhile
     this.chart = view;
     this.rows = rows;

@@ -20,6 +20,7 @@ from megatron_minpro.report.page.charts.token_chart import token_chart
 from megatron_minpro.report.page.run_page import RunPage, run_page
 from megatron_minpro.report.page.script_data import script_json
 from megatron_minpro.report.page.settings_table import shipped_settings
+from megatron_minpro.report.page.several_page import SeveralPage, several_page
 from megatron_minpro.report.page.versions import versions
 from megatron_minpro.report.runs import RunView
 
@@ -38,6 +39,9 @@ def write_page(views: Sequence[RunView], path: Path) -> Path:
 
     Returns:
         path.
+
+    Raises:
+        ValueError: a run is given twice.
     """
     write_atomically(path, page_html(views), durable=False)
     return path
@@ -49,11 +53,13 @@ def page_html(views: Sequence[RunView]) -> str:
     runs = [
         run_page(view, shipped=shipped, numbers=_NUMBERS // len(views), token_characters=_TOKEN_CHARACTERS // len(views)) for view in views
     ]
+    several = several_page(views) if len(views) > 1 else None
     scripts = [chart_library(), *map(_asset, _SCRIPTS)]
     return _template().render(
         runs=runs,
+        several=several,
         smoothed_steps=SMOOTHED_STEPS,
-        data=script_json(_data(runs)),
+        data=script_json(_data(runs, several)),
         scripts=scripts,
         script_hashes=[_hash(script) for script in scripts],
         style=_asset("page.css"),
@@ -68,7 +74,7 @@ def chart_library() -> str:
     return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
 
 
-def _data(runs: Sequence[RunPage]) -> dict[str, object]:
+def _data(runs: Sequence[RunPage], several: SeveralPage | None) -> dict[str, object]:
     return {
         "config": CONFIG,
         "specs": {"any": any_metric().spec, "tokens_log": token_chart("log"), "tokens_linear": token_chart("linear")},
@@ -82,6 +88,7 @@ def _data(runs: Sequence[RunPage]) -> dict[str, object]:
             }
             for run in runs
         ],
+        "several": None if several is None else {**several.data, "specs": {chart.name: chart.spec for chart in several.charts}},
     }
 
 

@@ -6,6 +6,7 @@ from megatron_minpro.report.page.charts.chart import SERIES, Spec, value_axis
 
 TOKENS = "tokens"  # the dataset: place (from 1), y, below (the prefix minimum beside the ratio), cut
 BELOW, CUT = "below", "cut"  # layers that tokens.js leaves out where they have no rows
+VALUE = "value"  # the layer that tokens.js draws in steps for a prefix minimum
 
 
 def token_chart(scale: str) -> Spec:
@@ -33,7 +34,7 @@ def token_chart(scale: str) -> Spec:
                 "mark": {"type": "line", "interpolate": "step-before", "color": SERIES[1], "strokeDash": [6, 3], "strokeWidth": 1.5},
                 "encoding": {"x": x, "y": {**y, "field": "below"}},
             },
-            {"mark": {"type": "line", "color": SERIES[0], "strokeWidth": 1.5}, "encoding": {"x": x, "y": y}},
+            {"name": VALUE, "mark": {"type": "line", "color": SERIES[0], "strokeWidth": 1.5}, "encoding": {"x": x, "y": y}},
             {
                 "name": CUT,
                 "transform": [{"filter": "datum.cut > 0"}],

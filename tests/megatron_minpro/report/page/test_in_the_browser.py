@@ -68,7 +68,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Opened]]:
         opened.page.on("dialog", lambda dialog: (opened.messages.append(dialog.message), dialog.dismiss()))
         opened.page.on("request", lambda request: opened.requests.append(request.url))
         opened.page.goto(path.as_uri())
-        opened.page.wait_for_selector("#panel-run[data-ready]")
+        opened.page.wait_for_selector("[role=tabpanel][data-ready]")
         return opened
 
     yield open_it
@@ -279,6 +279,24 @@ def test_on_a_phone_nothing_is_wider_than_the_window(run_dir: Path, open_page: C
 
 def box_of(locator: Any) -> dict[str, float]:
     return locator.bounding_box() or {"width": 0.0}
+
+
+def test_several_runs_open_with_their_curves_laid_over_each_other(
+    run_dir: Path, write_run: Callable[..., Path], open_page: Callable[..., Opened]
+) -> None:
+    others = [write_run(f"other_{seed}", f"seed={seed}", rewards=(0.2, 0.4 + seed / 20, 0.6)) for seed in (1, 2)]
+    opened = open_page(page_of(run_dir, *others))
+    panel = opened.page.locator("#panel-several")
+    assert panel.is_visible() and not opened.page.locator("#run-choice").is_visible()
+    assert panel.locator(".series").inner_text() == "small and 2 more (3 seeds)"
+    lines = panel.locator("figure", has_text="Reward").locator(".plot svg path[aria-roledescription='line mark']")
+    assert lines.count() == 4  # three runs and their mean
+    assert "seed" in panel.locator(".settings").inner_text()
+    opened.show("run")
+    opened.page.select_option("#run-choice", "2")
+    shown = opened.page.locator("#panel-run .run:visible")
+    assert shown.count() == 1 and shown.locator(".path").inner_text() == str(others[1])
+    assert opened.messages == []
 
 
 def test_print_shows_all_views_with_their_charts(run_dir: Path, open_page: Callable[..., Opened]) -> None:
