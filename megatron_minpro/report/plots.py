@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from megatron_minpro.report.moving_average import moving_average
 from megatron_minpro.report.style import BLUE, GREY, ORANGE, save, set_title, style
 from megatron_minpro.tracking.metrics_table import HEADLINE
 
@@ -49,17 +50,6 @@ def plot_run(
         if evaluation_before and evaluation_after:
             written.append(save(_bars(evaluation_before, evaluation_after, title=title), folder / "pass_at_k.png"))
     return written
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and up to window - 1 before it: same length, never looks ahead."""
-    if window < 1:
-        raise ValueError(f"moving average: window = {window}, expected at least 1")
-    averages = []
-    for index in range(len(values)):
-        recent = values[max(0, index - window + 1) : index + 1]
-        averages.append(sum(recent) / len(recent))
-    return averages
 
 
 def _curve(metrics: Sequence[Metrics], name: str, *, label: str, colour: str, title: str) -> Figure:

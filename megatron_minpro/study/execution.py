@@ -141,17 +141,19 @@ def _run(
 
 
 def report(study: Study, rows: Mapping[str, Row], *, total: int) -> str:
-    """Write tables and plots; returns one line that says where. total: cells of the study.
+    """Write tables, plots and the page; returns one line that says where. total: cells of the study.
 
     Raises ValueError when there is no row.
     """
     if not rows:
         raise ValueError(f"{study.folder}: holds no row of the study's cells")
-    from megatron_minpro.study.plots import plot_study  # matplotlib takes long to import
+    from megatron_minpro.study.page import PAGE_FILE, write_study_page  # this and matplotlib take long to import
+    from megatron_minpro.study.plots import plot_study
 
     pictures = plot_study(study.folder, study, rows)
     write_tables(study.folder, study, rows, total=total, pictures=pictures)
-    return f"{len(rows)} rows; written to {study.folder}: {REPORT_FILE}, table.csv, table.json, {', '.join(pictures)}"
+    write_study_page(study.folder, study, rows, total=total)
+    return f"{len(rows)} rows; written to {study.folder}: {PAGE_FILE}, {REPORT_FILE}, table.csv, table.json, {', '.join(pictures)}"
 
 
 def _describe(row: Row) -> str:

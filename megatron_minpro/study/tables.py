@@ -30,6 +30,7 @@ SHOWN = {
     },
 }
 REPORT_FILE = "report.md"
+Table = tuple[list[str], list[list[str]]]  # header, lines
 
 
 def write_tables(folder: Path, study: Study, rows: Mapping[str, Row], *, total: int, pictures: Sequence[str] = ()) -> str:
@@ -73,23 +74,18 @@ def _report(
     parts = [
         f"# {study.name}\n",
         f"{done} of {total} cells are done, {len(failed)} failed. Base: `{study.base}`. Seeds: {', '.join(map(str, study.seeds))}.\n",
-        "Mean over seeds ± half of the 95 % t interval. `collapsed`: seeds whose mean reward over the last window lies more than "
-        f"{rules.COLLAPSE} below that of their best window. The window is a tenth of the batches, at least {rules.LEAST_WINDOW}. "
-        "`reward, area` is the mean over all trained batches. megatron_minpro/report/measures.py defines every column.\n",
+        f"{HOW_MEASURED}\n",
     ]
     for family, members in families(study, groups).items():
-        parts += [f"## {family}\n" if family else "", _means(members), _along(members)]
+        along = along_the_response(members)
+        parts += [f"## {family}\n" if family else "", markdown_table(*means(members)), "" if along is None else markdown_table(*along)]
     if comparisons:
         axis, level = next(iter(study.reference.items()))
-        parts += [
-            f"## Differences from {axis} {level}\n",
-            f"Paired by seed: mean difference with its 95 % t interval, p of the two-sided paired t test after Holm's correction over the "
-            f"levels of `{axis}` in one table, and the seeds above and below the reference. With {len(study.seeds)} seeds an exact "
-            f"sign-flip test has no p below {2.0 ** (1 - len(study.seeds)):.4g}. * marks p < 0.05.\n",
-        ]
+        parts += [f"## Differences from {axis} {level}\n", f"{how_compared(study)}\n"]
         for family, members in families(study, groups).items():
-            mine = [each for each in comparisons if each.group in members]
-            parts += [f"### {family}\n" if family and mine else "", _differences(mine, axis)]
+            table = differences([each for each in comparisons if each.group in members], axis)
+            if table is not None:
+                parts += [f"### {family}\n" if family else "", markdown_table(*table)]
     if failed:
         parts += ["## Failed cells\n", "".join(f"- {row.cell}: {row.error}\n" for row in failed)]
     if pictures:
@@ -97,7 +93,25 @@ def _report(
     return "\n".join(part for part in parts if part)
 
 
-def _means(groups: Sequence[Group]) -> str:
+HOW_MEASURED = (
+    "Mean over seeds ± half of the 95 % t interval. `collapsed`: seeds whose mean reward over the last window lies more than "
+    f"{rules.COLLAPSE} below that of their best window. The window is a tenth of the batches, at least {rules.LEAST_WINDOW}. "
+    "`reward, area` is the mean over all trained batches. megatron_minpro/report/measures.py defines every column."
+)
+
+
+def how_compared(study: Study) -> str:
+    """What the numbers of `differences` are."""
+    axis, _ = next(iter(study.reference.items()))
+    return (
+        "Paired by seed: mean difference with its 95 % t interval, p of the two-sided paired t test after Holm's correction over the "
+        f"levels of `{axis}` in one table, and the seeds above and below the reference. With {len(study.seeds)} seeds an exact "
+        f"sign-flip test has no p below {2.0 ** (1 - len(study.seeds)):.4g}. * marks p < 0.05."
+    )
+
+
+def means(groups: Sequence[Group]) -> Table:
+    """Means over seeds, a line a group."""
     shown = [measure for measure in SHOWN if any(group.values(measure) for group in groups)]
     header = ["cells", "seeds", *(SHOWN[measure] for measure in shown), "collapsed"]
     lines = []
@@ -106,38 +120,38 @@ def _means(groups: Sequence[Group]) -> str:
         fallen = group.values("collapsed")
         collapsed = f"{sum(fallen.values()):.0f} of {len(fallen)}" if fallen else "-"
         lines.append([group.name, seeds, *(_shown(group.interval(measure), measure) for measure in shown), collapsed])
-    return markdown_table(header, lines)
+    return header, lines
 
 
-def _along(groups: Sequence[Group]) -> str:
-    """Weight and smallest earlier ratio by place in the response; nothing where no row has them."""
+def along_the_response(groups: Sequence[Group]) -> Table | None:
+    """Weight and smallest earlier ratio by place in the response; None where no row has them."""
     weight, minimum = rules.BY_PLACE
     stretches = {name: int(name.split("_")[1]) for group in groups for row in group.rows.values() for name in _stretches(row, weight)}
     if not stretches:
-        return ""
+        return None
     ordered = sorted(stretches, key=lambda name: stretches[name])
     lines = []
     for group in groups:
         pairs = [(group.interval(f"{weight}/{name}"), group.interval(f"{minimum}/{name}")) for name in ordered]
         lines.append([group.name, *("-" if w is None or m is None else f"{w.mean:.2f} / {math.exp(m.mean):.2f}" for w, m in pairs)])
-    header = ["weight / smallest earlier ratio", *(name.replace("_", " ") for name in ordered)]
-    return markdown_table(header, lines)
+    return ["weight / smallest earlier ratio", *(name.replace("_", " ") for name in ordered)], lines
 
 
 def _stretches(row: Row, group: str) -> list[str]:
     return [name.removeprefix(f"{group}/") for name in row.measures if name.startswith(f"{group}/")]
 
 
-def _differences(comparisons: Sequence[Comparison], axis: str) -> str:
+def differences(comparisons: Sequence[Comparison], axis: str) -> Table | None:
+    """Differences from the reference, a line a group; None where there is none."""
     measures = [measure for measure in COMPARED if any(each.measure == measure for each in comparisons)]
     if not measures:
-        return ""
+        return None
     lines = []
     for group in dict.fromkeys(each.group.name for each in comparisons):
         mine = {each.measure: each for each in comparisons if each.group.name == group}
         level = next(iter(mine.values())).group.levels[axis]
         lines.append([level, *(_difference(mine.get(measure)) for measure in measures)])
-    return markdown_table([axis, *(SHOWN[measure] for measure in measures)], lines)
+    return [axis, *(SHOWN[measure] for measure in measures)], lines
 
 
 def _difference(comparison: Comparison | None) -> str:

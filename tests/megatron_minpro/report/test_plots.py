@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_minpro.report.plots import moving_average, plot_run
+from megatron_minpro.report.moving_average import moving_average
+from megatron_minpro.report.plots import plot_run
 
 
 def test_a_moving_average_never_looks_ahead() -> None:

@@ -13,10 +13,11 @@ import pytest
 from megatron_minpro.cli import run
 from megatron_minpro.study.cells import Cell
 from megatron_minpro.study.costs import cost_of
+from megatron_minpro.study.curves import mean_curve
 from megatron_minpro.study.definition import Study
 from megatron_minpro.study.dry_run import describe
 from megatron_minpro.study.durations import duration
-from megatron_minpro.study.plots import mean_curve, plot_study
+from megatron_minpro.study.plots import plot_study
 from megatron_minpro.study.rows import Row, append_row, failed_row
 from megatron_minpro.study.summary import compare, make_groups
 from megatron_minpro.study.tables import write_tables
@@ -156,7 +157,7 @@ def test_the_command_reports_rows_that_were_copied_here(
     for row in rows.values():
         append_row(study.folder, row)
     assert run(["study", "small.yaml", "--report"]) == 0
-    assert "11 rows; written to runs/studies/small: report.md" in capsys.readouterr().out
+    assert "11 rows; written to runs/studies/small: report.html, report.md" in capsys.readouterr().out
     assert "10 of 18 cells are done" in (tmp_path / "runs/studies/small/report.md").read_text()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from megatron_minpro.report.page.write import write_page
 from megatron_minpro.report.runs import read_run
@@ -22,20 +20,6 @@ TABS = ("run", "off_policy", "tokens")
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 TEXTS = [list(f"4+5:{answer};".encode()) for answer in ("9", "10", "9 = 3 * 3", "世界")]
 EVIL = "<script>window.ran = 1; alert(1)</script><img src=x onerror='window.ran = 1'>\x1b[31m\u202egnihton"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium")
-    if found is None:
-        reason = "chromium is not installed; it opens the page about a run"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @dataclass(eq=False)
