@@ -139,11 +139,12 @@ def _split(records: TokenRecords, *, file: int) -> Iterator[_Response]:
 
 
 def _left_out(by_step: Mapping[int, Sequence[tuple[Path, list[int]]]], chosen: Chosen) -> list[str]:
-    total_steps, taken_steps = len(by_step), len(chosen.responses)
-    if taken_steps < total_steps:
-        said = f"Tokens of {taken_steps} of {total_steps} recorded steps are in this page"
-        return [f"{said}; the others are in {TOKENS_FOLDER}/ and would make it too large"]
-    return []
+    total = sum(len(sizes) for files in by_step.values() for _, sizes in files)
+    taken = sum(chosen.responses.values())
+    if taken == total:
+        return []
+    said = f"{taken:,} of {total:,} recorded responses are in this page, of {len(chosen.responses)} of {len(by_step)} steps"
+    return [f"{said}; the others are in {TOKENS_FOLDER}/ and would make it too large"]
 
 
 def _tokenizer(folders: Sequence[Path], notes: list[str]) -> Any:

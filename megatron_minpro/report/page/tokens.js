@@ -3,6 +3,7 @@
 
 const FRACTIONS = [-1, -0.5, -0.25, -0.0625, 0.0625, 0.25, 0.5, 1]; // of a colour's limit; charts/heat_map.py has the same
 const MOST_ROWS = 200;
+const MOST_POINTS = 2000; // of the line chart
 const CUTS = [
   "no bound",
   "weight held at the lower bound",
@@ -64,6 +65,21 @@ function unpackResponse(packed, tokens) {
     for (let end = place + length; place < end; place++) if (stretch % 2) response.places.push(place);
   });
   return response;
+}
+
+/** Places of the smallest and the largest value in each of MOST_POINTS / 2 stretches, so that a long line keeps its shape; all of a short one. */
+function extremes(values) {
+  if (values.length <= MOST_POINTS) return values.map((_, i) => i);
+  const kept = new Set([0, values.length - 1]);
+  const stretch = (2 * values.length) / MOST_POINTS;
+  for (let begin = 0; begin < values.length; begin += stretch) {
+    const places = [];
+    for (let i = Math.floor(begin); i < Math.min(values.length, Math.floor(begin + stretch)); i++) places.push(i);
+    kept.add(places.reduce((low, i) => (values[i] < values[low] ? i : low), places[0]));
+    kept.add(places.reduce((high, i) => (values[i] > values[high] ? i : high), places[0]));
+  }
+  kept.delete(undefined);
+  return [...kept].sort((a, b) => a - b);
 }
 
 /** 0 to 8: which of the nine colours. */
@@ -212,6 +228,7 @@ class TokenView {
       if (span.textContent === "") span.classList.add("part-of-character");
       if (i !== undefined) {
         span.dataset.i = i;
+        span.dataset.kind = span.className;
         span.tabIndex = -1;
         span.setAttribute("role", "button");
         this.spans[i] = span;
@@ -242,15 +259,22 @@ class TokenView {
   /** Look at trained token i: its numbers, the token that set its minimum, its place in the chart. */
   look(i) {
     if (i === this.at) return;
-    this.spans[this.at]?.classList.remove("looked-at");
+    this.find(".text .looked-at")?.classList.remove("looked-at");
     this.find(".text .set-minimum")?.classList.remove("set-minimum");
     this.find(".text [tabindex='0']")?.setAttribute("tabindex", "-1");
     this.at = i;
-    this.spans[i].classList.add("looked-at");
     this.spans[i].tabIndex = 0;
-    if (this.minimumSetter(i) >= 0) this.spans[this.minimumSetter(i)].classList.add("set-minimum");
+    const quantity = QUANTITIES[this.quantity];
+    this.spans[i].setAttribute("aria-label", `${this.spans[i].textContent} ${quantity.label} ${digits(quantity.value(this.response, i), 3)}`);
+    this.markTokens(i);
     this.showNumbers();
     this.markInChart();
+  }
+
+  /** Outline token i and the one that set its minimum. */
+  markTokens(i) {
+    this.spans[i].classList.add("looked-at");
+    if (this.minimumSetter(i) >= 0) this.spans[this.minimumSetter(i)].classList.add("set-minimum");
   }
 
   /** A line and a dot where the token that is looked at stands in the chart. */
@@ -259,10 +283,11 @@ class TokenView {
     if (!marker || !this.chart) return;
     marker.hidden = this.at < 0;
     if (this.at < 0) return;
-    const { place, y } = this.rows[this.at];
+    const { log, value } = QUANTITIES[this.quantity];
+    const y = value(this.response, this.at);
     const [left, top] = this.chart.origin();
-    marker.style.left = `${left + this.chart.scale("x")(place)}px`;
-    marker.style.setProperty("--dot", `${top + (y === null ? -99 : this.chart.scale("y")(y))}px`);
+    marker.style.left = `${left + this.chart.scale("x")(this.at + 1)}px`;
+    marker.style.setProperty("--dot", `${top + (log && !(y > 0) ? -99 : this.chart.scale("y")(y))}px`);
   }
 
   /** The token that set the minimum of token i; -1 where there is none or the record says another value. */
@@ -364,12 +389,10 @@ class TokenView {
       button.tabIndex = chosen ? 0 : -1;
     }
     this.spans.forEach((span, i) => {
-      const shade = colourOf(quantity.colour(this.response, i), limit);
-      span.className = span.className.replace(/ ?(shade|cut)-\d/g, "");
-      span.classList.add(`shade-${shade}`);
-      if (CUTS[this.response.cut[i]] && this.response.cut[i]) span.classList.add(`cut-${this.response.cut[i]}`);
-      span.setAttribute("aria-label", `${span.textContent} ${quantity.label} ${digits(quantity.value(this.response, i), 3)}`);
+      const cut = this.response.cut[i];
+      span.className = `${span.dataset.kind} shade-${colourOf(quantity.colour(this.response, i), limit)}${cut in CUTS && cut ? ` cut-${cut}` : ""}`;
     });
+    if (this.at >= 0) this.markTokens(this.at);
     this.writeLegend(quantity, limit);
     this.drawChart(quantity);
   }
@@ -402,12 +425,13 @@ class TokenView {
     const figure = this.find(".token-chart");
     figure.querySelector("h3").textContent = quantity.label[0].toUpperCase() + quantity.label.slice(1);
     figure.querySelector(".unit").textContent =
-      `${quantity.unit}${this.quantity === "ratio" ? "; dashed: prefix minimum" : ""}; dots: weight held, crosses: gradient 0`;
+      `${quantity.unit}${this.quantity === "ratio" ? "; dashed: prefix minimum" : ""}; dots: weight held, crosses: gradient 0${r.trained > MOST_POINTS ? "; lowest and highest of each stretch" : ""}`;
     const plot = figure.querySelector(".plot");
     plot.setAttribute("aria-label", `${quantity.label} of each trained token`);
-    const rows = Array.from(r.cut, (told, i) => {
-      const cut = told === CUT_NOT_TOLD ? 0 : told;
-      const value = quantity.value(r, i);
+    const values = Array.from(r.cut, (_, i) => quantity.value(r, i));
+    const rows = extremes(values).map((i) => {
+      const cut = r.cut[i] === CUT_NOT_TOLD ? 0 : r.cut[i];
+      const value = values[i];
       const y = quantity.log && !(value > 0) ? null : value;
       return { place: i + 1, y, cut, below: this.quantity === "ratio" ? Math.exp(r.prefixMin[i]) : null };
     });
@@ -420,7 +444,6 @@ class TokenView {
     const view = await embed(plot, { ...spec, layer }, { tokens: rows }, rows.length);
     if (order !== this.drawings) return; // another one was asked for meanwhile
     this.chart = view;
-    this.rows = rows;
     plot.append(make("i", "marker"));
     this.markInChart();
     view.addEventListener("pointermove", (event) => {

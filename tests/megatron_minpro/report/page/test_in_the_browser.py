@@ -184,6 +184,22 @@ def test_a_tokens_numbers_are_those_of_the_file(run_dir: Path, open_page: Callab
         assert page.locator(".cut-line").inner_text() == held
 
 
+def test_the_line_of_a_long_response_keeps_its_extremes(
+    run_dir: Path, record_tokens: Callable[..., Path], open_page: Callable[..., Opened]
+) -> None:
+    record_tokens(run_dir, [[65] * 9000], step=3)
+    opened = open_page(page_of(run_dir))
+    opened.show("tokens")
+    opened.page.select_option("[data-filter=step]", "3")
+    assert opened.page.locator(".text [data-i]").count() == 9000 - 3
+    values = [0.0] * 9000
+    values[17], values[8123] = -7.0, 9.0
+    kept = opened.page.evaluate("(values) => extremes(values)", values)
+    assert {0, 17, 8123, 8999} <= set(kept) and len(kept) <= 2002 and kept == sorted(kept)
+    assert "lowest and highest of each stretch" in opened.page.locator(".token-chart .unit").inner_text()
+    assert opened.messages == []
+
+
 def test_filters_leave_the_responses_they_name(run_dir: Path, open_page: Callable[..., Opened]) -> None:
     opened = open_page(page_of(run_dir))
     opened.show("tokens")
@@ -293,7 +309,8 @@ def test_print_shows_all_views_with_their_charts(run_dir: Path, open_page: Calla
         assert plots.count() == opened.page.locator(f"#panel-{tab} .plot svg").count() > 0
     assert not opened.page.locator("[role=tablist]").is_visible()
     ink = opened.page.evaluate("getComputedStyle(document.body).color")
-    assert max(map(int, ink[4:-1].split(","))) < 64  # dark on paper, whatever the screen's scheme
+    assert max(map(int, ink[4:-1].split(","))) < 64  # dark on white, whatever the screen's scheme
+    assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert opened.messages == []
 
 

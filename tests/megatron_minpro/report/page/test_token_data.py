@@ -81,7 +81,8 @@ def test_steps_that_do_not_fit_are_counted(tmp_path: Path, record_tokens: Callab
         record_tokens(tmp_path, TEXTS, step=step)
     found = read(tmp_path, budget=5000)
     assert [file["step"] for file in found.content["files"]] == [2, 4, 6]
-    assert "Tokens of 3 of 5 recorded steps are in this page; the others are in tokens/ and would make it too large" in found.notes
+    said = "6 of 10 recorded responses are in this page, of 3 of 5 steps; the others are in tokens/ and would make it too large"
+    assert said in found.notes
 
 
 def test_what_is_missing_or_damaged_is_one_line(tmp_path: Path, record_tokens: Callable[..., Path]) -> None:
