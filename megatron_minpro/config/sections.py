@@ -393,7 +393,10 @@ class ActorConfig(Section):
     layers: MayChange[Literal["auto", "local", "transformer_engine"]] = Field(
         default="auto", description="auto: TransformerEngine's on GPUs where it imports, else this project's own"
     )
-    logprob_chunk_tokens: int = Field(ge=1, description="tokens whose logits exist at once")
+    logprob_chunk_tokens: int = Field(
+        ge=1,
+        description="tokens whose logits exist at once: memory grows with it, time falls until about 128 (tests/benchmarks/logprobs.py)",
+    )
     routing_replay: Literal["none", "trainer", "server"] = Field(
         default="none",
         description="whose choice of experts a batch is trained with; none: the router's own in each pass; trainer: the one it made "

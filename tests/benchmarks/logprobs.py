@@ -17,11 +17,12 @@ from rows import Row
 from parallel.logprobs import token_logprobs
 
 _ROOT = Path(__file__).resolve().parents[2]
+CHUNKS = (32, 64, 128, 256, 512, 1024)  # 1,024 is all tokens
 
 
 def rows(folder: Path) -> list[Row]:
     """All rows of this file. folder: an existing folder for scratch files."""
-    return [*logprobs_against_products(), memory_against_straightforward()]
+    return [*logprobs_against_products(), *chunks_against_straightforward()]
 
 
 def logprobs_against_products() -> list[Row]:
@@ -71,30 +72,40 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def memory_against_straightforward() -> Row:
-    """Peak memory of forward and backward beyond their inputs, each in a process of its own, gradients included on both sides.
+def chunks_against_straightforward() -> list[Row]:
+    """CPU seconds and peak memory of forward and backward beyond their inputs over chunk sizes, each in a process of its own, gradients
+    included on both sides.
 
-    Scale: an 8th of 8,192 tokens, of hidden size 2,048, of 151,936 entries and of chunks of 256 tokens, so that the logits keep their
-    proportion to the weight and its gradient. In time, four products stand against three. The least of four runs each: at random the
+    Scale: an 8th of 8,192 tokens, of hidden size 2,048, of 151,936 entries and of chunks of 256 to 8,192 tokens, so that the logits keep
+    their proportion to the weight and its gradient. In time, four products stand against three. The least of four runs each: at random the
     library of matrix products takes 16 or 32 MB for itself, which do not grow with the problem and would count 64-fold at this scale.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     program = str(Path(__file__).with_name("logprobs_process.py"))
 
-    def measured(way: str) -> dict[str, float]:
-        done = subprocess.run([sys.executable, program, way], env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"logprobs_process.py {way} failed:\n{done.stderr[-3000:]}")
-        return json.loads(done.stdout)
+    def measured(way: str) -> tuple[float, int]:
+        runs = []
+        for _ in range(4):
+            done = subprocess.run([sys.executable, program, way], env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"logprobs_process.py {way} failed:\n{done.stderr[-3000:]}")
+            runs.append(json.loads(done.stdout))
+        return min(run["seconds"] for run in runs), int(min(run["bytes"] for run in runs))
 
-    chunked, straightforward = [[measured(way) for _ in range(4)] for way in ("chunked", "straightforward")]
-    return Row(
-        name="log-prob head, 1,024 x 256 x 18,992 in chunks of 32; bytes: peak beyond the inputs",
-        seconds=min(one["seconds"] for one in chunked),
-        peer="logits, log_softmax, gather and autograd",
-        peer_seconds=min(one["seconds"] for one in straightforward),
-        target=None,
-        own_bytes=int(min(one["bytes"] for one in chunked)),
-        peer_bytes=int(min(one["bytes"] for one in straightforward)),
-        bytes_target=1 / 8,
-    )
+    peer_seconds, peer_bytes = measured("straightforward")
+    found = []
+    for chunk_tokens in CHUNKS:
+        own_seconds, own_bytes = measured(str(chunk_tokens))
+        found.append(
+            Row(
+                name=f"log-prob head, 1,024 x 256 x 18,992 in chunks of {chunk_tokens}; bytes: peak beyond the inputs",
+                seconds=own_seconds,
+                peer="logits, log_softmax, gather and autograd",
+                peer_seconds=peer_seconds,
+                target=None,
+                own_bytes=own_bytes,
+                peer_bytes=peer_bytes,
+                bytes_target=1 / 8 if chunk_tokens == min(CHUNKS) else None,
+            )
+        )
+    return found
