@@ -477,6 +477,10 @@ class TrackingConfig(Section):
         description="groups of a batch of which RUN/tokens keeps each token's log-probs, ratio and weight, 34 bytes a token; 0: none",
     )
     report: bool = Field(default=True, description="write RUN/report.html, a page of curves and tokens, when the run is complete")
+    report_at_checkpoints: bool = Field(
+        default=False,
+        description="write RUN/report.html after each checkpoint too, in a process of its own; a job of several nodes: minpro report RUN",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="of the log files")
 
 

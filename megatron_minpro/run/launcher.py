@@ -27,6 +27,7 @@ from megatron_minpro.run import base_model
 from megatron_minpro.run.attempt_clock import AttemptClock
 from megatron_minpro.run.ctrl_c import CtrlC
 from megatron_minpro.run.finished import stopped, write_page, write_report
+from megatron_minpro.run.page_at_checkpoints import PageAtCheckpoints, start_page
 from megatron_minpro.run.preflight import check_run_folder, check_start
 from megatron_minpro.run.ranks import are_forked, fork_ranks, on_loopback, start_forked_ranks, start_ranks
 from megatron_minpro.run.run_folder import (
@@ -204,6 +205,16 @@ def _train(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: boo
     pool = None
     ranks = None
     supervisor = None
+    pages = None
+    if config.tracking.report_at_checkpoints:
+        pages = PageAtCheckpoints(run_dir, start=partial(start_page, run_dir), announce=console.log)
+
+    def look_after_others() -> None:
+        if supervisor is not None:
+            supervisor.check()
+        if pages is not None:
+            pages.look()
+
     try:
         if config.rollout.servers:
             pool = ServerPool.launch(
@@ -223,8 +234,10 @@ def _train(config: RunConfig, console: Console, ctrl_c: CtrlC, *, preloaded: boo
         write_atomically(run_dir / ENDPOINTS_FILE, json.dumps(endpoints) + "\n")
         if pool is not None:
             supervisor = supervise(config, pool, announce=console.log)
-        _watch(ranks, console, lambda: None if supervisor is None else supervisor.check(), ctrl_c, run_dir, stop_gently=True)
+        _watch(ranks, console, look_after_others, ctrl_c, run_dir, stop_gently=True)
     finally:
+        if pages is not None:
+            pages.close()
         if supervisor is not None:
             supervisor.close()
         if ranks is not None:
@@ -256,13 +269,13 @@ def _rank_failure(ranks: ManagedProcess, run_dir: Path) -> RuntimeError:
 
 
 def _watch(
-    ranks: ManagedProcess, console: Console, check_servers: Callable[[], None], ctrl_c: CtrlC, run_dir: Path, *, stop_gently: bool
+    ranks: ManagedProcess, console: Console, look_after_others: Callable[[], None], ctrl_c: CtrlC, run_dir: Path, *, stop_gently: bool
 ) -> None:
     """Until the ranks end. Raises RuntimeError with the first error of a rank, ServerDied, or Interrupted."""
     asked = False
     while ranks.is_running:
         console.refresh()
-        check_servers()
+        look_after_others()
         if not stop_gently:
             _refuse_to_begin(ctrl_c)
         if ctrl_c.times > 1:
