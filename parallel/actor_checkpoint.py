@@ -53,10 +53,14 @@ def _sharded_model(modules: Sequence[HiddenStateModel]) -> dict[str, Any]:
 
 def _sharded_state(modules: Sequence[HiddenStateModel], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     state = _sharded_model(modules)
-    # Under virtual pipeline stages Megatron's optimizer expects the same keys.
-    state["optimizer"] = optimizer.sharded_state_dict(
-        state if len(modules) > 1 else state["model"], is_loading=is_loading, metadata=_metadata()
-    )
+    gc.freeze()  # Megatron collects garbage once per optimizer: over a whole program's objects that takes longer than the copies
+    try:
+        # Under virtual pipeline stages Megatron's optimizer expects the same keys.
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state if len(modules) > 1 else state["model"], is_loading=is_loading, metadata=_metadata()
+        )
+    finally:
+        gc.unfreeze()
     return state
 
 
@@ -172,11 +176,7 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
     if hasattr(optimizer, "chained_optimizers"):
         description = copy.copy(optimizer)
         description.chained_optimizers = [each.description for each in inner]
-    gc.freeze()  # Megatron collects garbage once per optimizer: over a whole program's objects that takes longer than the copies
-    try:
-        state = _sharded_state(modules, description, is_loading=False)
-    finally:
-        gc.unfreeze()
+    state = _sharded_state(modules, description, is_loading=False)
     strategy = _copy_tensors(state, empty=frozenset().union(*(each.storages() for each in inner)))
 
     def write(group: dist.ProcessGroup) -> None:
