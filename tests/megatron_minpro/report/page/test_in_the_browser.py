@@ -17,6 +17,7 @@ from megatron_minpro.report.runs import read_run
 from megatron_minpro.tracking.token_records import read_token_records
 
 TABS = ("run", "off_policy", "tokens")
+TIME_LIMIT_MS = 120_000  # a tab takes 0.3 s on two idle cores
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 TEXTS = [list(f"4+5:{answer};".encode()) for answer in ("9", "10", "9 = 3 * 3", "世界")]
 EVIL = "<script>window.ran = 1; alert(1)</script><img src=x onerror='window.ran = 1'>\x1b[31m\u202egnihton"
@@ -45,6 +46,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Opened]]:
 
     def open_it(path: Path, *, scheme: str = "light", viewport: dict[str, int] = DESKTOP) -> Opened:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        context.set_default_timeout(TIME_LIMIT_MS)
         contexts.append(context)
         opened = Opened(context.new_page())
         opened.page.on("console", lambda message: opened.messages.append(message.text))
