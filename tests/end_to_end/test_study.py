@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Command, metrics_of, without_times
+from tests.end_to_end.conftest import ROOT, Command, metrics_of, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks]
 
@@ -64,3 +64,19 @@ def test_a_smoke_trains_each_level_and_lost_rows_come_back(
     again = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [{**row, "ended_at": ""} for row in again] == [{**row, "ended_at": ""} for row in reversed(rows)]
     assert "2 of 2 cells are done" in (folder / "report.md").read_text()
+
+
+def test_the_smoke_of_the_shipped_sweep_trains_every_objective(minpro: Callable[..., Command], tmp_path: Path) -> None:
+    """configs/study/lag_sweep_tiny.yaml as it is, in a folder of its own."""
+    path = tmp_path / "lag_sweep_tiny.yaml"
+    path.write_text(f"output_dir: {tmp_path}\n" + (ROOT / "configs/study/lag_sweep_tiny.yaml").read_text())
+    command = minpro("study", str(path), "--smoke")
+    code, _, err = command.wait()
+    assert code == 0, err
+    assert command.survivors() == []
+    folder = tmp_path / "lag_sweep_tiny_smoke"
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok"] * 14
+    assert len({row["levels"]["objective"] for row in rows}) == 14 and {row["levels"]["staleness"] for row in rows} == {"0", "2", "8"}
+    assert {row["batches"] for row in rows if row["levels"]["staleness"] == "8"} == {9}, "one batch at the full lag"
+    assert "14 of 14 done" in (folder / "report.html").read_text()
