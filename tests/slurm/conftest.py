@@ -73,8 +73,10 @@ class Disk:
     def almost_full(self, *, free: int) -> Iterator[None]:
         """Inside the block no more than `free` bytes are free, on all nodes."""
         self._resize(shutil.disk_usage(self.folder).used + free)
-        yield
-        self._resize(self.size)
+        try:
+            yield
+        finally:
+            self._resize(self.size)
 
     def _resize(self, size: int) -> None:
         subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)

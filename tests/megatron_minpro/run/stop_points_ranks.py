@@ -30,6 +30,7 @@ from megatron_minpro.run import run_state
 from megatron_minpro.run.checkpoint_writer import CheckpointWriter
 from megatron_minpro.run.worker import RunCheckpoints, build_actor
 from megatron_minpro.tracking.step_details import Histogram
+from megatron_minpro.tracking.token_records import TokenRecords
 from parallel import process_groups
 from parallel.actor import MegatronActor
 from parallel.process_groups import ProcessGroups
@@ -50,6 +51,7 @@ class Driver:
         self.cursor = cursor
         self.published: dict[int, str] = {}  # digest by policy version
         self.lines: list[dict[str, Any]] = []
+        self.tokens: dict[str, str] = {}  # global step and update -> digest of the token records
 
     def collect(self, step: int, *, policy_version: int) -> SampledBatch:
         digest = int(self.published[policy_version], 16)
@@ -80,6 +82,11 @@ class Driver:
     def record(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
         same = {name: value for name, value in metrics.items() if not name.startswith(("time/", "throughput/"))}
         self.lines.append({"global_step": step, **same})
+
+    def keep_tokens(self, records: TokenRecords) -> None:
+        names = [response.sample_id for response in records.responses]
+        digest = digest_of((f"{names} {name}", torch.from_numpy(values)) for name, values in sorted(records.streams.items()))
+        self.tokens[f"{records.global_step} {records.update}"] = digest
 
     def taken_in(self, *, cursor: Mapping[str, Any], rollouts_sampled: int) -> None:
         self.cursor = cursor
@@ -138,7 +145,8 @@ def outcome(actor: MegatronActor, driver: Driver | None, counters: RunCounters) 
     weights = digest_of(actor.export_weights())
     counted = {name: getattr(counters, name) for name in ("next_step", "trained_batches", "rollouts_sampled", "tokens_trained")}
     lines = [] if driver is None else driver.lines
-    return {"weights": weights, "lines": lines, "counted": counted, "cursor": {} if driver is None else driver.cursor}
+    tokens = {} if driver is None else driver.tokens
+    return {"weights": weights, "lines": lines, "tokens": tokens, "counted": counted, "cursor": {} if driver is None else driver.cursor}
 
 
 def main(folder: Path) -> None:
