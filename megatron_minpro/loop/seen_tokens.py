@@ -38,7 +38,7 @@ def recorded_groups(batch: RolloutBatch, num_groups: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenTokens:
-    """Of one mini-batch in which responses are recorded."""
+    """What the objective sees of the recorded responses of one mini-batch."""
 
     samples: Sequence[Sample]  # of the whole mini-batch
     groups: Mapping[str, int]  # sample id -> group, of those that are recorded
@@ -76,7 +76,7 @@ class SeenTokens:
         self.parts.append((places_N2, values_NV))
 
     def gather(self, *, speaks: bool, group: dist.ProcessGroup) -> list[Part] | None:
-        """Collective over `group`. All parts on rank 0, None elsewhere. speaks: this rank is the one of its replicas that counts."""
+        """Collective over `group`. All parts on rank 0, None elsewhere. speaks: of the actor; what other ranks hold are copies."""
         mine = [(places.cpu().numpy(), values.cpu().numpy()) for places, values in self.parts] if speaks else []
         everyone: list[list[Part]] | None = [[]] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
         dist.gather_object(mine, everyone, dst=0, group=group)
@@ -97,14 +97,14 @@ class SeenTokens:
         Raises:
             ValueError: a token is missing or came twice.
         """
-        samples = [sample for sample in self.samples if sample.sample_id in self.groups]
+        recorded = [(number, sample) for number, sample in enumerate(self.samples, start=1) if sample.sample_id in self.groups]
+        samples = [sample for _, sample in recorded]
         places_N2, values_NV = (np.concatenate(column) for column in zip(*parts, strict=True))
         order_N = np.lexsort((places_N2[:, 1], places_N2[:, 0]))
-        numbers = [number for number, sample in enumerate(self.samples, start=1) if sample.sample_id in self.groups]
         expected_N2 = np.concatenate(
             [
                 np.stack([np.full(sample.num_response_tokens, number), sample.loss_mask[1:].nonzero()[:, 0].numpy()], axis=1)
-                for number, sample in zip(numbers, samples, strict=True)
+                for number, sample in recorded
             ]
         )
         if not np.array_equal(places_N2[order_N], expected_N2):
