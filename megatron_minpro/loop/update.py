@@ -18,7 +18,8 @@ from megatron_minpro.loop.stop_time import LONGEST_UPDATE
 from megatron_minpro.loop.top_tokens import forget_files, top_tokens_of
 from megatron_minpro.loop.training_run import TrainingRun, obey
 from megatron_minpro.objectives import Objective, TokenBatch, add_metrics, finalize_metrics
-from megatron_minpro.objectives.metrics import BIN_EDGES, histogram_counts
+from megatron_minpro.objectives.histograms import BIN_EDGES
+from megatron_minpro.objectives.metrics import histogram_counts
 from megatron_minpro.tracking.step_details import Histogram
 from parallel.actor import LearningRate, LossFunction, MegatronActor, UpdateReport
 from parallel.token_sequence import TokenSequence
@@ -88,7 +89,8 @@ def _complete(run: TrainingRun, batch: RolloutBatch, under_way: StepUnderWay) ->
     forget_files(run, batch)
     totals = add_metrics(report.metrics for report in reports)
     under_way.metrics |= finalize_metrics(totals)
-    under_way.histograms = {name: Histogram(edges=BIN_EDGES.tolist(), counts=counts) for name, counts in histogram_counts(totals).items()}
+    edges = BIN_EDGES.tolist()
+    under_way.histograms = {name: Histogram(edges=edges, counts=counts) for name, counts in histogram_counts(totals).items()}
     under_way.metrics |= trained_metrics([report.routing for report in reports])
     under_way.metrics |= {
         "loss/total": sum(report.loss for report in reports) / len(reports),

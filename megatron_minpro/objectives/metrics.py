@@ -1,35 +1,41 @@
 """What every objective reports: sums, counts and fixed-bin histograms, which add up over ranks, micro-batches and mini-batches.
 
-A metric is float64, [2] = (sum, count), or by the end of its name: [NUM_BINS] = counts per bin (`/histogram`), what
-effective_sample_size.py sums (`/weight_sums`), what by_place.py sums (`/by_place`, `/by_share`). `finalize_metrics` makes numbers of
-the totals.
+A metric is float64, [2] = (sum, count), or by the end of its name: counts per bin of histograms.py (`/histogram`), what
+effective_sample_size.py sums (`/weight_sums`), what by_place.py sums (`/by_place`, `/by_share`) and counts (`/histogram_by_place`,
+`/histogram_by_share`). `finalize_metrics` makes numbers of the totals.
 megatron_minpro/tracking/metrics_table.py says what each name means. Shapes: T local packed tokens, S sequences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped, UInt8
+from jaxtyping import Float, Float64, Shaped, UInt8
 from torch import Tensor
 
 from megatron_minpro.objectives.base import TokenBatch
 from megatron_minpro.objectives.by_place import (
+    HISTOGRAM_BY_PLACE_SUFFIX,
+    HISTOGRAM_BY_SHARE_SUFFIX,
     NUM_STRETCHES,
     PLACE_SUFFIX,
     SHARE_SUFFIX,
     SHARES,
-    means_by_place,
-    means_by_share,
+    STRETCH_QUANTILES,
+    STRETCHES,
+    counts_by_stretch,
+    means_by_stretch,
     place_stretches,
+    quantiles_by_stretch,
     share_stretches,
     sums_by_stretch,
 )
 from megatron_minpro.objectives.cut import has_no_gradient, is_held
 from megatron_minpro.objectives.effective_sample_size import WEIGHT_SUMS_SUFFIX, effective_sample_size, weight_sums
+from megatron_minpro.objectives.histograms import bin_of, histogram_quantile
 from megatron_minpro.objectives.ratios import MAX_LOG_RATIO, Scanned, ratio
 from megatron_minpro.objectives.score_centering import Centering
 
@@ -39,13 +45,7 @@ UNIT_LOG_RATIO = 1e-5
 VANISHED_WEIGHT = 0.01
 
 HISTOGRAM_SUFFIX = "/histogram"
-_SUFFIXES = f"{HISTOGRAM_SUFFIX}, {WEIGHT_SUMS_SUFFIX}, {PLACE_SUFFIX} or {SHARE_SUFFIX}"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-
-# Bins of a log ratio: symmetric, 16 per decade from 1e-5 to 100, one around 0, and open ends.
-_MAGNITUDES = torch.logspace(-5, 2, 7 * 16 + 1, dtype=torch.float64)
-BIN_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-NUM_BINS = len(BIN_EDGES) + 1
 
 
 def token_metrics(
@@ -90,20 +90,27 @@ def token_metrics(
         "effective_sample_size/token/weight_sums": weight_sums(d_T, mask_T.double()),
         "effective_sample_size/prefix/weight_sums": weight_sums(scanned.cumulative_T, mask_T.double()),
         "effective_sample_size/sequence/weight_sums": weight_sums(scanned.sequence_S, share_S),
-        "log_ratio/histogram": histogram(d_T, mask_T),
-        "log_prefix_min/histogram": histogram(prefix_min_T, mask_T),
-        **_along_the_response(batch, scanned, {"log_prefix_min": prefix_min_T, "weight": weights_T}),
+        **_along_the_response(batch, scanned, {"log_ratio": d_T, "log_prefix_min": prefix_min_T}, {"weight": weights_T}),
     }
 
 
-def _along_the_response(batch: TokenBatch, scanned: Scanned, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _along_the_response(
+    batch: TokenBatch, scanned: Scanned, logs: Mapping[str, Tensor], ratios: Mapping[str, Tensor]
+) -> dict[str, Float64[Tensor, " B _"]]:
+    """Means of all, histograms of the logs, by place and by share."""
+    mask_T, bins = batch.loss_mask_T, {name: bin_of(x_T) for name, x_T in logs.items()}
     place_T = place_stretches(scanned.place_T)
     share_T = share_stretches(scanned.place_T, batch.shard.per_token(scanned.num_trained_S))
-    return {
-        name + suffix: sums_by_stretch(x_T, stretch_T, batch.loss_mask_T, num_stretches=num_stretches)
-        for name, x_T in values.items()
-        for suffix, stretch_T, num_stretches in ((PLACE_SUFFIX, place_T, NUM_STRETCHES), (SHARE_SUFFIX, share_T, len(SHARES)))
-    }
+    found: dict[str, Tensor] = {}
+    for stretch_T, num_stretches, means, histograms in (
+        (place_T, NUM_STRETCHES, PLACE_SUFFIX, HISTOGRAM_BY_PLACE_SUFFIX),
+        (share_T, len(SHARES), SHARE_SUFFIX, HISTOGRAM_BY_SHARE_SUFFIX),
+    ):
+        sums = sums_by_stretch({**logs, **ratios}, stretch_T, mask_T, num_stretches=num_stretches)
+        found |= {name + means: sums_B2 for name, sums_B2 in sums.items()}
+        counts = {name: counts_by_stretch(bin_T, stretch_T, mask_T, num_stretches=num_stretches) for name, bin_T in bins.items()}
+        found |= {name + histograms: counts_of for name, counts_of in counts.items()}
+    return found
 
 
 def centering_metrics(batch: TokenBatch, centering: Centering) -> dict[str, Float64[Tensor, " _"]]:
@@ -114,12 +121,6 @@ def centering_metrics(batch: TokenBatch, centering: Centering) -> dict[str, Floa
 
 def _sum_and_count(x_T: Shaped[Tensor, " T"], mask_T: Tensor, count: Tensor) -> Float64[Tensor, " 2"]:
     return torch.stack([torch.where(mask_T, x_T.detach().double(), 0.0).sum(), count])
-
-
-def histogram(x_T: Float[Tensor, " T"], mask_T: Bool[Tensor, " T"]) -> Float64[Tensor, " bins"]:
-    """Counts of x per bin over unmasked tokens: float64 [NUM_BINS]. Bin i holds BIN_EDGES[i - 1] < x <= BIN_EDGES[i]."""
-    bin_T = torch.bucketize(x_T.detach().double(), BIN_EDGES.to(x_T.device, non_blocking=True))
-    return x_T.new_zeros(NUM_BINS, dtype=torch.float64, requires_grad=False).index_add(0, bin_T, mask_T.double())
 
 
 def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -133,54 +134,78 @@ def add_metrics(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def finalize_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, means by place as
-    group/token_1, group/tokens_2_3, ... and by share as group/share_0_1, ... (those that have a token), effective sample sizes, and
-    weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+    """Means of the (sum, count) pairs under their names, quantiles of the histograms as group/p01 ... group/p99, effective sample sizes,
+    and weight/effective_sample_size = mean(w)^2 / mean(w^2), the share of tokens that equal weights would need (Kish, 1965).
+
+    Along the response, of stretches that have a token: means by place as group/token_1, group/tokens_2_3, ..., by share as
+    group/share_0_1, ..., and quantiles under the same names in group_p05, group_p50 and group_p95.
 
     A metric without any token is NaN, never 0. Raises ValueError for a shape that is none of these.
     """
     final: dict[str, float] = {}
-    for name, value in totals.items():
-        if name.endswith(HISTOGRAM_SUFFIX):
-            stem = name.removesuffix(HISTOGRAM_SUFFIX)
-            final |= {f"{stem}/p{round(100 * q):02d}": histogram_quantile(value, q) for q in QUANTILES}
-        elif name.endswith(WEIGHT_SUMS_SUFFIX):
-            final[name.removesuffix(WEIGHT_SUMS_SUFFIX)] = effective_sample_size(value)
-        elif name.endswith(PLACE_SUFFIX):
-            stem = name.removesuffix(PLACE_SUFFIX)
-            final |= {f"{stem}/{stretch}": mean for stretch, mean in means_by_place(value).items()}
-        elif name.endswith(SHARE_SUFFIX):
-            stem = name.removesuffix(SHARE_SUFFIX)
-            final |= {f"{stem}/{stretch}": mean for stretch, mean in means_by_share(value).items()}
+    for name, value in with_whole_histograms(totals).items():
+        stem, slash, kind = name.rpartition("/")
+        if slash + kind in _NUMBERS:
+            final |= _NUMBERS[slash + kind](stem, value)
         elif tuple(value.shape) == (2,):
             total, count = value.tolist()
             final[name] = total / count if count else math.nan
         else:
-            raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {_SUFFIXES}")
+            raise ValueError(f"metric {name!r} has shape {list(value.shape)}; expected [2], or a name that ends in {', '.join(_NUMBERS)}")
     if "weight/mean" in final and "weight/mean_square" in final:
         mean_square = final["weight/mean_square"]
         final["weight/effective_sample_size"] = final["weight/mean"] ** 2 / mean_square if mean_square else math.nan
     return final
 
 
+def with_whole_histograms(totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The totals, and for each histogram by place that of all tokens: every token has a place."""
+    whole = {
+        name.removesuffix(HISTOGRAM_BY_PLACE_SUFFIX) + HISTOGRAM_SUFFIX: counts.sum(0)
+        for name, counts in totals.items()
+        if name.endswith(HISTOGRAM_BY_PLACE_SUFFIX)
+    }
+    return {**totals, **whole}
+
+
+def _quantiles(stem: str, counts: Tensor) -> dict[str, float]:
+    return {f"{stem}/{_percent(q)}": histogram_quantile(counts, q) for q in QUANTILES}
+
+
+def _means_along(stretches: tuple[str, ...], stem: str, sums: Tensor) -> dict[str, float]:
+    return {f"{stem}/{stretch}": mean for stretch, mean in means_by_stretch(stretches, sums).items()}
+
+
+def _quantiles_along(stretches: tuple[str, ...], stem: str, counts: Tensor) -> dict[str, float]:
+    return {
+        f"{stem}_{_percent(q)}/{stretch}": value
+        for q in STRETCH_QUANTILES
+        for stretch, value in quantiles_by_stretch(stretches, counts, q).items()
+    }
+
+
+def _percent(q: float) -> str:
+    return f"p{round(100 * q):02d}"
+
+
+# End of a metric's name -> what comes of the total, given the name before that end.
+_NUMBERS: Mapping[str, Callable[[str, Tensor], dict[str, float]]] = {
+    HISTOGRAM_SUFFIX: _quantiles,
+    WEIGHT_SUMS_SUFFIX: lambda stem, sums: {stem: effective_sample_size(sums)},
+    PLACE_SUFFIX: partial(_means_along, STRETCHES),
+    SHARE_SUFFIX: partial(_means_along, SHARES),
+    HISTOGRAM_BY_PLACE_SUFFIX: partial(_quantiles_along, STRETCHES),
+    HISTOGRAM_BY_SHARE_SUFFIX: partial(_quantiles_along, SHARES),
+}
+
+
 def histogram_counts(totals: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The histograms under their names without the suffix: NUM_BINS counts each, of the bins that BIN_EDGES parts."""
-    return {name.removesuffix(HISTOGRAM_SUFFIX): value.tolist() for name, value in totals.items() if name.endswith(HISTOGRAM_SUFFIX)}
-
-
-def histogram_quantile(counts: Float64[Tensor, " bins"], q: float) -> float:
-    """The q-quantile of a histogram, linear inside its bin; the outermost edge in an open bin; NaN for an empty histogram."""
-    if tuple(counts.shape) != (NUM_BINS,):
-        raise ValueError(f"a histogram has {NUM_BINS} bins, got shape {list(counts.shape)}")
-    counts = counts.double().cpu()
-    total = float(counts.sum())
-    if total == 0:
-        return math.nan
-    cumulative = counts.cumsum(0)
-    wanted = q * total
-    index = min(int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64))), NUM_BINS - 1)
-    if index in (0, NUM_BINS - 1):
-        return float(BIN_EDGES[0 if index == 0 else -1])
-    low, high = float(BIN_EDGES[index - 1]), float(BIN_EDGES[index])
-    inside = (wanted - float(cumulative[index] - counts[index])) / float(counts[index])
-    return low + inside * (high - low)
+    """The histograms for people to look at, counts per bin: of all tokens as group, by share as group_histogram/share_0_1, ..."""
+    found: dict[str, list[float]] = {}
+    for name, counts in with_whole_histograms(totals).items():
+        if name.endswith(HISTOGRAM_SUFFIX):
+            found[name.removesuffix(HISTOGRAM_SUFFIX)] = counts.tolist()
+        elif name.endswith(HISTOGRAM_BY_SHARE_SUFFIX):
+            group = f"{name.removesuffix(HISTOGRAM_BY_SHARE_SUFFIX)}_histogram"
+            found |= {f"{group}/{share}": row for share, row in zip(SHARES, counts.tolist(), strict=True)}
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +19,7 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 | file in the run folder | content | written by |
 |---|---|---|
 | `metrics.jsonl` | one line per global step, all metrics below; `null` where a number is not finite | `metrics_file.py`, always |
-| `tensorboard/` | the same numbers, histograms of both logarithms, three responses of each batch | `tensorboard.py`, the default tracker |
+| `tensorboard/` | the same numbers, histograms of both logarithms, also by share, and three responses of each batch | `tensorboard.py`, the default tracker |
 | `wandb/` | the same numbers as a wandb run, online or offline | `wandb.py`, with `tracking.trackers=[{name: wandb}]` |
 | `rollouts/step_000012.jsonl` | every response sampled in a step | `rollout_log.py`, unless `tracking.keep_rollouts=false` |
 | `tokens/step_000012_update_0003.safetensors` | what the objective saw of a few responses | `token_records.py` |
@@ -45,15 +46,19 @@ def render() -> str:
     parts = [_INTRODUCTION]
     for group, metrics in groupby(METRICS, key=lambda metric: metric.name.partition("/")[0]):
         parts.append(f"\n### {group}\n\n| name | unit | meaning | combined | from |\n|---|---|---|---|---|\n")
-        parts += [_row(metric, numbers[metric.combined]) for metric in metrics]
+        parts += [_row(list(same), numbers) for _, same in groupby(metrics, key=lambda metric: metric.meaning)]
     parts.append("\n### How parts become one number\n\n")
     parts += [f"{number}. {combined.value}\n" for combined, number in numbers.items()]
     return "".join(parts)
 
 
-def _row(metric: Metric, number: int) -> str:
-    meaning = metric.meaning.replace("|", "\\|")
-    return f"| `{metric.name}` | {metric.unit} | {meaning} | {number} | `{metric.source}` |\n"
+def _row(metrics: Sequence[Metric], numbers: Mapping[Combined, int]) -> str:
+    """Of metrics that mean the same: the first two of their names, and the last."""
+    names = [f"`{metric.name}`" for metric in metrics]
+    shown = " ".join(names if len(names) < 4 else [*names[:2], "...", names[-1]])
+    one = metrics[0]
+    meaning = one.meaning.replace("|", "\\|")
+    return f"| {shown} | {one.unit} | {meaning} | {numbers[one.combined]} | `{one.source}` |\n"
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Metric:
 
     name: str
     unit: str
-    meaning: str
+    meaning: str  # metrics of one group that mean the same share a row of the reference page
     combined: Combined
     source: str  # the file that computes it
 
@@ -63,15 +63,23 @@ def _quantiles(group: str, unit: str, source: str, meaning: str) -> list[Metric]
     ]
 
 
-def _along_the_response(group: str, unit: str, meaning: str) -> list[Metric]:
+def _along_the_response(group: str, unit: str, meaning: str, *, quantiles: bool = False) -> list[Metric]:
+    """Means by place and by share in the group; quantiles under the same names, in groups of their own."""
+    found = _by_stretch(group, unit, Combined.TOKEN_MEAN, f"mean of {meaning}")
+    for percent in (5, 50, 95) if quantiles else ():
+        below = f"{percent}% of the trained tokens lie below it: {meaning}"
+        found += _by_stretch(f"{group}_p{percent:02d}", unit, Combined.QUANTILE, below)
+    return found
+
+
+def _by_stretch(group: str, unit: str, combined: Combined, meaning: str) -> list[Metric]:
     doubling = [2**exponent for exponent in range(17)]
     places = ["token_1", *(f"tokens_{first}_{2 * first - 1}" for first in doubling[1:-1]), f"tokens_{doubling[-1]}_on"]
-    stretches = {name: name.replace("_", " ") for name in places}
-    percentages = (0, 1, 2, 5, 10, 20, 50, 100)
-    stretches |= {f"share_{first}_{last}": f"{first}% to {last}%" for first, last in pairwise(percentages)}
+    shares = [f"share_{first}_{last}" for first, last in pairwise((0, 1, 2, 5, 10, 20, 50, 100))]
     return [
-        _metric(f"{group}/{name}", unit, Combined.TOKEN_MEAN, _BY_PLACE, f"{meaning}: mean over {stretch} of the responses")
-        for name, stretch in stretches.items()
+        _metric(f"{group}/{name}", unit, combined, _BY_PLACE, f"{meaning}; by {where}")
+        for where, names in (("place in the response, from 1", places), ("share of the response, in percent", shares))
+        for name in names
     ]
 
 
@@ -181,6 +189,7 @@ METRICS: tuple[Metric, ...] = (
     _metric("log_ratio/mean", "nats", Combined.TOKEN_MEAN, _OBJECTIVES, "log rho"),
     _metric("log_ratio/mean_square", "nats^2", Combined.TOKEN_MEAN, _OBJECTIVES, "(log rho)^2"),
     *_quantiles("log_ratio", "nats", _OBJECTIVES, "log rho"),
+    *_along_the_response("log_ratio", "nats", "log rho", quantiles=True),
     _metric(
         "prefix_min/mean",
         "ratio",
@@ -189,7 +198,7 @@ METRICS: tuple[Metric, ...] = (
         "smallest rho among the earlier tokens of the response; 1 for the first token",
     ),
     *_quantiles("log_prefix_min", "nats", _OBJECTIVES, "log of the smallest rho among the earlier tokens"),
-    *_along_the_response("log_prefix_min", "nats", "log of the smallest rho among the earlier tokens"),
+    *_along_the_response("log_prefix_min", "nats", "log of the smallest rho among the earlier tokens", quantiles=True),
     _metric("weight/mean", "ratio", Combined.TOKEN_MEAN, _OBJECTIVES, "weight of a token's policy gradient"),
     _metric("weight/mean_square", "ratio^2", Combined.TOKEN_MEAN, _OBJECTIVES, "square of that weight"),
     _metric(

@@ -19,5 +19,6 @@ class Histogram:
 class StepDetails:
     """Of the batch that a step has trained."""
 
-    histograms: Mapping[str, Histogram]  # log_ratio, log_prefix_min; those of an objective of one's own are its business
+    # log_ratio, log_prefix_min, and of each share of the responses log_ratio_histogram/share_0_1, ...; empty where no token is
+    histograms: Mapping[str, Histogram]
     responses: Sequence[Mapping[str, Any]]  # lines of rollouts/step_....jsonl, each of another prompt; none where no file is kept

@@ -48,7 +48,9 @@ def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> N
     only_with_options = ("correction/", "routing/", "centering/", "time/evaluate", "rollout/rounds", "rollout/equal_groups")
     expected = {metric.name for metric in METRICS if not metric.name.startswith((*only_with_options, "rollout/dropped"))}
     stretches = (*STRETCHES[6:], *SHARES[:1])  # no response has a 64th token, so none has a first percent
-    too_long = {f"{group}/{stretch}" for group in ("weight", "log_prefix_min") for stretch in stretches}
+    logs = ("log_ratio", "log_prefix_min")
+    along = ("weight", *logs, *(f"{group}_p{percent}" for group in logs for percent in ("05", "50", "95")))
+    too_long = {f"{group}/{stretch}" for group in along for stretch in stretches}
     assert logged == expected - too_long
 
 
@@ -60,6 +62,11 @@ def test_tensorboard_has_histograms_and_responses_of_trained_batches(finished_ru
         found = {event.step: event.histogram_value for event in events.Histograms(name)}
         assert {step: value.num for step, value in found.items()} == {step: row["batch/tokens"] for step, row in trained.items()}
         assert all(value.min <= trained[step][f"{name}/p01"] < trained[step][f"{name}/p99"] <= value.max for step, value in found.items())
+        by_share = [events.Histograms(f"{name}_histogram/{share}") for share in SHARES[1:]]
+        counts = [{event.step: event.histogram_value.num for event in of_share} for of_share in by_share]
+        assert {step: sum(of_share.get(step, 0) for of_share in counts) for step in trained} == {
+            step: value.num for step, value in found.items()
+        }
     for number in range(3):
         shown = events.Tensors(f"response/{number}/text_summary")
         assert [event.step for event in shown] == list(trained)

@@ -11,9 +11,24 @@ import pytest
 import torch
 
 from megatron_minpro.objectives import OBJECTIVES, make_objective
-from megatron_minpro.objectives.by_place import NUM_STRETCHES, means_by_place, place_stretches, share_stretches, sums_by_stretch
-from megatron_minpro.objectives.metrics import BIN_EDGES, NUM_BINS, add_metrics, finalize_metrics, histogram, histogram_quantile
+from megatron_minpro.objectives.by_place import (
+    NUM_STRETCHES,
+    SHARES,
+    STRETCHES,
+    counts_by_stretch,
+    means_by_stretch,
+    place_stretches,
+    share_stretches,
+    sums_by_stretch,
+)
+from megatron_minpro.objectives.histograms import BIN_EDGES, NUM_BINS, bin_of, histogram_quantile
+from megatron_minpro.objectives.metrics import add_metrics, finalize_metrics, histogram_counts
 from megatron_minpro.tracking.metrics_table import check_declared
+
+
+def histogram(x_T: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
+    [counts] = counts_by_stretch(bin_of(x_T), torch.zeros(len(x_T), dtype=torch.int64), mask_T, num_stretches=1)
+    return counts
 
 
 def test_histogram_counts_unmasked_values_in_their_bins() -> None:
@@ -61,12 +76,14 @@ def test_every_objective_reports_the_same_list(name: str, cases, run_objective) 
     objective = make_objective(name, **({"scale": 1.0} if name == "scaled_cispo" else {}))
     final = finalize_metrics(run_objective(objective, cases.random(0)).metrics)
     check_declared(final)
-    quantiles = {f"{what}/p{q:02d}" for what in ("log_ratio", "log_prefix_min") for q in (1, 5, 25, 50, 75, 95, 99)}
+    logs = ("log_ratio", "log_prefix_min")
+    quantiles = {f"{what}/p{q:02d}" for what in logs for q in (1, 5, 25, 50, 75, 95, 99)}
     stretches = (
         *("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15"),  # the longest response has 10 trained tokens,
         *("share_5_10", "share_10_20", "share_20_50", "share_50_100"),  # so none has a token before its 10th percentage
     )
-    assert final.keys() == quantiles | {f"{what}/{stretch}" for what in ("log_prefix_min", "weight") for stretch in stretches} | {
+    along = ("weight", *logs, *(f"{what}_p{q:02d}" for what in logs for q in (5, 50, 95)))
+    assert final.keys() == quantiles | {f"{what}/{stretch}" for what in along for stretch in stretches} | {
         "ratio/mean",
         "log_ratio/mean",
         "log_ratio/mean_square",
@@ -100,7 +117,7 @@ def test_quantiles_of_log_ratio_and_prefix_min_by_hand(cases, run_objective) -> 
 def test_means_by_place_are_those_of_a_loop(cases, run_objective) -> None:
     """Places count trained tokens only, from 1, also where the mask has holes; however it is packed."""
     case = cases.random(3, 0.4)
-    weights, prefix_minima = defaultdict(list), defaultdict(list)
+    weights, prefix_minima, log_ratios = defaultdict(list), defaultdict(list), defaultdict(list)
     for logprobs, behaviour, mask in zip(case.logprobs, case.behaviour, case.masks, strict=True):
         seen: list[float] = []
         for log_ratio in (logprobs - behaviour)[mask].double().tolist():
@@ -108,10 +125,11 @@ def test_means_by_place_are_those_of_a_loop(cases, run_objective) -> None:
             smallest = min(seen, default=0.0)
             prefix_minima[stretch].append(smallest)
             weights[stretch].append(min(math.exp(log_ratio + smallest), 5.0))
+            log_ratios[stretch].append(log_ratio)
             seen.append(log_ratio)
     final = finalize_metrics(run_objective(make_objective("minpro"), case, [[0, 2], [1, 3, 4], [5]]).metrics)
     names = ("token_1", "tokens_2_3", "tokens_4_7", "tokens_8_15")
-    for group, expected in (("weight", weights), ("log_prefix_min", prefix_minima)):
+    for group, expected in (("weight", weights), ("log_prefix_min", prefix_minima), ("log_ratio", log_ratios)):
         found = {name: value for name, value in final.items() if name.startswith(f"{group}/token")}
         assert found == pytest.approx({f"{group}/{names[i]}": statistics.fmean(expected[i]) for i in sorted(expected)}, rel=1e-5)
 
@@ -119,9 +137,11 @@ def test_means_by_place_are_those_of_a_loop(cases, run_objective) -> None:
 def test_stretches_double_and_the_last_one_is_open() -> None:
     place_T = torch.tensor([1.0, 2, 3, 4, 7, 8, 65535, 65536, 131072, 4194304])
     mask_T = torch.ones(10, dtype=torch.bool)
-    sums = sums_by_stretch(place_T, place_stretches(place_T), mask_T, num_stretches=NUM_STRETCHES)
-    assert sums[:, 1].tolist() == [1, 2, 2, 1, *[0] * 11, 1, 3]
-    assert means_by_place(sums)["tokens_2_3"] == 2.5 and means_by_place(sums)["tokens_65536_on"] == (65536 + 131072 + 4194304) / 3
+    sums = sums_by_stretch({"place": place_T, "two": 2 * place_T}, place_stretches(place_T), mask_T, num_stretches=NUM_STRETCHES)
+    assert sums["place"][:, 1].tolist() == sums["two"][:, 1].tolist() == [1, 2, 2, 1, *[0] * 11, 1, 3]
+    means = means_by_stretch(STRETCHES, sums["place"])
+    assert means["tokens_2_3"] == 2.5 and means["tokens_65536_on"] == (65536 + 131072 + 4194304) / 3
+    assert means_by_stretch(STRETCHES, sums["two"])["tokens_2_3"] == 5
 
 
 def test_means_by_share_are_those_of_a_loop(cases, run_objective) -> None:
@@ -138,6 +158,56 @@ def test_means_by_share_are_those_of_a_loop(cases, run_objective) -> None:
     first = {1: 0, 2: 1, 5: 2, 10: 5, 20: 10, 50: 20, 100: 50}
     expected = {f"log_prefix_min/share_{first[last]}_{last}": statistics.fmean(minima) for last, minima in prefix_minima.items()}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_histograms_along_the_response_are_those_of_a_loop(cases, run_objective) -> None:
+    """Counts by place, by share and of all tokens, also where the mask has holes; however it is packed."""
+    case = cases.random(3, 0.4)
+    by_place, by_share = defaultdict(list), defaultdict(list)
+    for logprobs, behaviour, mask in zip(case.logprobs, case.behaviour, case.masks, strict=True):
+        log_ratios = (logprobs - behaviour)[mask].tolist()  # in float32, as the objective has them: the bin of a value on an edge is theirs
+        for place, log_ratio in enumerate(log_ratios, start=1):
+            share = next(number for number, percent in enumerate((1, 2, 5, 10, 20, 50, 100)) if place * 100 <= percent * len(log_ratios))
+            for found, stretch in ((by_place, int(math.log2(place))), (by_share, share)):
+                found["log_ratio", stretch].append(log_ratio)
+                found["log_prefix_min", stretch].append(min(log_ratios[: place - 1], default=0.0))
+    metrics = run_objective(make_objective("minpro"), case, [[0, 2], [1, 3, 4], [5]]).metrics
+    for suffix, values, names in (("place", by_place, STRETCHES), ("share", by_share, SHARES)):
+        for group in ("log_ratio", "log_prefix_min"):
+            rows = [values[group, stretch] for stretch in range(len(names))]
+            assert metrics[f"{group}/histogram_by_{suffix}"].tolist() == [counts_of(row) for row in rows]
+    shown = histogram_counts(metrics)
+    assert shown["log_ratio"] == counts_of([x for (group, _), row in by_place.items() if group == "log_ratio" for x in row])
+    assert shown["log_prefix_min_histogram/share_20_50"] == counts_of(by_share["log_prefix_min", 5])
+
+
+def counts_of(values: list[float]) -> list[float]:
+    edges = BIN_EDGES.tolist()
+    counts = [0.0] * NUM_BINS
+    for value in values:
+        counts[sum(edge < value for edge in edges)] += 1
+    return counts
+
+
+def test_quantiles_along_the_response_by_hand(cases, run_objective) -> None:
+    """100 ratios: 1/8, then 2 up to place 63, then 4. A bin is 15.5% wide."""
+    ratios = [0.125, *[2.0] * 62, *[4.0] * 37]
+    final = finalize_metrics(run_objective(make_objective("minpro"), cases.of_ratios(ratios)).metrics)
+    expected = {
+        **{f"log_ratio_p{q}/token_1": 0.125 for q in ("05", "50", "95")},
+        **{f"log_ratio_p{q}/tokens_32_63": 2.0 for q in ("05", "50", "95")},
+        **{f"log_ratio_p{q}/tokens_64_127": 4.0 for q in ("05", "50", "95")},
+        "log_ratio_p05/share_0_1": 0.125,
+        "log_ratio_p95/share_1_2": 2.0,
+        "log_ratio_p05/share_50_100": 2.0,  # 13 of 50
+        "log_ratio_p50/share_50_100": 4.0,
+        "log_prefix_min_p05/tokens_2_3": 0.125,
+        "log_prefix_min_p95/share_50_100": 0.125,
+    }
+    for name, value in expected.items():
+        assert math.log(value) / final[name] == pytest.approx(1.0, abs=10 ** (1 / 16) - 1), name
+    assert abs(final["log_prefix_min_p50/token_1"]) <= 1e-5, "an empty prefix has ratio 1"
+    assert "log_ratio_p50/tokens_128_255" not in final
 
 
 def test_shares_end_with_their_percentage() -> None:

@@ -62,4 +62,4 @@ def test_metrics_by_hand(cases, run_objective) -> None:
     assert final["weight/effective_sample_size"] == pytest.approx(12.75**2 / (5 * (4 + 25 + 9 + 0.5625 + 4)), rel=1e-6)
     assert final["policy/kl_to_behaviour"] == pytest.approx(sum(r - 1 - math.log(r) for r in (2, 3, 1.5, 0.5, 4)) / 5, rel=1e-6)
     assert final["loss/policy"] == pytest.approx(ran.loss, rel=1e-6)
-    assert ran.metrics["log_ratio/histogram"].sum() == ran.metrics["log_prefix_min/histogram"].sum() == 5
+    assert ran.metrics["log_ratio/histogram_by_place"].sum() == ran.metrics["log_prefix_min/histogram_by_share"].sum() == 5
