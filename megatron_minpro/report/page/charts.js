@@ -2,6 +2,7 @@
 // Draws a chart when its place is shown for the first time.
 
 const rowsOfRun = new Map();
+const viewsAlong = new Map(); // the place of a chart along the response -> its view
 
 /** One row a step, from the run's columns. */
 function stepRows(run) {
@@ -11,6 +12,26 @@ function stepRows(run) {
     rowsOfRun.set(run, columns.global_step.map((_, place) => Object.fromEntries(names.map((name) => [name, columns[name][place]]))));
   }
   return rowsOfRun.get(run);
+}
+
+/** One row a stretch of the response, at the step that the slider of the charts along the response shows. */
+function rowsAlong(figure) {
+  const { places, values } = page.runs[figure.dataset.run].along.charts[figure.dataset.chart];
+  const bands = values[figure.closest(".along").querySelector(".step-choice").value];
+  return places.flatMap((place, index) => {
+    if (!bands[index]) return [];
+    const [low, middle, high] = bands[index];
+    return [{ place, low, middle, high }];
+  });
+}
+
+/** Draw the charts along the response again when the slider moves. */
+function followStep(slider) {
+  slider.addEventListener("input", () => {
+    const along = slider.closest(".along");
+    along.querySelector(".shown-step").textContent = page.runs[along.dataset.run].along.steps[slider.value];
+    for (const figure of along.querySelectorAll("figure")) viewsAlong.get(figure)?.data("along", rowsAlong(figure)).runAsync();
+  });
 }
 
 /** The datasets of the charts of several runs. */
@@ -50,6 +71,10 @@ async function drawChart(figure, plot) {
   if (runName === "several") return embed(plot, page.several.specs[chart], severalRows(), 0);
   const run = Number(runName);
   if (chart === "any") return offerMetrics(figure, plot, run);
+  if (figure.closest(".along")) {
+    viewsAlong.set(figure, await embed(plot, page.runs[run].specs[chart], { along: rowsAlong(figure) }, 0));
+    return;
+  }
   const rows = stepRows(run);
   showHeadline(figure, rows);
   await embed(plot, page.runs[run].specs[chart], { steps: rows, evaluations: page.runs[run].evaluations }, rows.length);
@@ -75,3 +100,5 @@ function offerMetrics(figure, plot, run) {
   select.addEventListener("change", draw);
   return names.length ? draw() : undefined;
 }
+
+document.querySelectorAll(".step-choice").forEach(followStep);

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_minpro.report.page.along_response import is_quantile_along
 from megatron_minpro.report.page.charts.chart import ROOT_MEAN_SQUARE, STEP
 from megatron_minpro.report.page.rounded import rounded
 from megatron_minpro.report.page.token_budget import evenly
@@ -23,13 +24,15 @@ class Columns:
 
 
 def columns(metrics: Sequence[Mapping[str, float | None]], *, numbers: int) -> Columns:
-    """All metrics of the run, and the root of log_ratio/mean_square.
+    """All metrics of the run but the quantiles along the response, and the root of log_ratio/mean_square.
 
     Args:
         metrics: lines of metrics.jsonl.
         numbers: how many the page takes; then steps are chosen evenly, the first and the last among them.
     """
-    names = list(dict.fromkeys(name for line in metrics for name, value in line.items() if value is not None))
+    names = list(
+        dict.fromkeys(name for line in metrics for name, value in line.items() if value is not None and not is_quantile_along(name))
+    )
     most = max(_FEWEST_STEPS, numbers // max(1, len(names)))
     lines = evenly(metrics, most)
     values = {name: [rounded(line.get(name)) for line in lines] for name in names}

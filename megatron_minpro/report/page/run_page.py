@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_minpro.report.page.along_response import AlongResponse, along_response
 from megatron_minpro.report.page.charts.chart import Chart
 from megatron_minpro.report.page.charts.off_policy_tab import off_policy_charts
 from megatron_minpro.report.page.charts.run_tab import EVALUATIONS, run_charts, shown_ks
@@ -54,6 +55,7 @@ class RunPage:
     counts: Sequence[Count]
     run_charts: Sequence[PlacedChart]
     off_policy_charts: Sequence[PlacedChart]
+    along: AlongResponse | None  # None: no step has what these charts show
     data: Mapping[str, Any]
 
 
@@ -70,6 +72,7 @@ def run_page(view: RunView, *, shipped: Mapping[str, Mapping[str, Any]], numbers
     curves = columns(view.metrics, numbers=numbers)
     ks = _ks(view)
     evaluations = _evaluation_rows(view, ks)
+    along = along_response(view.metrics)
     notes = [visible(note) for note in view.notes]
     return RunPage(
         name=visible(view.name),
@@ -84,7 +87,13 @@ def run_page(view: RunView, *, shipped: Mapping[str, Mapping[str, Any]], numbers
         counts=counts(view.metrics, view.result),
         run_charts=[_placed(chart, view.metrics, evaluations) for chart in run_charts(ks)],
         off_policy_charts=[_placed(chart, view.metrics, evaluations) for chart in off_policy_charts(view.metrics)],
-        data={"columns": curves.values, "evaluations": evaluations, "tokens": tokens.content},
+        along=along,
+        data={
+            "columns": curves.values,
+            "evaluations": evaluations,
+            "tokens": tokens.content,
+            "along": None if along is None else {"steps": along.steps, "charts": along.data},
+        },
     )
 
 

@@ -68,7 +68,12 @@ def _data(runs: Sequence[RunPage], several: SeveralPage | None) -> dict[str, obj
                 "name": run.name,
                 **run.data,
                 "specs": {
-                    placed.chart.name: placed.chart.spec for placed in (*run.run_charts, *run.off_policy_charts) if placed.missing is None
+                    **{
+                        placed.chart.name: placed.chart.spec
+                        for placed in (*run.run_charts, *run.off_policy_charts)
+                        if placed.missing is None
+                    },
+                    **{chart.name: chart.spec for chart in (run.along.charts if run.along is not None else ())},
                 },
             }
             for run in runs

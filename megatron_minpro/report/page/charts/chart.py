@@ -68,6 +68,7 @@ class Chart:
     needs: tuple[str, ...]  # metrics; without any of them the page says so in the chart's place
     spec: Spec
     note: str = ""  # how to read it, one line
+    over: str = "over global steps"  # its horizontal axis, for those who cannot see it
     headline: str | None = None  # the metric whose last value stands beside the title
     positive: bool = False  # values of 0 say nothing
     wide: bool = False  # takes the whole row

@@ -16,6 +16,11 @@ def test_age_is_the_root_of_the_mean_square() -> None:
     assert found.values["log_ratio/root_mean_square"] == [pytest.approx(0.3), None]
 
 
+def test_quantiles_along_the_response_are_no_columns() -> None:
+    lines = [{"global_step": 0, "log_ratio_p05/token_1": -0.1, "log_prefix_min_p95/share_0_1": -0.1, "log_ratio/token_1": 0.5}]
+    assert list(columns(lines, numbers=1000).values) == ["global_step", "log_ratio/token_1"]
+
+
 def test_too_many_steps_are_thinned_and_both_ends_stay() -> None:
     found = columns([{"global_step": step, "a": 0.5} for step in range(1000)], numbers=200)
     steps = found.values["global_step"]

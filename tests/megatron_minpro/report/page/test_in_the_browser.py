@@ -75,6 +75,12 @@ def run_dir(write_run: Callable[..., Path], record_tokens: Callable[..., Path], 
         for group, sign in (("log_prefix_min", -1), ("weight", 1)):
             for place in ("token_1", "tokens_2_3", "tokens_4_7", "share_20_50", "share_50_100"):
                 line[f"{group}/{place}"] = sign * 0.1 * number
+        for place, stretch in enumerate(("token_1", "tokens_2_3", "share_20_50", "share_50_100"), start=1):
+            for band, value in (("p05", -0.25), ("p50", -0.0625), ("p95", 0.125)):
+                line |= {
+                    f"log_ratio_{band}/{stretch}": number * place * value,
+                    f"log_prefix_min_{band}/{stretch}": number * place * -abs(value),
+                }
         line |= {"engine_logprob_gap/mean": 1e-6, "log_ratio/mean_square": 0.01 * number, "policy/entropy": 1.0 / number}
         line |= {"update/grad_norm": 0.5, "clip/hard": 0.0, "clip/soft": 0.02, "rollout/length": 40.0, "prefix_min/mean": 0.9}
         line |= {"throughput/tokens_per_second": 2000.0, "time/update": 1.0, "time/wait": 0.5, "time/sample": 1.5}
@@ -95,7 +101,7 @@ def test_every_tab_draws_its_charts_and_says_nothing_on_the_console(scheme: str,
     for tab in TABS:
         opened.show(tab)
         plots = opened.page.locator(f"#panel-{tab} .plot")
-        assert plots.count() >= {"run": 10, "off_policy": 8, "tokens": 1}[tab]
+        assert plots.count() >= {"run": 10, "off_policy": 12, "tokens": 1}[tab]
         assert opened.page.locator(f"#panel-{tab} .plot svg").count() == plots.count()
     assert opened.messages == []
     assert opened.requests == [(run_dir / "report.html").as_uri()]
@@ -271,6 +277,40 @@ def test_hostile_text_shows_as_text_and_does_nothing(
     assert opened.requests == [(run_dir / "report.html").as_uri()]
 
 
+def test_the_slider_chooses_the_step_of_the_bands_along_the_response(run_dir: Path, open_page: Callable[..., Opened]) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    opened = open_page(page_of(run_dir))
+    opened.show("off_policy")
+    page = opened.page
+    charts = page.locator("#panel-off_policy .along figure")
+    assert charts.count() == charts.locator("svg").count() == 4
+    shown = page.locator(".along .shown-step")
+    assert shown.inner_text() == str(lines[-1]["global_step"])
+    page.locator(".step-choice").focus()
+    for key, line in (("", lines[-1]), ("Home", lines[1]), ("ArrowRight", lines[2])):
+        if key:
+            page.keyboard.press(key)
+        assert shown.inner_text() == str(line["global_step"])
+        for chart, group, stretches in (
+            ("ratio_along_place", "log_ratio", {"1": "token_1", "2–3": "tokens_2_3"}),
+            ("prefix_along_share", "log_prefix_min", {"20–50%": "share_20_50", "50–100%": "share_50_100"}),
+        ):
+            for place, stretch in stretches.items():
+                low, high = (line[f"{group}_{band}/{stretch}"] for band in ("p05", "p95"))
+                bar = page.locator(f"[data-chart={chart}] [aria-label='place: {place}; low: {signed(low)}; high: {signed(high)}']")
+                bar.wait_for(state="attached")
+                assert bar.count() == 1
+    page.locator("[data-chart=ratio_along_place] .plot").hover(position={"x": 80, "y": 60})
+    low, middle, high = (lines[2][f"log_ratio_{band}/token_1"] for band in ("p05", "p50", "p95"))
+    assert page.locator("#tip .number").all_inner_texts() == ["1", *(f"{signed(x)} (ratio {np.exp(x):.4g})" for x in (high, middle, low))]
+    assert opened.messages == []
+
+
+def signed(value: float) -> str:
+    """With the minus sign that charts write."""
+    return f"{value:.6g}".replace("-", "−")
+
+
 def test_on_a_phone_nothing_is_wider_than_the_window(run_dir: Path, open_page: Callable[..., Opened]) -> None:
     opened = open_page(page_of(run_dir), viewport=PHONE)
     for tab in TABS:
@@ -324,5 +364,6 @@ def test_a_folder_with_nothing_but_metrics_says_what_is_missing(tmp_path: Path, 
         assert line in said
     for tab in TABS:
         opened.show(tab)
+    assert "log_ratio_p50/... and log_prefix_min_p50/...: not in" in opened.page.locator("#panel-off_policy .along").inner_text()
     assert "tokens/: no token was recorded" in opened.page.locator("#panel-tokens").inner_text()
     assert opened.messages == []
