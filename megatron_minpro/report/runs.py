@@ -18,6 +18,7 @@ from megatron_minpro.config.settings import Settings
 from megatron_minpro.report.summary import SUMMARY_FILE
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE, SECONDS_FILE
+from megatron_minpro.tracking.versions import AttemptVersions, read_versions
 
 State = Literal["complete", "stopped", "running or killed"]
 Metrics = Mapping[str, float | None]
@@ -36,6 +37,7 @@ class RunView:
     summary: Mapping[str, Any] | None  # summary.json
     result: Mapping[str, Any] | None  # result.json
     seconds: Mapping[str, float]  # wall time by phase, of all attempts
+    attempts: Sequence[AttemptVersions]  # in order; none where the folder does not say
     state: State
     notes: Sequence[str]  # one line each: what is missing or could not be read
 
@@ -70,6 +72,7 @@ def read_run(path: str | Path) -> RunView:
         summary=_read_object(path / SUMMARY_FILE, notes),
         result=result,
         seconds=_seconds(path, result, notes),
+        attempts=_attempts(path, notes),
         state="running or killed" if result is None else "complete" if result.get("complete") is True else "stopped",
         notes=notes,
     )
@@ -144,6 +147,14 @@ def _seconds(run_dir: Path, result: Mapping[str, Any] | None, notes: list[str]) 
     of_attempt = (result or {}).get("seconds")
     counted = _known_numbers(of_attempt if isinstance(of_attempt, dict) else None)
     return counted | _known_numbers(_read_object(run_dir / SECONDS_FILE, notes))
+
+
+def _attempts(run_dir: Path, notes: list[str]) -> list[AttemptVersions]:
+    try:
+        return read_versions(run_dir)
+    except (OSError, ValueError) as error:
+        notes.append(" ".join(str(error).split()).removeprefix(f"{run_dir}/"))
+        return []
 
 
 def _known_numbers(record: Mapping[str, Any] | None) -> dict[str, float]:

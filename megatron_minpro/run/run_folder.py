@@ -9,6 +9,7 @@ from checkpoints_convert.atomic_files import write_atomically
 from megatron_minpro.batch.folders import BATCH_FOLDERS
 from megatron_minpro.tracking.metrics_file import METRICS_FILE
 from megatron_minpro.tracking.rollout_log import ROLLOUTS_FOLDER
+from megatron_minpro.tracking.run_files import VERSIONS_FILE
 from megatron_minpro.tracking.sampled_count import SAMPLED_FILE, read_sampled
 from megatron_minpro.tracking.tensorboard import TENSORBOARD_FOLDER
 from megatron_minpro.tracking.token_records import TOKENS_FOLDER
@@ -34,7 +35,7 @@ def forget_unfinished_attempt(run_dir: Path) -> None:
     """
     if sampled := read_sampled(run_dir):  # with those lost before
         write_atomically(run_dir / LOST_FILE, f"{sampled}\n")
-    for path in (run_dir / METRICS_FILE, *run_dir.glob("evaluation_*.json")):
+    for path in (run_dir / METRICS_FILE, run_dir / VERSIONS_FILE, *run_dir.glob("evaluation_*.json")):
         path.unlink(missing_ok=True)
     for name in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER, TOKENS_FOLDER, WANDB_FOLDER, *BATCH_FOLDERS):
         shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from megatron_minpro.run.finished import summarise
 from megatron_minpro.run.last_words import last_words
 from megatron_minpro.run.process_settings import configure_process
 from megatron_minpro.run.profiling import StepProfiler
+from megatron_minpro.run.record_versions import attempt_versions
 from megatron_minpro.run.run_folder import (
     ENDPOINTS_FILE,
     EXPORT_FOLDER,
@@ -53,10 +55,11 @@ from megatron_minpro.run.weight_sync import WeightSyncContext, make_server_weigh
 from megatron_minpro.tracking.late_files import LateFiles
 from megatron_minpro.tracking.metrics_file import MetricsFile
 from megatron_minpro.tracking.progress import DONE, STOPPED, Progress, write_progress
-from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE
+from megatron_minpro.tracking.run_files import CONFIG_FILE, RESULT_FILE, VERSIONS_FILE
 from megatron_minpro.tracking.sampled_count import read_sampled
 from megatron_minpro.tracking.token_records import forget_token_records
 from megatron_minpro.tracking.tracker import RunTracker, make_tracker
+from megatron_minpro.tracking.versions import append_versions
 from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
@@ -120,6 +123,10 @@ def train(config: RunConfig, run_dir: Path, groups: ProcessGroups, sampling: Sam
             restore_files(checkpoint, run_dir, saved.waiting)
         log.info("resumed from %s at global step %d, policy version %d", checkpoint, counters.next_step, actor.policy_version)
     driver = None if sampling is None else build_driver(config, run_dir, counters, cursor_state, sampling, unfinished=unfinished)
+    if driver is not None:
+        endpoints, key = wait_for_endpoints(run_dir, timeout_s=0.0), _api_key(config)
+        versions = attempt_versions(detect(), endpoints, key=key, timeout_s=config.rollout.control_timeout_s)
+        driver.files.write(VERSIONS_FILE, partial(append_versions, run_dir, global_step=counters.next_step, versions=versions))
     writer = CheckpointWriter(
         checkpoints,
         run_dir=run_dir,
@@ -245,7 +252,7 @@ def build_driver(
     rollout = config.rollout
     write_progress(run_dir, Progress(phase="waiting for servers", global_step=counters.trained_batches))
     endpoints = wait_for_endpoints(run_dir, timeout_s=rollout.start_timeout_s)
-    api_key = None if rollout.api_key_path is None else read_key(Path(rollout.api_key_path), name="rollout.api_key_path")
+    api_key = _api_key(config)
     admin_key = None if rollout.admin_key_path is None else read_key(Path(rollout.admin_key_path), name="rollout.admin_key_path")
     weights = make_server_weights(
         WeightSyncContext(config=config, run_dir=run_dir, endpoints=endpoints, api_key=api_key, admin_key=admin_key)
@@ -264,6 +271,11 @@ def build_driver(
         cursor=cursor,
         trained_batches=counters.trained_batches,
     )
+
+
+def _api_key(config: RunConfig) -> str | None:
+    path = config.rollout.api_key_path
+    return None if path is None else read_key(Path(path), name="rollout.api_key_path")
 
 
 def count_lost(run_dir: Path, counters: RunCounters) -> None:

@@ -23,6 +23,7 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 | `wandb/` | the same numbers as a wandb run, online or offline | `wandb.py`, with `tracking.trackers=[{name: wandb}]` |
 | `rollouts/step_000012.jsonl` | every response sampled in a step | `rollout_log.py`, unless `tracking.keep_rollouts=false` |
 | `tokens/step_000012_update_0003.safetensors` | what the objective saw of a few responses | `token_records.py` |
+| `versions.jsonl` | one line per attempt: versions of Python, packages, checkout and servers, names of CPU and GPU | `versions.py` |
 | `progress.json` | what the run does now | `progress.py`; `console.py` shows it |
 
 Lines that a full disk cannot take wait in memory (`late_files.py`) and are written before the next checkpoint is complete.

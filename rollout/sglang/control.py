@@ -75,6 +75,13 @@ def check_engine(endpoint: str, *, key: str | None, timeout_s: float) -> None:
     call(endpoint, "/server_info", key=key, timeout_s=timeout_s)
 
 
+def engine_version(endpoint: str, *, key: str | None, timeout_s: float) -> str | None:
+    """The version of SGLang that a server reports, None where it reports none. key: the api key. Raises ServerRefused."""
+    answer = call(endpoint, "/server_info", key=key, timeout_s=timeout_s)
+    version = answer.get("version") if isinstance(answer, dict) else None
+    return version if isinstance(version, str) else None
+
+
 class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         super().connect()

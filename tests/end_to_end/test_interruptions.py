@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_minpro.tracking.versions import read_versions
 from tests.end_to_end.conftest import Command, TwoServers, interrupt, metrics_of, wait_for, without_times
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
@@ -35,6 +36,8 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
     resumed = minpro("train", *short_run_settings, "name=stopped", *two_servers.settings(1), "--resume", "must")
     code, _, err = resumed.wait()
     assert code == 0, err
+    first, second = read_versions(run_dir)
+    assert (first.global_step, second.global_step) == (0, stopped_at) and first.versions == second.versions
     assert without_times(metrics_of(run_dir)) == without_times(finished_run["metrics"])
     ours, theirs = (load_file(folder / "policy/model.safetensors") for folder in (run_dir, finished_run["dir"]))
     assert all((ours[name] == theirs[name]).all() for name in theirs)

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_minpro.cluster.facts import server_packages
 from megatron_minpro.objectives.by_place import SHARES, STRETCHES
 from megatron_minpro.tracking.metrics_table import METRICS
 from megatron_minpro.tracking.token_records import read_token_records
+from megatron_minpro.tracking.versions import read_versions
+from rollout.sglang.environment import default_server_python
 
 pytestmark = [pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(2400)]
 UPDATES, STALENESS, STEPS, RESPONSES, GROUP_SIZE = 4, 2, 5, 64, 8
@@ -52,6 +56,16 @@ def test_a_run_logs_every_metric_of_the_table(finished_run: dict[str, Any]) -> N
     along = ("weight", *logs, *(f"{group}_p{percent}" for group in logs for percent in ("05", "50", "95")))
     too_long = {f"{group}/{stretch}" for group in along for stretch in stretches}
     assert logged == expected - too_long
+
+
+def test_the_folder_says_what_the_run_ran_with(finished_run: dict[str, Any]) -> None:
+    [attempt] = read_versions(finished_run["dir"])
+    assert attempt.global_step == 0
+    assert {name: attempt.versions[name] for name in ("torch", "megatron-core")} == {
+        name: metadata.version(name) for name in ("torch", "megatron-core")
+    }
+    assert attempt.versions["sglang"] == server_packages(default_server_python())["sglang"]
+    assert attempt.versions["cpu"] and "gpu" not in attempt.versions
 
 
 def test_tensorboard_has_histograms_and_responses_of_trained_batches(finished_run: dict[str, Any]) -> None:

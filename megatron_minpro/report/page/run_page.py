@@ -16,6 +16,7 @@ from megatron_minpro.report.page.counts import Count, counts
 from megatron_minpro.report.page.settings_table import Nearest, nearest_shipped, shown_settings
 from megatron_minpro.report.page.time_shares import Role, time_shares
 from megatron_minpro.report.page.token_data import token_data
+from megatron_minpro.report.page.versions import VersionTable, version_table
 from megatron_minpro.report.page.visible_text import visible
 from megatron_minpro.report.runs import RunView
 
@@ -53,6 +54,7 @@ class RunPage:
     settings: Sequence[tuple[str, str]]
     roles: Sequence[Role]
     counts: Sequence[Count]
+    versions: VersionTable
     run_charts: Sequence[PlacedChart]
     off_policy_charts: Sequence[PlacedChart]
     along: AlongResponse | None  # None: no step has what these charts show
@@ -85,6 +87,7 @@ def run_page(view: RunView, *, shipped: Mapping[str, Mapping[str, Any]], numbers
         settings=shown_settings(view.settings),
         roles=time_shares(view.metrics),
         counts=counts(view.metrics, view.result),
+        versions=version_table(view.attempts),
         run_charts=[_placed(chart, view.metrics, evaluations) for chart in run_charts(ks)],
         off_policy_charts=[_placed(chart, view.metrics, evaluations) for chart in off_policy_charts(view.metrics)],
         along=along,

@@ -14,7 +14,6 @@ from megatron_minpro.report.page.document import asset, chart_library, render
 from megatron_minpro.report.page.run_page import RunPage, run_page
 from megatron_minpro.report.page.settings_table import shipped_settings
 from megatron_minpro.report.page.several_page import SeveralPage, several_page
-from megatron_minpro.report.page.versions import versions
 from megatron_minpro.report.runs import RunView
 
 _TOKEN_CHARACTERS = 2_500_000  # of all runs together
@@ -54,7 +53,6 @@ def page_html(views: Sequence[RunView]) -> str:
         runs=runs,
         several=several,
         smoothed_steps=SMOOTHED_STEPS,
-        versions=versions(),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

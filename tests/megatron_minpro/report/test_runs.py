@@ -10,6 +10,7 @@ import pytest
 
 from megatron_minpro.config import load_config
 from megatron_minpro.report.runs import read_run
+from megatron_minpro.tracking.versions import append_versions
 
 
 def test_a_complete_run_is_read_whole(write_run: Callable[..., Path]) -> None:
@@ -28,6 +29,17 @@ def test_a_complete_run_is_read_whole(write_run: Callable[..., Path]) -> None:
     ]
     assert view.seconds == {"update": 5.0, "train_and_servers": 90.0}, "all attempts before the last one"
     assert view.summary == {"reward_last": 0.5}
+
+
+def test_versions_that_cannot_be_read_are_a_note(write_run: Callable[..., Path]) -> None:
+    folder = write_run("a")
+    append_versions(folder, global_step=0, versions={"torch": "1"})
+    [attempt] = read_run(folder).attempts
+    assert attempt.versions == {"torch": "1"}
+    (folder / "versions.jsonl").write_text('{"global_step": 0}\n')
+    view = read_run(folder)
+    assert list(view.attempts) == []
+    assert list(view.notes) == ["versions.jsonl:1: expected the versions of an attempt (KeyError: 'versions')"]
 
 
 def test_a_run_under_way_has_no_result_yet(write_run: Callable[..., Path]) -> None:

@@ -100,7 +100,7 @@ def test_a_folder_without_a_checkpoint_can_start_anew_with_other_settings(config
 
 
 SIGNALS = ("stop", "endpoints.json", "error.txt", "result.json", "progress.json")
-RESULTS = ("metrics.jsonl", "evaluation_before.json", "evaluation_step_000004.json", "evaluation_after.json")
+RESULTS = ("metrics.jsonl", "versions.jsonl", "evaluation_before.json", "evaluation_step_000004.json", "evaluation_after.json")
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])

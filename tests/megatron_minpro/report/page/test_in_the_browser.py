@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page
 from megatron_minpro.report.page.write import write_page
 from megatron_minpro.report.runs import read_run
 from megatron_minpro.tracking.token_records import read_token_records
+from megatron_minpro.tracking.versions import append_versions
 
 TABS = ("run", "off_policy", "tokens")
 TIME_LIMIT_MS = 120_000  # a tab takes 0.3 s on two idle cores
@@ -241,6 +242,8 @@ def make_hostile(
 ) -> None:
     """Text that would do something, everywhere a run can bring text."""
     long = "x" * 1_000_000
+    append_versions(run_dir, global_step=0, versions={"torch": "1"})
+    append_versions(run_dir, global_step=2, versions={EVIL: EVIL, "torch": "2"})
     config = (run_dir / "config.yaml").read_text().replace("final_step", json.dumps(EVIL)[1:-1].replace("'", "''"))
     (run_dir / "config.yaml").write_text(f"{config}\nother_project: {json.dumps(EVIL)}\n")
     with (run_dir / "metrics.jsonl").open("a") as file:
@@ -360,6 +363,7 @@ def test_a_folder_with_nothing_but_metrics_says_what_is_missing(tmp_path: Path, 
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 0, "reward/trained": 0.5}\n{"global_st')
     opened = open_page(page_of(tmp_path))
     said = opened.page.locator("#panel-run").inner_text()
+    assert "no versions.jsonl tells what this run ran with" in said
     for line in ("config.yaml: missing; settings are not known", "metrics.jsonl:2: the last line is unfinished", "policy/entropy: not in"):
         assert line in said
     for tab in TABS:
