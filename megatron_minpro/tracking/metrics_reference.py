@@ -20,7 +20,7 @@ This page is made from `metrics_table.py`; change that file, then run `python -m
 |---|---|---|
 | `metrics.jsonl` | one line per global step, all metrics below; `null` where a number is not finite | `metrics_file.py`, always |
 | `tensorboard/` | the same numbers, histograms of both logarithms, three responses a step | `tensorboard.py`, the default tracker |
-| `wandb/` | the same numbers as a wandb run, online or offline | `wandb.py`, with `tracking.trackers=[{name: wandb}]` |
+| `wandb/` | the same as a wandb run, online or offline | `wandb.py`, with `tracking.trackers=[{name: wandb}]` |
 | `rollouts/step_000012.jsonl` | every response sampled in a step | `rollout_log.py`, unless `tracking.keep_rollouts=false` |
 | `tokens/step_000012_update_0003.safetensors` | what the objective saw of a few responses | `token_records.py` |
 | `versions.jsonl` | one line per attempt: versions of Python, packages, checkout and servers, names of CPU and GPU | `versions.py` |

@@ -1,4 +1,7 @@
-"""Weights & Biases: the numbers of metrics.jsonl as a wandb run. Needs the extra: pip install 'megatron-minpro[wandb]'."""
+"""Weights & Biases: the numbers of metrics.jsonl as a wandb run, with histograms and a few responses.
+
+Needs the extra: pip install 'megatron-minpro[wandb]'.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+
+from megatron_minpro.tracking.response_text import html_text
+from megatron_minpro.tracking.step_details import StepDetails
 
 WANDB_FOLDER = "wandb"
 ID_FILE = "run_id"  # in WANDB_FOLDER; a resumed attempt continues the same wandb run
@@ -68,6 +76,18 @@ class Wandb:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row of the wandb run."""
         self._run.log({"global_step": step, **metrics})
+
+    def log_details(self, step: int, details: StepDetails) -> None:
+        """A second row of the same global step: the histograms under their names, the responses as response/0, response/1, ..."""
+        row: dict[str, Any] = {}
+        for name, histogram in details.filled_histograms().items():
+            bounds, counts = histogram.filled()
+            row[name] = self._wandb.Histogram(np_histogram=(np.array(counts), np.array(bounds)))
+        for number, response in enumerate(details.responses):
+            row[f"response/{number}"] = self._wandb.Html(
+                html_text(response), inject=False
+            )  # a table would be an artifact outside the folder
+        self._run.log({"global_step": step, **row})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Keep the summary and end the wandb run."""

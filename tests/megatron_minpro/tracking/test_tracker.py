@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,34 @@ def test_wandb_gets_the_same_numbers_without_a_network(tmp_path: Path) -> None:
         if record.WhichOneof("record_type") == "summary":
             summary |= items(record.summary.update)
     assert summary["reward_last"] == 0.5
+
+
+def test_wandb_gets_histograms_and_responses(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, TrackerConfig.model_validate({"name": "wandb", "mode": "offline"}))
+    tracker.start(CONFIG)
+    tracker.log(4, {"reward/trained": 0.25})
+    assert tracker.takes_details
+    tracker.log_details(4, DETAILS)
+    tracker.log(5, {"reward/trained": 0.5})
+    tracker.log_details(5, replace(DETAILS, responses=[]))
+    tracker.finish({})
+    records = finished_wandb_records(tmp_path / "wandb")
+    rows = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [row["global_step"] for row in rows] == [4, 4, 5, 5], "numbers first"
+    drawn = {name: rows[1][f"log_ratio/{name}"] for name in ("_type", "values", "bins")}
+    assert drawn == {"_type": "histogram", "values": [6.0, 2.0], "bins": [-1.0, 0.0, 2.0]}
+    assert not any(name.startswith("empty") for name in rows[1]) and not any(name.startswith("response") for name in rows[3])
+    assert rows[1]["response/0/_type"] == "html-file"
+    [file] = (tmp_path / "wandb").glob(f"offline-run-*/files/{rows[1]['response/0/path']}")
+    shown = file.read_text()
+    assert shown.startswith("<p>reward 1, advantage 0.5, 7 tokens, finished by stop, policy version 12</p>\n<p>prompt:</p><pre")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\n# 3xxx" in shown and "x ... and 1,029 characters</pre>" in shown
+    assert "<script" not in shown, "nothing of it is markup"
+
+
+def test_a_histogram_without_a_count_has_no_bounds() -> None:
+    with pytest.raises(ValueError, match="without any count"):
+        DETAILS.histograms["empty"].filled()
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
