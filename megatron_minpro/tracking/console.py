@@ -96,7 +96,8 @@ class Console:
             run_dir: the run folder.
             num_global_steps: batches to train.
             name: of the run.
-            resumed_from: lines of global steps up to this one belong to an earlier attempt and are not printed again.
+            resumed_from: the last global step that an earlier attempt did and this one keeps. The lines that are there now are the
+                earlier attempt's and are not printed again; those of later steps will be cut, and the steps done again.
             alarms: what to say of a line of metrics, None when all is well. Each speaks once.
             out: where to print; stdout by default.
         """
@@ -115,6 +116,10 @@ class Console:
         self._started_at = time.monotonic()
         self._activity_since = self._started_at
         self._live: Live | None = None
+        if resumed_from is not None:
+            for line in self._tail.new_lines():
+                if int(line["global_step"] or 0) <= resumed_from:
+                    self._take(line)
 
     def __enter__(self) -> Console:
         if self._out.is_terminal:

@@ -84,9 +84,8 @@ class Wandb:
             bounds, counts = histogram.filled()
             row[name] = self._wandb.Histogram(np_histogram=(np.array(counts), np.array(bounds)))
         for number, response in enumerate(details.responses):
-            row[f"response/{number}"] = self._wandb.Html(
-                html_text(response), inject=False
-            )  # a table would be an artifact outside the folder
+            # A table would be an artifact, outside the run folder.
+            row[f"response/{number}"] = self._wandb.Html(html_text(response), inject=False)
         self._run.log({"global_step": step, **row})
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -96,21 +96,30 @@ def test_two_activities_at_once_are_both_shown(tmp_path: Path) -> None:
 def test_a_resumed_run_does_not_repeat_earlier_lines(tmp_path: Path) -> None:
     rich, out = plain()
     with MetricsFile(tmp_path) as file:
-        for step in range(3):
+        for step in range(4):
             file.log(step, {**STEP, "total/batches_trained": step + 1})
-    with Console(tmp_path, num_global_steps=3, name="run", resumed_from=1, out=rich):
-        pass
+    with Console(tmp_path, num_global_steps=3, name="run", resumed_from=1, out=rich) as console:
+        console.refresh()
+        assert lines_of(out) == [], "steps 2 and 3 are done again"
+        with MetricsFile(tmp_path) as file:
+            file.truncate_after(1)
+            console.refresh()
+            file.log(2, {**STEP, "total/batches_trained": 3})
     assert [line.split("  ")[:2] for line in lines_of(out)] == [["step 2", "trained 3/3"]]
 
 
 def test_ratios_of_one_at_a_lag_are_warned_of_once_over_attempts(tmp_path: Path) -> None:
-    with MetricsFile(tmp_path) as file:
-        for step in range(3):
-            file.log(step, {**STEP, "ratio/unit": 1.0})
     for resumed_from, told in ((None, ["warning: global step 0"]), (0, ["warning: global step 1"]), (2, [])):
         rich, out = plain()
-        with Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, alarms=(idle_clip,), out=rich):
-            pass
+        with (
+            Console(tmp_path, num_global_steps=3, name="run", resumed_from=resumed_from, alarms=(idle_clip,), out=rich) as console,
+            MetricsFile(tmp_path) as file,
+        ):
+            kept = -1 if resumed_from is None else resumed_from
+            file.truncate_after(kept)
+            console.refresh()
+            for step in range(kept + 1, 3):
+                file.log(step, {**STEP, "ratio/unit": 1.0})
         assert [line[:22] for line in out.getvalue().splitlines() if "every ratio is 1" in line] == told
 
 
