@@ -84,7 +84,9 @@ def _spec(labels: Mapping[str, str], *, is_log: bool, limit: float) -> Spec:
             {"calculate": f"{dict(labels)!r}[datum.metric]", "as": "place"},
             {"calculate": f"datum.{STEP} + 1", "as": "next_step"},
         ],
-        "mark": {"type": "rect", "stroke": "var(--surface)", "strokeWidth": 0.5},
+        "params": [{"name": "count", "value": 1}],
+        # Lines between narrow cells would hide their colours.
+        "mark": {"type": "rect", "stroke": "var(--surface)", "strokeWidth": {"expr": "width / count < 6 ? 0 : 0.5"}},
         "encoding": {
             "x": {
                 "field": STEP,
@@ -93,6 +95,7 @@ def _spec(labels: Mapping[str, str], *, is_log: bool, limit: float) -> Spec:
                     "title": None,
                     "labelAngle": 0,
                     "labelOverlap": "greedy",
+                    "labelSeparation": 8,
                     "domain": False,
                 },
                 "scale": {"paddingInner": 0},

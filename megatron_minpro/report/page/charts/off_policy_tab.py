@@ -14,8 +14,8 @@ def off_policy_charts(metrics: Sequence[Mapping[str, float | None]]) -> list[Cha
     """In the order of the page. metrics: the run's lines, which say how far positions and colours reach."""
     return [
         heat_map("place", group="log_prefix_min", by="tokens", metrics=metrics),
+        heat_map("weight_place", group="weight", by="tokens", metrics=metrics),  # beside a map of as many rows
         heat_map("share", group="log_prefix_min", by="share", metrics=metrics),
-        heat_map("weight_place", group="weight", by="tokens", metrics=metrics),
         heat_map("weight_share", group="weight", by="share", metrics=metrics),
         quantile_bands("ratio_bands", group="log_ratio", title="Log ratio"),
         quantile_bands("prefix_bands", group="log_prefix_min", title="Log prefix minimum"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from megatron_minpro.report.page.write import write_page
@@ -108,6 +110,22 @@ def test_every_tab_draws_its_charts_and_says_nothing_on_the_console(scheme: str,
     assert opened.requests == [(run_dir / "report.html").as_uri()]
     background = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, background[4:-1].split(","))) < 64) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_heat_map_of_many_steps_has_the_colours_of_its_scale(
+    viewport: dict[str, int], run_dir: Path, open_page: Callable[..., Opened]
+) -> None:
+    """Cells narrower than a pixel too: neither lines between them nor soft edges mix a colour with the background."""
+    lines = [{"global_step": step, "weight/token_1": 0.5, "weight/tokens_2_3": 0.6} for step in range(700)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened = open_page(page_of(run_dir), viewport=viewport)
+    opened.show("off_policy")
+    chart = opened.page.locator("[data-chart=weight_place]")
+    swatches = chart.locator(".swatch").evaluate_all("all => all.map((one) => getComputedStyle(one).backgroundColor)")
+    picture = Image.open(io.BytesIO(chart.locator(".plot").screenshot())).convert("RGB")
+    row = [picture.getpixel((x, picture.height // 4)) for x in range(picture.width // 3, 2 * picture.width // 3)]
+    assert {f"rgb({red}, {green}, {blue})" for red, green, blue in row} <= set(swatches)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
