@@ -4,12 +4,16 @@
         process = pool.start(["train", "configs/tiny_moe_cpu.yaml"], environment={**os.environ, "MY_MARK": "1"})
         code, out, err = process.communicate(timeout=60)
 
-The command's own children are started as ever, with its environment. This file is both the tests' side and, started as a program, the
-process that is forked: requests come in as lines of JSON, process ids go out, and exit codes into files.
+The ranks of `minpro train` are forked too, where this process may say what it is (root may): whoever looks for a command's processes by
+command line or environment finds them as if they had been started. Other children of a command are started as ever.
+
+This file is both the tests' side and, started as a program, the process that is forked: requests come in as lines of JSON, process ids go
+out, and exit codes into files.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -26,6 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_S = 0.02
+_PR_SET_MM, _ARGUMENTS, _ENVIRONMENT = 35, (8, 9), (10, 11)  # prctl(2); of the latter two start and end
+_shown: dict[tuple[int, int], Any] = {}  # what the kernel reads must stay
 
 
 class ForkedCommand:
@@ -109,6 +115,38 @@ class CommandPool:
         self.close()
 
 
+def _show(what: tuple[int, int], words: Sequence[str]) -> bool:
+    """What /proc says of this process and of those that it forks: its arguments or its environment. False where only root may say so."""
+    text = b"".join(word.encode() + b"\0" for word in words)
+    buffer = ctypes.create_string_buffer(text, len(text))
+    first, last = ctypes.addressof(buffer), ctypes.addressof(buffer) + len(text)
+    prctl, (start, end) = ctypes.CDLL(None).prctl, what
+    ends = [(start, ctypes.c_ulong(first)), (end, ctypes.c_ulong(last))]
+    for order in (ends, ends[::-1]):  # the start may never lie behind the end
+        if all(prctl(_PR_SET_MM, option, address, 0, 0) == 0 for option, address in order):
+            _shown[what] = buffer
+            return True
+    return False
+
+
+def _fork_ranks(environment: Mapping[str, str]) -> None:
+    """In the forked process: its ranks are forked from it, not from a new process that imports what this one has imported."""
+    from megatron_minpro.run import forked_ranks, launcher
+
+    if not _show(_ENVIRONMENT, [f"{name}={value}" for name, value in environment.items()]):
+        return
+    become_ranks, start_workers = forked_ranks.main, launcher.start_workers
+
+    def main(arguments: list[str]) -> None:
+        assert _show(_ARGUMENTS, [sys.executable, "-m", forked_ranks.__name__, *arguments])
+        become_ranks(arguments)
+
+    def start_preloaded(config: Any, task: str, **_: bool) -> Any:
+        return start_workers(config, task, preloaded=True)
+
+    forked_ranks.main, launcher.start_workers = main, start_preloaded
+
+
 def _become(request: Mapping[str, Any]) -> list[str]:
     """In the forked process: what a shell would have given it. Its arguments."""
     os.setsid()
@@ -117,6 +155,7 @@ def _become(request: Mapping[str, Any]) -> list[str]:
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(request["environment"])
+    _fork_ranks(request["environment"])
     return request["arguments"]
 
 
@@ -156,7 +195,8 @@ def _main() -> None:
 
     import megatron_minpro.evaluation.run
     import megatron_minpro.report.plots
-    import megatron_minpro.run.launcher  # noqa: F401
+    import megatron_minpro.run.launcher
+    import megatron_minpro.run.worker  # noqa: F401
     from megatron_minpro import cli
 
     gc.freeze()  # commands need not look at what is imported, nor copy its pages
