@@ -39,14 +39,14 @@ def decode_attention(
     for part in _chunks(len(seq_lens_N), longest * num_kv_heads * k_cache.shape[2]):
         lengths_n = seq_lens_N[part]
         longest_here = int(lengths_n.max())
-        slots_nL = req_to_token[req_pool_indices_N[part], :longest_here].long()
+        slots_nL = req_to_token[req_pool_indices_N[part], :longest_here]
         # The G query heads that share a key head stand where query positions usually stand, so no key is repeated.
         query_nKGD = query_NHD[part].unflatten(1, (num_kv_heads, -1))
         seen_nL = torch.arange(longest_here, device=lengths_n.device) < lengths_n[:, None]
         output_nKGD = scaled_dot_product_attention(
             query_nKGD,
-            k_cache[slots_nL].transpose(1, 2).to(query_NHD.dtype),
-            v_cache[slots_nL].transpose(1, 2).to(query_NHD.dtype),
+            _gather(k_cache, slots_nL, query_NHD.dtype),
+            _gather(v_cache, slots_nL, query_NHD.dtype),
             attn_mask=seen_nL[:, None, None, :],
             scale=scaling,
         )
@@ -82,20 +82,26 @@ def extend_attention(
         real_nq = position_q < extend_n[:, None]
         query_nqHD = query_QHD.new_zeros(num_here, queries_here, num_heads, head_size)
         query_nqHD[real_nq] = query_QHD[starts[part.start] : starts[part.start + num_here]]
-        slots_nL = req_to_token[req_pool_indices_N[part], :longest_here].long()
+        slots_nL = req_to_token[req_pool_indices_N[part], :longest_here]
         position_L = torch.arange(longest_here, device=device)
         # A padding query sees position 0, so that its softmax (thrown away) is not over nothing.
         seen_nqL = position_L <= (prefix_n[:, None] + position_q)[:, :, None]
         output_nHqD = scaled_dot_product_attention(
             query_nqHD.transpose(1, 2),
-            k_cache[slots_nL].transpose(1, 2).to(query_QHD.dtype),
-            v_cache[slots_nL].transpose(1, 2).to(query_QHD.dtype),
+            _gather(k_cache, slots_nL, query_QHD.dtype),
+            _gather(v_cache, slots_nL, query_QHD.dtype),
             attn_mask=seen_nqL[:, None],
             scale=scaling,
             enable_gqa=k_cache.shape[1] != num_heads,
         )
         outputs.append(output_nHqD.transpose(1, 2)[real_nq])
     return torch.cat(outputs)
+
+
+def _gather(cache: Tensor, slots_nL: Tensor, dtype: torch.dtype) -> Tensor:
+    """[slots, K, D] -> [n, K, L, D]. index_select copies whole rows: a tenth of the time of an index in brackets."""
+    rows = cache.flatten(1).index_select(0, slots_nL.flatten())
+    return rows.view(*slots_nL.shape, *cache.shape[1:]).transpose(1, 2).to(dtype)
 
 
 def _chunks(num_sequences: int, numbers_per_sequence: int) -> list[slice]:

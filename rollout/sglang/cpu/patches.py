@@ -13,6 +13,7 @@ sleeping while paused         a paused scheduler polls without end; the trainer 
 stopping                      SGLang looks at its SIGTERM flag every 5 s
 fork instead of spawn         children would spend as long importing as the parent did (each 7 s of CPU time)
 keys in the log               SGLang prints its server arguments with both keys in clear
+freed memory                  stays with the process (freed_memory.py)
 garbage collection            is off until the children are forked: it takes a quarter of the imports' time and finds nothing
 model registry                only the Qwen3 family is imported; the others cost seconds and print import errors
 """
@@ -27,6 +28,7 @@ import types
 from typing import Any
 
 from rollout.deferred_module import defer, defer_symbolic_shapes
+from rollout.freed_memory import keep_freed_memory
 from rollout.sglang.cpu import models
 
 
@@ -287,6 +289,7 @@ def apply() -> None:
     if "sgl_kernel" in sys.modules:
         return
     gc.disable()
+    keep_freed_memory()
     _stand_in_for_sgl_kernel()
     _hide_what_takes_long()
     _compile_nothing()
