@@ -7,11 +7,12 @@ SHELL := /usr/bin/env bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 CONFIG ?= configs/tiny_moe_cpu.yaml
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 4
 
 TRAINER := .venv/.complete
 SERVER := .venv-sglang/.complete
 OVERLAY := .venv/megatron_core_0.19.2/.complete
+TRL := .venv-trl/.complete
 SGLANG := sglang==0.5.23
 GPU := rollout/requirements_gpu.txt
 # UV=PATH: uv installs, on a tenth of pip's CPU time. It does not read pip's settings.
@@ -25,12 +26,12 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
 # One thread per process: ranks and servers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-gpu transformer-engine without-transformer-engine train test test-slurm test-all test-faults overlay lint format docs bench bench-gpu plan-report plan-rehearsed rehearse clean
+.PHONY: help setup setup-gpu transformer-engine without-transformer-engine train test test-slurm test-all test-faults overlay lint format docs bench bench-main bench-gpu plan-report plan-rehearsed rehearse clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=2 make test: in two processes, not three"
+	@echo "make test ARGS='tests/rollout -k port'     some of the tests; WORKERS=2 make test: in two processes, not four"
 	@echo "PYTHON=python3.12 make setup               another interpreter (3.11 or 3.12)"
 	@echo "make train CONFIG=my.yaml ARGS='seed=1'    another run; ARGS overrides settings of the file"
 
@@ -103,6 +104,9 @@ format: $(TRAINER) ## let ruff format and fix
 bench: $(TRAINER) ## measure: a table, and JSON in runs/benchmarks
 	.venv/bin/python tests/benchmarks/run.py --out runs/benchmarks $(ARGS)
 
+bench-main: setup $(TRL) ## measure the main job against TRL, which gets an environment of its own (1.2 GB): a table, and JSON in runs/benchmarks
+	.venv/bin/python tests/benchmarks/against_trl.py --trl .venv-trl/bin/python --out runs/benchmarks $(ARGS)
+
 bench-gpu: $(TRAINER) ## measure on a CUDA device: parity, scan, log-probs, actor step; without one it says so
 	.venv/bin/python tests/benchmarks/gpu.py --out runs/benchmarks $(ARGS)
 
@@ -121,7 +125,7 @@ plan-rehearsed: $(TRAINER) ## the planner's memory beside rehearsed peaks of all
 	.venv/bin/python -m megatron_minpro.cluster.rehearsal_parity runs/rehearsal_parity
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-sglang .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-sglang .venv-trl .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
 define CHECK_PYTHON
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and f"{sys.executable} is Python {sys.version.split()[0]}; expected 3.11 or 3.12: make setup PYTHON=...")'
@@ -143,6 +147,11 @@ $(TRAINER): pyproject.toml
 # It declares Python 3.12 and runs on 3.11. --no-deps: everything it needs is in .venv.
 $(OVERLAY): $(TRAINER)
 	.venv/bin/pip install --quiet --upgrade --target $(@D) --no-deps --ignore-requires-python megatron-core==0.19.2
+	touch $@
+
+$(TRL): tests/benchmarks/requirements_trl.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	$(call install,.venv-trl) -r $<
 	touch $@
 
 # --no-deps: SGLang's own requirements ask for CUDA packages, and for a newer torch than its CPU engine needs.
