@@ -19,6 +19,7 @@ UNKNOWN = "unknown"
 _PACKAGES = ("megatron-minpro", "torch", "megatron-core", "transformers", "numpy")
 _CPU_FACTS = Path("/proc/cpuinfo")
 _GIT_S = 20.0
+_COMMIT_LINE, _NO_COMMIT = "# branch.oid ", "(initial)"  # git-status(1), porcelain format version 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +45,23 @@ def installed_versions() -> dict[str, str]:
 
 
 def checkout_commit(folder: Path) -> str | None:
-    """Twelve digits of the commit of a git checkout, with -dirty where files differ from it. None: the folder is no checkout's root."""
+    """Twelve digits of the commit of a git checkout, with -dirty where files differ from it. None: the folder is no checkout's root.
+
+    Only looks: `git describe --dirty` would write into the checkout, and leave its lock there where it is ended.
+    """
     if not (folder / ".git").exists():  # a folder, or a file in a further working tree
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "-C", str(folder), "status"]
+    command += ["--porcelain=v2", "--branch", "--no-ahead-behind", "--untracked-files=no"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):  # no git, or a slow file system
         return UNKNOWN
-    return told.stdout.strip() if told.returncode == 0 else UNKNOWN
+    lines = told.stdout.splitlines()
+    commits = [line.removeprefix(_COMMIT_LINE) for line in lines if line.startswith(_COMMIT_LINE)]
+    if told.returncode or commits in ([], [_NO_COMMIT]):
+        return UNKNOWN
+    return commits[0][:12] + ("" if all(line.startswith("#") for line in lines) else "-dirty")
 
 
 def machine_facts() -> dict[str, str]:

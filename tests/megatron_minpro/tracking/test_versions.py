@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -58,3 +59,17 @@ def test_the_commit_is_that_of_the_checkout_and_says_what_is_changed(tmp_path: P
     assert checkout_commit(tmp_path) == f"{commit}-dirty"
     (tmp_path / "inside").mkdir()
     assert checkout_commit(tmp_path / "inside") is None, "a package installed somewhere below another project's checkout"
+
+
+def test_asking_for_the_commit_writes_nothing_into_the_checkout(tmp_path: Path) -> None:
+    """A lock that stays behind would stop whoever works in the checkout."""
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("1\n")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    os.utime(tmp_path / "a.py", (1_000_000_000, 1_000_000_000))  # git would note the new time
+    index = tmp_path / ".git/index"
+    before = index.read_bytes(), index.stat().st_ino
+    commit = checkout_commit(tmp_path)
+    assert commit == git(tmp_path, "rev-parse", "HEAD")[:12], "a new time is no change"
+    assert (index.read_bytes(), index.stat().st_ino) == before
