@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_minpro.tracking.versions import UNKNOWN, installed_versions, machine_facts
 from parallel.capabilities import Capabilities
@@ -23,8 +24,16 @@ def attempt_versions(capabilities: Capabilities, endpoints: Sequence[str], *, ke
     """
     of_engine = {} if capabilities.transformer_engine_version is None else {"transformer-engine": capabilities.transformer_engine_version}
     gpu = {"gpu": capabilities.device_name} if capabilities.cuda_devices else {}
-    servers = {"sglang": ", ".join(sorted({_engine_version(endpoint, key, timeout_s) for endpoint in endpoints}))} if endpoints else {}
-    return {**installed_versions(), **of_engine, **servers, **machine_facts(), **gpu}
+    return {**installed_versions(), **of_engine, **_servers(endpoints, key, timeout_s), **machine_facts(), **gpu}
+
+
+def _servers(endpoints: Sequence[str], key: str | None, timeout_s: float) -> dict[str, str]:
+    """All are asked at once: the run waits for the slowest one, not for all of them one after the other."""
+    if not endpoints:
+        return {}
+    with ThreadPoolExecutor(len(endpoints)) as threads:
+        told = set(threads.map(lambda endpoint: _engine_version(endpoint, key, timeout_s), endpoints))
+    return {"sglang": ", ".join(sorted(told))}
 
 
 def _engine_version(endpoint: str, key: str | None, timeout_s: float) -> str:

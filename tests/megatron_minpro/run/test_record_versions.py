@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -35,3 +36,20 @@ def test_a_gpu_is_named() -> None:
     assert attempt_versions(gpus, [], key=None, timeout_s=1.0)["gpu"] == "NVIDIA H200"
     assert "sglang" not in attempt_versions(gpus, [], key=None, timeout_s=1.0)
     assert "gpu" not in attempt_versions(replace(gpus, cuda_devices=0), [], key=None, timeout_s=1.0)
+
+
+def test_a_server_that_does_not_answer_delays_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Each of two servers answers once the other one is asked, too."""
+    both = threading.Barrier(2)
+    servers = [Stub(all_good) for _ in range(2)]
+    for server in servers:
+        server.server_info = {"version": "0.5.23"}
+        server.computes = both  # type: ignore[assignment]  # it is waited for in the same way
+    try:
+        found = attempt_versions(detect(), [server.endpoint for server in servers], key=None, timeout_s=5.0)
+    finally:
+        both.abort()
+        for server in servers:
+            server.server.shutdown()
+            server.server.server_close()
+    assert (found["sglang"], caplog.messages) == ("0.5.23", [])
