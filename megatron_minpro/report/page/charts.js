@@ -25,12 +25,17 @@ function rowsAlong(figure) {
   });
 }
 
+/** Draw a chart along the response again, if it is drawn. */
+async function showStep(figure) {
+  await viewsAlong.get(figure)?.data("along", rowsAlong(figure)).runAsync();
+}
+
 /** Draw the charts along the response again when the slider moves. */
 function followStep(slider) {
   slider.addEventListener("input", () => {
     const along = slider.closest(".along");
     along.querySelector(".shown-step").textContent = page.runs[along.dataset.run].along.steps[slider.value];
-    for (const figure of along.querySelectorAll("figure")) viewsAlong.get(figure)?.data("along", rowsAlong(figure)).runAsync();
+    along.querySelectorAll("figure").forEach(showStep);
   });
 }
 
@@ -73,7 +78,7 @@ async function drawChart(figure, plot) {
   if (chart === "any") return offerMetrics(figure, plot, run);
   if (figure.closest(".along")) {
     viewsAlong.set(figure, await embed(plot, page.runs[run].specs[chart], { along: rowsAlong(figure) }, 0));
-    return;
+    return showStep(figure); // the slider may have moved meanwhile
   }
   const rows = stepRows(run);
   showHeadline(figure, rows);

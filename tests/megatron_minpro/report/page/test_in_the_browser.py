@@ -327,6 +327,30 @@ def test_the_slider_chooses_the_step_of_the_bands_along_the_response(run_dir: Pa
     assert opened.messages == []
 
 
+def test_a_slider_that_moves_while_a_chart_is_drawn_is_followed(run_dir: Path, open_page: Callable[..., Opened]) -> None:
+    line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1])
+    opened = open_page(page_of(run_dir))
+    page = opened.page
+    page.evaluate("""() => {
+      const draw = vegaEmbed;
+      window.vegaEmbed = async (place, ...rest) => {
+        const drawn = await draw(place, ...rest);
+        if (place.closest("[data-chart=prefix_along_place]")) {  // the last one
+          const slider = document.querySelector(".step-choice");
+          slider.value = 0;
+          slider.dispatchEvent(new Event("input"));
+        }
+        return drawn;
+      };
+    }""")
+    opened.show("off_policy")
+    assert page.locator(".along .shown-step").inner_text() == str(line["global_step"])
+    low, high = (signed(line[f"log_prefix_min_{band}/token_1"]) for band in ("p05", "p95"))
+    page.locator(f"[data-chart=prefix_along_place] [aria-label='place: 1; low: {low}; high: {high}']").wait_for(state="attached")
+    assert page.locator(".step-choice").get_attribute("autocomplete") == "off", "a browser that loads the page again would keep the place"
+    assert opened.messages == []
+
+
 def signed(value: float) -> str:
     """With the minus sign that charts write."""
     return f"{value:.6g}".replace("-", "−")
