@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from tiny_job import CONFIG, ROOT, Trained, median, train
 from checkpoints_convert.policy_folder import load_tokenizer
 from megatron_minpro.config import load_config
 from megatron_minpro.data.sources import load_prompts
+from megatron_minpro.tracking.versions import machine_facts
 
 ROUNDS = 3
 THREADS = 2
@@ -180,7 +180,7 @@ def main() -> None:
     out: Path = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     found = [row for name in SIZES if arguments.only in (None, name) for row in rows(name, out, arguments.trl.absolute())]
-    machine = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.processor(), "cores": os.cpu_count()}
+    machine = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_facts()["cpu"], "cores": os.cpu_count()}
     numbers = [{**vars(row), "ratio": row.ratio} for row in found]
     (out / "main.json").write_text(json.dumps({**machine, "rows": numbers}, indent=2) + "\n")
     (out / "main.md").write_text(table(found))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from rows import table
+
+from megatron_minpro.tracking.versions import machine_facts
 
 # Files beside this one, each with rows(folder) -> list[Row].
 BENCHMARKS = ("scan", "logprobs", "actor", "convert", "grading", "run_state", "overlap", "replay", "client", "growth")
@@ -37,7 +38,7 @@ def main() -> None:
     rows = [row for name in chosen for row in importlib.import_module(name).rows(out)]
     machine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor(),
+        "machine": machine_facts()["cpu"],
         "torch": torch.__version__,
         "threads": 1,
     }
