@@ -4,8 +4,8 @@
         process = pool.start(["train", "configs/tiny_moe_cpu.yaml"], environment={**os.environ, "MY_MARK": "1"})
         code, out, err = process.communicate(timeout=60)
 
-The ranks of `minpro train` are forked too, where this process may say what it is (root may): whoever looks for a command's processes by
-command line or environment finds them as if they had been started. Other children of a command are started as ever.
+The ranks of `minpro train` are forked too, where the system lets a process say what it is (shown_process.py): whoever looks for a command's
+processes by command line or environment finds them as if they had been started. Other children of a command are started as ever.
 
 This file is both the tests' side and, started as a program, the process that is forked: requests come in as lines of JSON, process ids go
 out, and exit codes into files.
@@ -13,7 +13,6 @@ out, and exit codes into files.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -28,10 +27,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.shown_process import show
+
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_S = 0.02
-_PR_SET_MM, _ARGUMENTS, _ENVIRONMENT = 35, (8, 9), (10, 11)  # prctl(2); of the latter two start and end
-_shown: dict[tuple[int, int], Any] = {}  # what the kernel reads must stay
 
 
 class ForkedCommand:
@@ -115,30 +114,16 @@ class CommandPool:
         self.close()
 
 
-def _show(what: tuple[int, int], words: Sequence[str]) -> bool:
-    """What /proc says of this process and of those that it forks: its arguments or its environment. False where only root may say so."""
-    text = b"".join(word.encode() + b"\0" for word in words)
-    buffer = ctypes.create_string_buffer(text, len(text))
-    first, last = ctypes.addressof(buffer), ctypes.addressof(buffer) + len(text)
-    prctl, (start, end) = ctypes.CDLL(None).prctl, what
-    ends = [(start, ctypes.c_ulong(first)), (end, ctypes.c_ulong(last))]
-    for order in (ends, ends[::-1]):  # the start may never lie behind the end
-        if all(prctl(_PR_SET_MM, option, address, 0, 0) == 0 for option, address in order):
-            _shown[what] = buffer
-            return True
-    return False
-
-
 def _fork_ranks(environment: Mapping[str, str]) -> None:
     """In the forked process: its ranks are forked from it, not from a new process that imports what this one has imported."""
     from megatron_minpro.run import forked_ranks, launcher
 
-    if not _show(_ENVIRONMENT, [f"{name}={value}" for name, value in environment.items()]):
+    if not show(environment=[f"{name}={value}" for name, value in environment.items()]):
         return
     become_ranks, start_workers = forked_ranks.main, launcher.start_workers
 
     def main(arguments: list[str]) -> None:
-        assert _show(_ARGUMENTS, [sys.executable, "-m", forked_ranks.__name__, *arguments])
+        assert show(arguments=[sys.executable, "-m", forked_ranks.__name__, *arguments])
         become_ranks(arguments)
 
     def start_preloaded(config: Any, task: str, **_: bool) -> Any:

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {".venv", ".venv-sglang", "runs", "node_modules"} & set(path.relative_to(ROOT).parts) and ".pytest_cache" not in path.parts
+    if not {".venv", ".venv-sglang", ".venv-trl", "runs", "node_modules", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
 )
 
 
