@@ -10,7 +10,6 @@ import sys
 import torch
 
 from megatron_minpro.config import RunConfig
-from rollout.freed_memory import keep_freed_memory
 
 _PR_SET_NAME = 15  # prctl(2)
 
@@ -29,7 +28,6 @@ def configure_process(config: RunConfig, *, name: str, log_level: str, device_ty
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
     if device_type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        keep_freed_memory()
     if config.debug.deterministic and device_type == "cpu":
         # The same switch. torch.use_deterministic_algorithms also tells torch's compiler, which it imports for that: 0.6 s of CPU time in
         # every process. Nothing is compiled on a CPU.

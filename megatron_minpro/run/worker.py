@@ -67,6 +67,7 @@ from parallel.model_check import check_model
 from parallel.optimizer_settings import OptimizerSettings
 from parallel.process_groups import ProcessGroups
 from parallel.weights import take_part
+from rollout.freed_memory import keep_freed_memory
 from rollout.processes import die_with_parent
 from rollout.sglang.server import read_key
 
@@ -359,6 +360,8 @@ def main(arguments: list[str]) -> None:
         log_level=config.tracking.log_level if rank == 0 else "warning",
         device_type=capabilities.device_type,
     )
+    if capabilities.device_type == "cpu":
+        keep_freed_memory()
     for line in capabilities.lines():
         log.info(line)
     with last_words(run_dir, rank=rank):

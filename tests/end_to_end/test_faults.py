@@ -56,7 +56,12 @@ def kill_at(command: Command, run_dir: Path, kind: str, *, lines: int, delay_s: 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_run_continues_to_the_undisturbed_result_bit_for_bit(
-    seed: int, minpro: Callable[..., Command], short_run_settings: list[str], finished_run: dict[str, Any], two_servers: TwoServers
+    seed: int,
+    minpro: Callable[..., Command],
+    new_minpro: Callable[..., Command],
+    short_run_settings: list[str],
+    finished_run: dict[str, Any],
+    two_servers: TwoServers,
 ) -> None:
     choice = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
@@ -70,7 +75,8 @@ def test_a_killed_run_continues_to_the_undisturbed_result_bit_for_bit(
     for attempt in range(MAX_ATTEMPTS):
         # Its own server, where that may be left behind or be the one that is killed.
         own_server = attempt == 0 and kind in ("launcher", "server")
-        command = minpro("train", *short_run_settings, f"name={name}", *([] if own_server else two_servers.settings(1)))
+        start = new_minpro if kind == "launcher" else minpro  # as a shell starts it: the ranks' parent is a program of its own
+        command = start("train", *short_run_settings, f"name={name}", *([] if own_server else two_servers.settings(1)))
         if attempt == 0:
             killed = kill_at(command, run_dir, kind, lines=lines, delay_s=delay_s, choice=choice)
         code, _, err = command.wait()
