@@ -15,7 +15,7 @@ _MOST_KEPT = 2**30  # bytes that are free at the end of the heap
 
 
 def keep_freed_memory() -> None:
-    """Of this process and those it forks. Raises RuntimeError where the C library refuses."""
+    """Keep freed memory in this process and in those that it forks. Raises RuntimeError where the C library refuses."""
     libc = ctypes.CDLL(None)
     for setting, values in ((_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCKS), (_M_TRIM_THRESHOLD, (_MOST_KEPT,))):
         if not any(libc.mallopt(setting, value) == 1 for value in values):

@@ -20,7 +20,7 @@ _STAT = {
     "env_start": 50,
     "env_end": 51,
 }
-_shown: list[ctypes.Array[ctypes.c_char]] = []  # what the kernel reads must stay
+_shown: list[ctypes.Array[ctypes.c_char]] = []  # the kernel reads these buffers, so they must live as long as the process
 
 
 class _Map(ctypes.Structure):

@@ -3,7 +3,7 @@
 Both train the same base model on the same prompts, as many responses and updates, in fp32, on the same two cores. TRL generates with
 transformers in its own process, on two threads. We take a layout for two cores: at staleness 0 two servers, and two ranks where the model
 is large enough, which work in turn; at staleness 2 one rank and one server, which work at the same time. The runs take turns, so that a
-slow minute meets all of them.
+slow minute meets all of them. Rewards differ, lengths do not: TRL's objective is GRPO, and its rate has no warm-up.
 
 python tests/benchmarks/against_trl.py --trl .venv-trl/bin/python --out runs/benchmarks [--only small]
 """
@@ -37,7 +37,7 @@ _PHASES = ("sample", "score", "update", "sync")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How we run: staleness, layout, and the most of TRL's step that is good enough."""
+    """How we run. target: the largest ratio of our step to TRL's that is good enough."""
 
     staleness: int
     settings: tuple[str, ...]
@@ -46,7 +46,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A job. steps: global steps that count; the first of each run, and those without a batch to train or to sample, come on top."""
+    """A job. steps: global steps that are measured. A run has more: the first warms up, and some only sample or only train."""
 
     steps: int
     settings: tuple[str, ...] = ()
