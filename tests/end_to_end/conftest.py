@@ -123,13 +123,13 @@ def new_minpro() -> Iterator[Callable[..., Command]]:
         yield start
 
 
-def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 600) -> Any:
-    """The first true value of condition. Fails when the command ends first, or too much time passes."""
+def wait_for(condition: Callable[[], Any], command: Command, timeout_s: float = 600, *, every_s: float = 0.1) -> Any:
+    """The first true value of condition, looked at every so often. Fails when the command ends first, or too much time passes."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert command.process.poll() is None, command.process.communicate()
         assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.1)
+        time.sleep(every_s)
     return value
 
 

@@ -24,7 +24,7 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_numbers_bit_for_bit(
 ) -> None:
     run_dir = finished_run["dir"].parent / "stopped"
     command = minpro("train", *short_run_settings, "name=stopped")
-    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command, every_s=0.01)
     interrupt(command)
     code, _, err = command.wait()
     assert code == 1
@@ -50,7 +50,7 @@ def test_a_run_whose_only_server_is_killed_ends_with_the_same_numbers(
     name = f"killed_server_{weight_sync}"
     run_dir = finished_run["dir"].parent / name
     command = minpro("train", *short_run_settings, f"name={name}", f"rollout.weight_sync={weight_sync}")
-    wait_for(lambda: len(metrics_of(run_dir)) >= num_steps_before, command)
+    wait_for(lambda: len(metrics_of(run_dir)) >= num_steps_before, command, every_s=0.01)
     servers = [process for process in command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
     min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
     code, out, err = command.wait()
@@ -77,7 +77,7 @@ def test_a_run_that_loses_all_servers_saves_and_continues_with_new_ones(
     endpoints = json.loads(wait_for(lambda: written.exists() and written.read_text(), servers))
     settings = [*short_run_settings, "name=lost_servers", "rollout.servers=0", "rollout.start_timeout_s=3", "checkpoint.every=100"]
     command = minpro("train", *settings, f"rollout.endpoints={json.dumps(endpoints)}")
-    wait_for(lambda: len(metrics_of(run_dir)) >= 2, command)
+    wait_for(lambda: len(metrics_of(run_dir)) >= 2, command, every_s=0.01)
     servers.process.kill()
     code, _, err = command.wait()
     assert code == 1
@@ -99,7 +99,7 @@ def test_a_server_that_may_not_be_restarted_ends_the_run(
     """A killed rank, sampling process and launcher: test_faults.py."""
     run_dir = finished_run["dir"].parent / "killed_server"
     command = minpro("train", *short_run_settings, "name=killed_server", "num_global_steps=500", "rollout.max_server_restarts=0")
-    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command)
+    wait_for(lambda: len(metrics_of(run_dir)) >= 3, command, every_s=0.01)
     servers = [process for process in command.offspring() if "rollout.sglang.cpu" in " ".join(process.cmdline())]
     min(servers, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)  # later ones are what it started itself
     code, _, err = command.wait(timeout_s=300)
