@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rollout.sglang.control import ServerRefused, check_engine
 from tests.command_pool import CommandPool, ForkedCommand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,19 @@ class TwoServers:
     def settings(self, count: int) -> list[str]:
         """A run with these samples on the first `count` of them."""
         return ["rollout.servers=0", f"rollout.endpoints={json.dumps(self.endpoints[:count])}", *TIME_LIMITS]
+
+    def wait_for_both(self) -> None:
+        """Wait until both answer: one that an earlier test has killed or stopped takes some seconds to start."""
+
+        def answer() -> bool:
+            try:
+                for endpoint in self.endpoints:
+                    check_engine(endpoint, key=None, timeout_s=5)
+            except ServerRefused:
+                return False
+            return True
+
+        wait_for(answer, self.command)
 
     def kill_one(self) -> None:
         """It is started again by its supervisor."""

@@ -129,6 +129,7 @@ def test_overlapped_equals_serial_on_two_servers_of_which_one_hangs(
 ) -> None:
     settings, serial = on_two_servers
     overlapped = serial.parent / "overlapped_on_two"
+    two_servers.wait_for_both()
     command = minpro("train", *settings, "name=overlapped_on_two", "schedule=overlapped")
     wait_for(lambda: len(metrics_of(overlapped)) >= 1, command, every_s=0.01)
     stopped = two_servers.stop_one()
@@ -145,6 +146,7 @@ def test_rolling_equals_serial_while_a_server_is_killed_and_restarted(
 ) -> None:
     settings, serial = on_two_servers
     rolling = serial.parent / "rolling"
+    two_servers.wait_for_both()
     command = minpro("train", *settings, "name=rolling", "rollout.publish=rolling")
     # A batch takes a quarter of a second: with the first line most of them are still to be sampled.
     wait_for(lambda: len(metrics_of(rolling)) >= 1, command, every_s=0.01)
