@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ class Size:
 
     steps: int
     settings: tuple[str, ...] = ()
-    ways: Mapping[str, Way] = field(default_factory=dict)
+    ways: Mapping[str, Way]
 
 
 _ONE_EACH = ("world_size=1", "parallel.ep=1", "rollout.servers=1")
-_TWO_SERVERS = ("world_size=1", "parallel.ep=1", "rollout.servers=2")  # two ranks would take longer: an update is 26 ms
+_TWO_SERVERS = ("world_size=1", "parallel.ep=1", "rollout.servers=2")  # two ranks take longer: an update is short (26 ms)
 _TWO_EACH = ("world_size=2", "parallel.ep=1", "rollout.servers=2")
 SIZES = {
     "small": Size(

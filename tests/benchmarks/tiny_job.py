@@ -65,12 +65,12 @@ def train(folder: Path, name: str, *, steps: int, staleness: int, settings: Sequ
 
 
 def median(runs: Sequence[Trained], name: str) -> float:
-    """Of a metric, over the whole steps of all runs."""
+    """The median of a metric over the whole steps of all runs."""
     return statistics.median(number(line, name) for run in runs for line in run.whole)
 
 
 def number(line: Line, name: str) -> float:
-    """A metric that every whole step has."""
+    """The value of a metric that every whole step has."""
     value = line[name]
     assert value is not None
     return value
