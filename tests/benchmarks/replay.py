@@ -122,7 +122,7 @@ def replay(base: Path, name: str, publish_how: str) -> list[dict[str, Any]]:
             "checkpoint.every=1000",
             "tracking.trackers=[]",
             "rollout.servers=0",
-            f"rollout.endpoints=[{', '.join(['http://127.0.0.1:1'] * SERVERS)}]",  # the run folder says which
+            f"rollout.endpoints=[{', '.join(f'http://127.0.0.1:{1 + server}' for server in range(SERVERS))}]",  # the run folder says which
             "rollout.weight_sync=disk",
             f"rollout.prompts_per_step={PROMPTS}",
             f"rollout.group_size={GROUP}",

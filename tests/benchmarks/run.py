@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
+import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from rows import table
+from rows import Row, table
 
 from megatron_minpro.tracking.versions import machine_facts
 
@@ -35,7 +37,23 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    rows = [row for name in chosen for row in importlib.import_module(name).rows(out)]
+    rows: list[Row] = []
+    failed = []
+    for name in chosen:
+        print(f"{name}: {datetime.now(UTC):%H:%M:%S} UTC", flush=True)
+        try:
+            rows += importlib.import_module(name).rows(out)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        write(rows, out)  # now: what is measured is not lost when a later one fails
+    print(table(rows))
+    if failed:
+        sys.exit(f"without rows, as they failed: {', '.join(failed)}")
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """results.json and results.md, anew."""
     machine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts()["cpu"],
@@ -45,7 +63,6 @@ def main() -> None:
     numbers = [{**asdict(row), "ratio": row.ratio, "bytes_ratio": row.bytes_ratio} for row in rows]
     (out / "results.json").write_text(json.dumps({**machine, "rows": numbers}, indent=2) + "\n")
     (out / "results.md").write_text(table(rows))
-    print(table(rows))
 
 
 if __name__ == "__main__":
