@@ -156,6 +156,7 @@ class MegatronActor:
         self.routing: RoutingCounts | None = None  # what the routers replayed or recorded in the latest pass; None: nothing
         self.kept_version: int | None = None  # policy version of the weights that `keep_weights` kept last
         self._snapshot: WeightSnapshot | None = None
+        self._is_validated = False  # whether a checkpoint of this layout has been validated
         self._groups = groups
         self.settings = settings
         self._device = torch.device(capabilities.device_type)
@@ -200,7 +201,9 @@ class MegatronActor:
     def capture(self, directory: Path) -> actor_checkpoint.Captured:
         """A copy of the state as it is now, which writes what `save` would write; see actor_checkpoint.capture."""
         settle_weights(self._chunks)
-        return actor_checkpoint.capture(directory, self._modules, self._optimizer)
+        captured = actor_checkpoint.capture(directory, self._modules, self._optimizer, validate=not self._is_validated)
+        self._is_validated = True
+        return captured
 
     def load(self, directory: Path, *, policy_version: int) -> None:
         """The counterpart of `save`. policy_version: optimizer steps that the saved weights have behind them."""
@@ -249,7 +252,7 @@ class MegatronActor:
     def capture_kept(self, directory: Path) -> actor_checkpoint.Captured:
         """A copy of the kept weights, which writes them for `load_kept`; see actor_checkpoint.capture_model."""
         with self.kept_weights():
-            return actor_checkpoint.capture_model(directory, self._modules)
+            return actor_checkpoint.capture_model(directory, self._modules, validate=not self._is_validated)
 
     def load_kept(self, directory: Path, *, policy_version: int, place: SnapshotPlace = "device") -> None:
         """Keep the weights that `capture_kept` wrote. The model's own weights and the optimizer stay as they are.

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from checkpoints_convert.checkpoint_pickle import check_metadata
 from parallel import torch_checkpoint
-from parallel.host_copy import copy_to_host
+from parallel.host_copy import copy_into, copy_to_host
 from parallel.mcore import (
     MCoreSavePlanner,
     ShardedTensor,
@@ -114,59 +115,80 @@ class _Capture(TorchDistSaveShardedStrategy):
                 to_copy.append(piece)
         for piece, copied in zip(to_copy, copy_to_host([piece.data for piece in to_copy]), strict=True):
             piece.data = copied
-        # Objects become bytes here, so they are copies as well.
-        self.captured = mcore_to_pyt_state_dict(by_key, False)
+        objects = {key: pieces for key, pieces in by_key.items() if not isinstance(pieces[0], ShardedTensor)}
+        self.objects = mcore_to_pyt_state_dict(objects, False)  # they become bytes, so these are copies as well
+        self.tensors = {key: pieces for key, pieces in by_key.items() if key not in objects}
+
+    def torch_state(self) -> dict[str, Any]:
+        """What was captured, in the form that torch.distributed.checkpoint takes; to be called once. Takes as long as the copies."""
+        state = {**self.objects, **mcore_to_pyt_state_dict(self.tensors, False)}
+        self.objects, self.tensors = {}, {}
+        return state
 
 
 class _OptimizerCapture:
-    """Moments and master weights of one distributed optimizer: this rank's part copied now, gathered over its replicas later.
+    """Moments and master weights of one distributed optimizer: this rank's part copied now, sent to the replica that writes them later.
 
-    Megatron gathers them while it describes the state. Here the description is made over tensors that are still empty, which costs
-    nothing, and `fill` gathers into them.
+    Megatron gathers them while it describes the state, which takes each of them through three buffers. Here the description is made over
+    whole buffers of which each replica has filled its own part, and `fill` receives the other parts into their places.
     """
 
     _KEYS = ("param", "exp_avg", "exp_avg_sq")
 
     def __init__(self, optimizer: Any) -> None:
-        parameters = list(optimizer.model_param_group_index_map)
-        found = [optimizer._get_main_param_and_optimizer_states(parameter) for parameter in parameters]
-        copies = iter(copy_to_host([states[key] for states in found for key in self._KEYS]))
-        self._local = {parameter: {key: next(copies) for key in self._KEYS} for parameter in parameters}
-        gathered: dict[Any, Any] = {
-            index: {
-                dtype: {key: torch.empty(optimizer.buffers[index].numel_unpadded, dtype=torch.float32) for key in self._KEYS}
-                for dtype in ranges
-            }
-            for index, ranges in enumerate(optimizer.gbuf_ranges)
-        }
-        self._detached = copy.copy(optimizer)
-        self._detached._get_main_param_and_optimizer_states = self._local.__getitem__
+        self._group: dist.ProcessGroup = optimizer.data_parallel_group_gloo
+        self._replica = self._group.rank()
+        self._parts: list[Sequence[Tensor]] = []  # by replica, of one kind of tensor in one bucket
+        whole: dict[Any, Any] = {}
+        to_copy: list[tuple[Any, list[Tensor]]] = []  # a parameter, and where its tensors go
+        for index, ranges in enumerate(optimizer.gbuf_ranges):
+            buffer = optimizer.buffers[index]
+            ((dtype, bucket_maps),) = ranges.items()
+            # Never touched but for what is filled. Nobody reads the gaps between parameters.
+            tensors = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32) for key in self._KEYS}
+            whole[index] = {dtype: tensors}
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            by_bucket = zip(*(tensor.split(sizes) for tensor in tensors.values()), strict=True)
+            for bucket, maps, rooms in zip(buffer.buckets, bucket_maps, by_bucket, strict=True):
+                part_size = bucket.grad_data.numel() // self._group.size()
+                parts = [room.split(part_size) for room in rooms]  # the padding at the end is not there: the last ones are shorter
+                self._parts += parts
+                for parameter, places in maps["param_map"].items():
+                    place = places["gbuf_local"]
+                    to_copy.append((parameter, [part[self._replica][place.start : place.end] for part in parts]))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for parameter, targets in to_copy:
+                states = optimizer._get_main_param_and_optimizer_states(parameter)  # made now where moments have another dtype
+                for key, target in zip(self._KEYS, targets, strict=True):
+                    yield target, states[key].float().view(-1)
+
+        copy_into(pairs(), from_cuda=any(buffer.grad_data.is_cuda for buffer in optimizer.buffers))
         self.description = copy.copy(optimizer)
-        self.description.get_parameter_state_dp_zero = lambda **_: gathered
-        self._gathered = gathered
+        self.description.get_parameter_state_dp_zero = lambda **_: whole
 
     def storages(self) -> set[int]:
-        return {tensor.untyped_storage().data_ptr() for _, tensors in self._buffers() for tensor in tensors.values()}
+        return {part.untyped_storage().data_ptr() for parts in self._parts for part in parts}
 
     def fill(self, to_fill: set[int]) -> None:
         """Collective over the optimizer's gloo group, which nothing else uses. Only the first replica gets the tensors: it writes."""
-        found = self._detached.get_parameter_state_dp_zero(use_gloo_comm=True)
-        self._local.clear()
-        if found is None:
-            assert not to_fill & self.storages(), "another replica than the first would write what it was not given"
-            return
-        for (index, dtype), tensors in self._buffers():
-            for key, tensor in tensors.items():
-                tensor.copy_(found[index][dtype].pop(key))
-
-    def _buffers(self) -> Iterator[tuple[tuple[int, Any], dict[str, torch.Tensor]]]:
-        for index, by_dtype in self._gathered.items():
-            for dtype, tensors in by_dtype.items():
-                yield (index, dtype), tensors
+        assert self._replica == 0 or not to_fill & self.storages(), "another replica than the first would write what it was not given"
+        for parts in self._parts:
+            if self._replica == 0:
+                received = [dist.irecv(part, group=self._group, group_src=replica) for replica, part in enumerate(parts) if replica]
+                for each in received:
+                    assert each is not None
+                    each.wait()
+            elif self._replica < len(parts):
+                dist.send(parts[self._replica], group=self._group, group_dst=0)
+        self._parts.clear()
 
 
-def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any) -> Captured:
+def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any, *, validate: bool) -> Captured:
     """Collective. Copies this rank's part of the state to host memory; the result writes it to `directory`, the same path on all ranks.
+
+    validate: let Megatron look whether the parts of all ranks make a whole, each exactly once. All ranks exchange descriptions of all of
+    their tensors for that; one look per layout is enough.
 
     Megatron's own asynchronous strategy is not used: it forks processes out of one whose communication threads hold locks, does not
     copy tensors that lie on the CPU, and finishes over the default group, in between the collectives of training.
@@ -177,7 +199,7 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
         description = copy.copy(optimizer)
         description.chained_optimizers = [each.description for each in inner]
     state = _sharded_state(modules, description, is_loading=False)
-    strategy = _copy_tensors(state, empty=frozenset().union(*(each.storages() for each in inner)))
+    strategy = _copy_tensors(state, empty=frozenset().union(*(each.storages() for each in inner)), validate=validate)
 
     def write(group: dist.ProcessGroup) -> None:
         for each in inner:
@@ -188,29 +210,30 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
     return Captured(num_bytes=strategy.num_bytes, write=write)
 
 
-def capture_model(directory: Path, modules: Sequence[HiddenStateModel]) -> Captured:
+def capture_model(directory: Path, modules: Sequence[HiddenStateModel], *, validate: bool) -> Captured:
     """Collective. As `capture`, for the model alone: what the result writes is read by `load_model`."""
-    strategy = _copy_tensors(_sharded_model(modules), empty=frozenset())
+    strategy = _copy_tensors(_sharded_model(modules), empty=frozenset(), validate=validate)
     return Captured(num_bytes=strategy.num_bytes, write=lambda group: _write_copies(directory, strategy, group))
 
 
-def _copy_tensors(state: dict[str, Any], *, empty: frozenset[int]) -> _Capture:
+def _copy_tensors(state: dict[str, Any], *, empty: frozenset[int], validate: bool) -> _Capture:
     """Collective. Copy this rank's part of a sharded state. empty: addresses of storages that are filled later."""
     strategy = _Capture("torch_dist", 1)
     strategy.empty = empty
     # The first rank writes the files without tensors alone, in between collectives: to memory, where no disk is full or slow.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        dist_checkpointing.save(state, memory, sharded_strategy=strategy)
+        dist_checkpointing.save(state, memory, sharded_strategy=strategy, validate_access_integrity=validate)
         strategy.small_files = {path.name: path.read_bytes() for path in Path(memory).iterdir()}
     return strategy
 
 
 def _write_copies(directory: Path, strategy: _Capture, group: dist.ProcessGroup) -> None:
     planner = MCoreSavePlanner(dedup_replicated_tensors=not strategy.keep_only_main_replica, flatten_state_dict=False)
+    state = strategy.torch_state()
     try:
-        write_shards(directory, strategy.captured, planner, group, small_files=strategy.small_files)
+        write_shards(directory, state, planner, group, small_files=strategy.small_files)
     finally:
-        strategy.captured.clear()  # at once: what torch and Megatron made of them may wait for the garbage collector
+        state.clear()  # at once: what torch and Megatron made of the copies may wait for the garbage collector
 
 
 def write_shards(

@@ -7,7 +7,7 @@ memory away from the machine. So each buffer is filled by the device while the h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -25,22 +25,35 @@ class Event(Protocol):
 
 def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A copy of each tensor on the host, of its own shape and dtype. Waits until all are complete."""
-    tensors = [tensor.detach() for tensor in tensors]
-    if not any(tensor.is_cuda for tensor in tensors):
-        return [tensor.to("cpu", copy=True) for tensor in tensors]
-    buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
-    return copy_through(buffers, tensors, new_event=torch.cuda.Event)
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+    copy_into(zip(copies, tensors, strict=True), from_cuda=any(tensor.is_cuda for tensor in tensors))
+    return copies
 
 
-def copy_through(buffers: Sequence[Tensor], tensors: Sequence[Tensor], *, new_event: Callable[[], Event]) -> list[Tensor]:
+def copy_into(pairs: Iterable[tuple[Tensor, Tensor]], *, from_cuda: bool) -> None:
+    """Copy tensors into those that are there for them. Waits until all are complete.
+
+    Args:
+        pairs: a contiguous tensor on the host, and the one of the same shape and dtype that it gets. Taken one at a time: a tensor that
+            is made for its copy need not live longer.
+        from_cuda: whether some of them lie on a GPU.
+    """
+    if from_cuda:
+        buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+        copy_through(buffers, pairs, new_event=torch.cuda.Event)
+        return
+    for target, tensor in pairs:
+        target.copy_(tensor.detach())
+
+
+def copy_through(buffers: Sequence[Tensor], pairs: Iterable[tuple[Tensor, Tensor]], *, new_event: Callable[[], Event]) -> None:
     """The same through given buffers.
 
     Args:
         buffers: uint8 [bytes] on the host, all of one size.
-        tensors: on the device, or anywhere.
+        pairs: as above.
         new_event: marks when the device has filled a buffer.
     """
-    copies = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
     free, filling = deque(buffers), deque[tuple[Event, Tensor, Tensor]]()
 
     def empty_oldest() -> None:
@@ -49,7 +62,7 @@ def copy_through(buffers: Sequence[Tensor], tensors: Sequence[Tensor], *, new_ev
         target.copy_(filled[: len(target)])
         free.append(filled)
 
-    for source, target in _pieces(tensors, copies, size=len(buffers[0])):
+    for source, target in _pieces(pairs, size=len(buffers[0])):
         if not free:
             empty_oldest()
         buffer = free.popleft()
@@ -59,14 +72,13 @@ def copy_through(buffers: Sequence[Tensor], tensors: Sequence[Tensor], *, new_ev
         filling.append((event, buffer, target))
     while filling:
         empty_oldest()
-    return copies
 
 
-def _pieces(sources: Sequence[Tensor], targets: Sequence[Tensor], *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Bytes of every source and of its target, at most `size` at a time."""
-    for source, target in zip(sources, targets, strict=True):
+def _pieces(pairs: Iterable[tuple[Tensor, Tensor]], *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bytes of every tensor and of its target, at most `size` at a time."""
+    for target, source in pairs:
         if source.numel():
-            yield from zip(_bytes(source).split(size), _bytes(target).split(size), strict=True)
+            yield from zip(_bytes(source.detach()).split(size), _bytes(target).split(size), strict=True)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

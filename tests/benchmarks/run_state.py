@@ -69,8 +69,9 @@ def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.Pr
         start = time.perf_counter()
         writer.save(actor=actor, config=config, counters=RunCounters(next_step=step), cursor={}, waiting=waiting)
         pauses.append(time.perf_counter() - start)
-        writer.wait()
-        saves.append(time.perf_counter() - start)
+        writer.wait()  # for the end of the former checkpoint, too, which cp has not to delete
+        assert writer.seconds is not None
+        saves.append(writer.seconds)
         checkpoint = directory / f"step_{step:06d}"
         os.sync()
         start = time.perf_counter()

@@ -38,7 +38,7 @@ from parallel import process_groups
 from parallel.actor import ActorSettings, MegatronActor
 from parallel.capabilities import detect
 from parallel.layout import ParallelLayout
-from parallel.mcore import TopKRouter, version
+from parallel.mcore import TopKRouter, parallel_state, version
 from parallel.model_check import check_model
 from parallel.optimizer import inner_optimizers
 from parallel.optimizer_settings import OptimizerSettings
@@ -371,8 +371,16 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
         (out / "reports.json").write_text(json.dumps({"reports": reports, "notes": notes}))
 
 
-def refuse_pair(*_: Any, **__: Any) -> None:
-    raise AssertionError("NCCL makes a communicator of two ranks for a single send or receive")
+def refuse_pairs(name: str) -> Callable[..., Any]:
+    """A function of torch.distributed that sends or receives, but only over groups that are gloo beside GPUs too."""
+    function = getattr(dist, name)
+
+    def over_gloo(*arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+        gloo = [found for kind, found in vars(parallel_state).items() if kind.endswith("_GLOO")]
+        assert group in gloo, "NCCL makes a communicator of two ranks for a single send or receive"
+        return function(*arguments, group=group, **options)
+
+    return over_gloo
 
 
 def main() -> None:
@@ -383,7 +391,7 @@ def main() -> None:
         os.environ["MASTER_PORT"] = str(request["port"])
         layout = ParallelLayout(**request["layout"])
         groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
-        with mock.patch.multiple(dist, send=refuse_pair, recv=refuse_pair):
+        with mock.patch.multiple(dist, **{name: refuse_pairs(name) for name in ("send", "recv")}):
             for name, run in request["runs"].items():
                 train(fixture, out / request["name"] / name, layout, groups, run)
         process_groups.shut_down()

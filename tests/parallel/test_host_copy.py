@@ -67,7 +67,8 @@ class Buffer(Tensor):
 def test_no_buffer_is_read_before_it_is_full_or_filled_before_it_is_read(count: int) -> None:
     device = Buffer.device_of = LateDevice()
     buffers = [torch.zeros(SIZE, dtype=torch.uint8).as_subclass(Buffer) for _ in range(count)]
-    found = copy_through(buffers, tensors(), new_event=device.event)
+    found = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors()]
+    copy_through(buffers, zip(found, tensors(), strict=True), new_event=device.event)
     for copied, tensor in zip(found, tensors(), strict=True):
         assert (copied.dtype, copied.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(copied, tensor)
