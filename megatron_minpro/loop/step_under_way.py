@@ -36,6 +36,20 @@ class StepUnderWay:
     metrics: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)  # of all updates; no checkpoint holds them: a tracker may lack a step's
 
+    def add_update(self, report: UpdateReport, *, lag: int) -> None:
+        """Count one optimizer step.
+
+        Raises ValueError for metrics with other names than those of the update before: a checkpoint of another version holds that one.
+        """
+        if self.reports and (other := self.reports[-1].metrics.keys() ^ report.metrics.keys()):
+            raise ValueError(
+                f"global step {self.step}: a version with other metrics ({', '.join(sorted(other))}) wrote the checkpoint inside it; "
+                "expected that version, or the name of a checkpoint before this step in checkpoints/latest"
+            )
+        self.updates += 1
+        self.lags.append(lag)
+        self.reports.append(report)
+
     def record(self) -> UnfinishedStep | None:
         """What a checkpoint holds of it. None where nothing is done that the state before the step does not hold."""
         assert self.batch != "unscored", "a batch waits in the buffer before anything is saved"

@@ -31,6 +31,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     Raises:
         StopRequested: before one of the mini-batches.
         RuntimeError: the measured lag is not the promised one.
+        ValueError: the updates that are done have other metrics.
     """
     updates = run.config.actor.updates_per_step
     batch = None if under_way.updates == updates else run.buffer.due(under_way.step)
@@ -51,9 +52,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
                 _keep(run, batch, seen, under_way)
         took_s = under_way.timer.seconds["update"] - before_s
         under_way.metrics[LONGEST_UPDATE] = max(took_s, under_way.metrics.get(LONGEST_UPDATE, 0.0))
-        under_way.updates += 1
-        under_way.lags.append(lag)
-        under_way.reports.append(report)
+        under_way.add_update(report, lag=lag)
     run.buffer.pop(under_way.step)
     _complete(run, batch, under_way)
 
