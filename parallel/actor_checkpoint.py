@@ -144,14 +144,14 @@ class _OptimizerCapture:
         for index, ranges in enumerate(optimizer.gbuf_ranges):
             buffer = optimizer.buffers[index]
             ((dtype, bucket_maps),) = ranges.items()
-            # Never touched but for what is filled. Nobody reads the gaps between parameters.
-            tensors = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32) for key in self._KEYS}
+            # Never touched but for what is filled. Nobody reads what lies between parameters. Megatron's own are without the padding of
+            # buckets, which its places of parameters count: behind a bucket with padding it would write other numbers, or fail.
+            tensors = {key: torch.empty(buffer.numel, dtype=torch.float32) for key in self._KEYS}
             whole[index] = {dtype: tensors}
-            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            sizes = [bucket.grad_data.numel() for bucket in buffer.buckets]
             by_bucket = zip(*(tensor.split(sizes) for tensor in tensors.values()), strict=True)
             for bucket, maps, rooms in zip(buffer.buckets, bucket_maps, by_bucket, strict=True):
-                part_size = bucket.grad_data.numel() // self._group.size()
-                parts = [room.split(part_size) for room in rooms]  # the padding at the end is not there: the last ones are shorter
+                parts = [room.split(bucket.grad_data.numel() // self._group.size()) for room in rooms]
                 self._parts += parts
                 for parameter, places in maps["param_map"].items():
                     place = places["gbuf_local"]
@@ -179,9 +179,10 @@ class _OptimizerCapture:
                 for each in received:
                     assert each is not None
                     each.wait()
-            elif self._replica < len(parts):
+            else:
                 dist.send(parts[self._replica], group=self._group, group_dst=0)
         self._parts.clear()
+        del self.description  # it holds the buffers; who writes has what it needs of them
 
 
 def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any, *, validate: bool) -> Captured:

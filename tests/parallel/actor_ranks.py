@@ -305,7 +305,9 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
     )
     notes: dict = {"megatron_core": version, "empty_micro_batches": sum(not group for plan in plans for group in plan)}
     if run.get("replay"):
-        total = actor.sum_statistics(sequences, lambda *, logprobs_T, shard, **unused: (logprobs_T.double() * ~shard.padding_T).sum()[None])
+        total = actor.sum_statistics(
+            sequences, lambda *, logprobs_T, loss_mask_T, **unused: (logprobs_T.double() * loss_mask_T).sum()[None]
+        )
         notes["statistics"] = total.tolist()
     if run.get("misroute"):
         notes["misroute"] = misrouted(actor, sequences)

@@ -32,6 +32,7 @@ class Replayed:
     """Sequences of equal lengths, so that no mix-up shows by a shape, with random rows of experts; some rows are missing."""
 
     rows: list[torch.Tensor | None]  # uint8 [layers, L - 1, k]; 255 in a missing row, None: all are missing
+    loss_masks: list[torch.Tensor]
     logprobs: list[torch.Tensor]
     gradients: dict[str, torch.Tensor]
     balanced_gradients: dict[str, torch.Tensor]
@@ -219,7 +220,14 @@ def _make_replayed(model: torch.nn.Module, experts: _Experts, directory: Path) -
         found.append(_named(model, gradients=True))
     experts.rows = None
     experts.take()
-    return Replayed(rows=rows, logprobs=logprobs, gradients=found[0], balanced_gradients=found[1], differing=differing)
+    return Replayed(
+        rows=rows,
+        loss_masks=[sequence["loss_mask"] for sequence in sequences],
+        logprobs=logprobs,
+        gradients=found[0],
+        balanced_gradients=found[1],
+        differing=differing,
+    )
 
 
 def _named(model: torch.nn.Module, *, gradients: bool) -> dict[str, torch.Tensor]:
@@ -448,7 +456,8 @@ def check_replayed(request: pytest.FixtureRequest) -> Callable[[Family, str, Run
         request.node.user_properties.append((PARITY, (family.name, name, f"{logprob_error:.1e}", f"{gradient_error:.1e}", "", "")))
         assert logprob_error < 1e-5, sequence
         assert gradient_error < 1e-5, weight
-        assert found.notes["statistics"] == pytest.approx([float(torch.cat(expected.logprobs).double().sum())], rel=1e-6)
+        trained = [logprobs[mask] for logprobs, mask in zip(expected.logprobs, expected.loss_masks, strict=True)]
+        assert found.notes["statistics"] == pytest.approx([float(torch.cat(trained).double().sum())], rel=1e-6)
         missing = sum(48 if rows is None else int((rows == 255).all(-1).sum()) for rows in expected.rows)
         assert found.notes["routing"] == {"replayed": 8 * 48 - missing, "missing": missing, "differing": expected.differing}
         assert missing == 48 + 4 * 5 + 1 and expected.differing > 200  # of 315: five of six random pairs are others

@@ -18,6 +18,7 @@ SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {"world_size": 1},
     "dp2": {"world_size": 2},
+    "dp3": {"world_size": 3},  # no power of two: buckets end with padding
     "ep2": {"world_size": 2, "ep": 2},
     "tp2 sp": {"world_size": 2, **SP},  # experts whole on both ranks: etp 1
     "tp2 sp ep2": {"world_size": 2, **SP, "ep": 2},
@@ -63,7 +64,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BALANCED = ("one rank", "dp2", "ep2", "tp2 sp", "pp2", "cp2")
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 4000}  # several buckets
-OVERLAPPED = ("dp2", "ep2", "pp2", "pp2 vpp2 ep2")
+OVERLAPPED = ("dp2", "dp3", "ep2", "pp2", "pp2 vpp2 ep2")
 RECOMPUTED = ("full", "selective")
 # Routing replay: every layout with full recompute, and (layout, what is otherwise).
 REPLAYED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,7 +127,7 @@ def results(
             if name in OVERLAPPED:
                 runs["overlapped"] = {**train, "max_tokens": 48, "megatron": OVERLAP}
                 runs["not overlapped"] = {**train, "max_tokens": 48}
-                runs["overlapped, swapped"] = {**runs["overlapped"], "swap_weights": True}
+                runs["overlapped, swapped"] = {**runs["overlapped"], "swap_weights": True, "reload_before_step": 2}
             if name in SWAPPED:
                 runs["swapped"] = {**train, "swap_weights": True, "reload_before_step": 2}
             if name in POISONED:
