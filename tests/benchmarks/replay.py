@@ -121,6 +121,7 @@ def replay(base: Path, name: str, publish_how: str) -> list[dict[str, Any]]:
             "evaluation=null",
             "checkpoint.every=1000",
             "tracking.trackers=[]",
+            "tracking.token_groups=0",  # the actor below shows no tokens to the loss
             "rollout.servers=0",
             f"rollout.endpoints=[{', '.join(f'http://127.0.0.1:{1 + server}' for server in range(SERVERS))}]",  # the run folder says which
             "rollout.weight_sync=disk",
@@ -179,9 +180,11 @@ class SleepingActor:
         with SafetensorsReader(folder) as reader:
             self._tensors = {name: reader.read(name) for name in reader.names}
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
-        """What the stand-ins say."""
+    def logprobs(self, sequences: Sequence[TokenSequence], *, entropies: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """What the stand-ins say. entropies: get zeros."""
         time.sleep(SCORE_S)
+        if entropies is not None:
+            entropies += [torch.zeros(sequence.num_positions) for sequence in sequences]
         return [torch.full((sequence.num_positions,), -1.0) for sequence in sequences]
 
     def update(self, minibatch: Sequence[TokenSequence], loss_fn: Any, *, learning_rate: float) -> UpdateReport:
