@@ -156,7 +156,7 @@ class MegatronActor:
         self.routing: RoutingCounts | None = None  # what the routers replayed or recorded in the latest pass; None: nothing
         self.kept_version: int | None = None  # policy version of the weights that `keep_weights` kept last
         self._snapshot: WeightSnapshot | None = None
-        self._is_validated = False  # whether a checkpoint of this layout has been validated
+        self._is_validated = False  # whether Megatron has checked the shards of a checkpoint of this actor
         self._groups = groups
         self.settings = settings
         self._device = torch.device(capabilities.device_type)

@@ -91,13 +91,13 @@ def _tensors_only() -> Iterator[None]:
 
 
 class _Capture(TorchDistSaveShardedStrategy):
-    """Stands where Megatron writes the tensors of a checkpoint, and copies them instead; `empty` ones are filled later."""
+    """Replaces Megatron's writer of tensors: copies them. Those in `incomplete` storages are left to _OptimizerCapture."""
 
-    empty: frozenset[int]  # addresses of storages
+    incomplete: frozenset[int]  # addresses of storages
     small_files: dict[str, bytes]  # what Megatron writes beside the tensors; the first rank's
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        self.to_fill: set[int] = set()  # those of `empty` that this rank will write
+        self.to_fill: set[int] = set()  # those of `incomplete` that this rank will write
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         to_copy: list[ShardedTensor] = []
         self.num_bytes = 0
@@ -107,10 +107,10 @@ class _Capture(TorchDistSaveShardedStrategy):
                     continue
                 self.num_bytes += piece.data.nbytes
                 address = piece.data.untyped_storage().data_ptr()
-                if address in self.empty:
+                if address in self.incomplete:
                     self.to_fill.add(address)
                     continue
-                # A copy of what is still empty would be written as it is.
+                # A copy taken now would lack the other replicas' parts.
                 assert not piece.key.startswith("optimizer.state."), piece.key
                 to_copy.append(piece)
         for piece, copied in zip(to_copy, copy_to_host([piece.data for piece in to_copy]), strict=True):
@@ -120,17 +120,20 @@ class _Capture(TorchDistSaveShardedStrategy):
         self.tensors = {key: pieces for key, pieces in by_key.items() if key not in objects}
 
     def torch_state(self) -> dict[str, Any]:
-        """What was captured, in the form that torch.distributed.checkpoint takes; to be called once. Takes as long as the copies."""
+        """The captured state in the form that torch.distributed.checkpoint takes. Call once: it hands over the copies.
+
+        It takes as long as the copies did, so the writing thread calls it.
+        """
         state = {**self.objects, **mcore_to_pyt_state_dict(self.tensors, False)}
         self.objects, self.tensors = {}, {}
         return state
 
 
 class _OptimizerCapture:
-    """Moments and master weights of one distributed optimizer: this rank's part copied now, sent to the replica that writes them later.
+    """Moments and master weights of one distributed optimizer. Each replica copies its part now; `fill` sends the parts to the first one.
 
-    Megatron gathers them while it describes the state, which takes each of them through three buffers. Here the description is made over
-    whole buffers of which each replica has filled its own part, and `fill` receives the other parts into their places.
+    Megatron would gather them while it describes the state, through three buffers each. Here each replica copies into its place in the
+    whole buffer, and the first one, which writes, receives the others' parts into theirs.
     """
 
     _KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -138,20 +141,21 @@ class _OptimizerCapture:
     def __init__(self, optimizer: Any) -> None:
         self._group: dist.ProcessGroup = optimizer.data_parallel_group_gloo
         self._replica = self._group.rank()
-        self._parts: list[Sequence[Tensor]] = []  # by replica, of one kind of tensor in one bucket
-        whole: dict[Any, Any] = {}
+        self._parts: list[Sequence[Tensor]] = []  # one entry per bucket and key; [replica] -> its part
+        gathered: dict[Any, Any] = {}
         to_copy: list[tuple[Any, list[Tensor]]] = []  # a parameter, and where its tensors go
         for index, ranges in enumerate(optimizer.gbuf_ranges):
             buffer = optimizer.buffers[index]
             ((dtype, bucket_maps),) = ranges.items()
-            # Never touched but for what is filled. Nobody reads what lies between parameters. Megatron's own are without the padding of
-            # buckets, which its places of parameters count: behind a bucket with padding it would write other numbers, or fail.
+            # Pages outside this replica's part stay untouched until they are received; nothing reads what lies between parameters.
+            # Megatron's own buffers lack the padding behind buckets, but its places of parameters count it: behind a bucket with padding
+            # it would save wrong values, or fail.
             tensors = {key: torch.empty(buffer.numel, dtype=torch.float32) for key in self._KEYS}
-            whole[index] = {dtype: tensors}
+            gathered[index] = {dtype: tensors}
             sizes = [bucket.grad_data.numel() for bucket in buffer.buckets]
             by_bucket = zip(*(tensor.split(sizes) for tensor in tensors.values()), strict=True)
-            for bucket, maps, rooms in zip(buffer.buckets, bucket_maps, by_bucket, strict=True):
-                parts = [room.split(bucket.grad_data.numel() // self._group.size()) for room in rooms]
+            for bucket, maps, bucket_tensors in zip(buffer.buckets, bucket_maps, by_bucket, strict=True):
+                parts = [tensor.split(bucket.grad_data.numel() // self._group.size()) for tensor in bucket_tensors]
                 self._parts += parts
                 for parameter, places in maps["param_map"].items():
                     place = places["gbuf_local"]
@@ -165,13 +169,13 @@ class _OptimizerCapture:
 
         copy_into(pairs(), from_cuda=any(buffer.grad_data.is_cuda for buffer in optimizer.buffers))
         self.description = copy.copy(optimizer)
-        self.description.get_parameter_state_dp_zero = lambda **_: whole
+        self.description.get_parameter_state_dp_zero = lambda **_: gathered
 
     def storages(self) -> set[int]:
         return {part.untyped_storage().data_ptr() for parts in self._parts for part in parts}
 
     def fill(self, to_fill: set[int]) -> None:
-        """Collective over the optimizer's gloo group, which nothing else uses. Only the first replica gets the tensors: it writes."""
+        """Send every part to the first replica, which writes. Collective over the optimizer's gloo group, which nothing else uses."""
         assert self._replica == 0 or not to_fill & self.storages(), "another replica than the first would write what it was not given"
         for parts in self._parts:
             if self._replica == 0:
@@ -182,14 +186,15 @@ class _OptimizerCapture:
             else:
                 dist.send(parts[self._replica], group=self._group, group_dst=0)
         self._parts.clear()
-        del self.description  # it holds the buffers; who writes has what it needs of them
+        del self.description  # it refers to the buffers; the captured state keeps what this rank writes
 
 
 def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any, *, validate: bool) -> Captured:
     """Collective. Copies this rank's part of the state to host memory; the result writes it to `directory`, the same path on all ranks.
 
-    validate: let Megatron look whether the parts of all ranks make a whole, each exactly once. All ranks exchange descriptions of all of
-    their tensors for that; one look per layout is enough.
+    validate: whether Megatron checks that the shards of all ranks cover each tensor exactly once, and warns where state without tensors
+    differs between ranks. All ranks exchange descriptions of all tensors for this. Shards depend on the layout alone, so the first
+    checkpoint of a process is enough.
 
     Megatron's own asynchronous strategy is not used: it forks processes out of one whose communication threads hold locks, does not
     copy tensors that lie on the CPU, and finishes over the default group, in between the collectives of training.
@@ -200,7 +205,7 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
         description = copy.copy(optimizer)
         description.chained_optimizers = [each.description for each in inner]
     state = _sharded_state(modules, description, is_loading=False)
-    strategy = _copy_tensors(state, empty=frozenset().union(*(each.storages() for each in inner)), validate=validate)
+    strategy = _copy_tensors(state, incomplete=frozenset().union(*(each.storages() for each in inner)), validate=validate)
 
     def write(group: dist.ProcessGroup) -> None:
         for each in inner:
@@ -213,14 +218,14 @@ def capture(directory: Path, modules: Sequence[HiddenStateModel], optimizer: Any
 
 def capture_model(directory: Path, modules: Sequence[HiddenStateModel], *, validate: bool) -> Captured:
     """Collective. As `capture`, for the model alone: what the result writes is read by `load_model`."""
-    strategy = _copy_tensors(_sharded_model(modules), empty=frozenset(), validate=validate)
+    strategy = _copy_tensors(_sharded_model(modules), incomplete=frozenset(), validate=validate)
     return Captured(num_bytes=strategy.num_bytes, write=lambda group: _write_copies(directory, strategy, group))
 
 
-def _copy_tensors(state: dict[str, Any], *, empty: frozenset[int], validate: bool) -> _Capture:
-    """Collective. Copy this rank's part of a sharded state. empty: addresses of storages that are filled later."""
+def _copy_tensors(state: dict[str, Any], *, incomplete: frozenset[int], validate: bool) -> _Capture:
+    """Collective. Copy this rank's part of a sharded state. incomplete: addresses of storages, see _Capture."""
     strategy = _Capture("torch_dist", 1)
-    strategy.empty = empty
+    strategy.incomplete = incomplete
     # The first rank writes the files without tensors alone, in between collectives: to memory, where no disk is full or slow.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         dist_checkpointing.save(state, memory, sharded_strategy=strategy, validate_access_integrity=validate)

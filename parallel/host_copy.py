@@ -31,12 +31,12 @@ def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def copy_into(pairs: Iterable[tuple[Tensor, Tensor]], *, from_cuda: bool) -> None:
-    """Copy tensors into those that are there for them. Waits until all are complete.
+    """Copy each tensor into its target on the host. Returns when all copies are complete.
 
     Args:
-        pairs: a contiguous tensor on the host, and the one of the same shape and dtype that it gets. Taken one at a time: a tensor that
-            is made for its copy need not live longer.
-        from_cuda: whether some of them lie on a GPU.
+        pairs: (target, source): the target contiguous and on the host, the source of the same shape and dtype. Taken one at a time, so
+            that a temporary source can be freed after its copy.
+        from_cuda: whether any source lies on a GPU.
     """
     if from_cuda:
         buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
@@ -47,11 +47,11 @@ def copy_into(pairs: Iterable[tuple[Tensor, Tensor]], *, from_cuda: bool) -> Non
 
 
 def copy_through(buffers: Sequence[Tensor], pairs: Iterable[tuple[Tensor, Tensor]], *, new_event: Callable[[], Event]) -> None:
-    """The same through given buffers.
+    """As `copy_into` for a GPU, through the given buffers.
 
     Args:
         buffers: uint8 [bytes] on the host, all of one size.
-        pairs: as above.
+        pairs: as in `copy_into`.
         new_event: marks when the device has filled a buffer.
     """
     free, filling = deque(buffers), deque[tuple[Event, Tensor, Tensor]]()
@@ -62,7 +62,7 @@ def copy_through(buffers: Sequence[Tensor], pairs: Iterable[tuple[Tensor, Tensor
         target.copy_(filled[: len(target)])
         free.append(filled)
 
-    for source, target in _pieces(pairs, size=len(buffers[0])):
+    for target, source in _pieces(pairs, size=len(buffers[0])):
         if not free:
             empty_oldest()
         buffer = free.popleft()
@@ -75,10 +75,10 @@ def copy_through(buffers: Sequence[Tensor], pairs: Iterable[tuple[Tensor, Tensor
 
 
 def _pieces(pairs: Iterable[tuple[Tensor, Tensor]], *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Bytes of every tensor and of its target, at most `size` at a time."""
+    """Bytes of every target and of its source, at most `size` at a time."""
     for target, source in pairs:
         if source.numel():
-            yield from zip(_bytes(source.detach()).split(size), _bytes(target).split(size), strict=True)
+            yield from zip(_bytes(target).split(size), _bytes(source.detach()).split(size), strict=True)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

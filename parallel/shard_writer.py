@@ -34,7 +34,7 @@ class ShardWriter(FileSystemWriter):
             write_file(self._directory / name, content)
             fsync_path(self._directory / name)
         try:
-            # torch.load looks at no checksum, and they cost as much as the copies.
+            # torch.load checks no checksum, and computing them takes processor time for every byte.
             with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]  # torch makes it when the module is imported
                 return super().write_data(*arguments, **options)
         except RuntimeError as error:

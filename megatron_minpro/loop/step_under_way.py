@@ -39,12 +39,13 @@ class StepUnderWay:
     def add_update(self, report: UpdateReport, *, lag: int) -> None:
         """Count one optimizer step.
 
-        Raises ValueError for metrics with other names than those of the update before: a checkpoint of another version holds that one.
+        Raises ValueError when the names of its metrics differ from those of the update before, as after a checkpoint that another version
+        wrote inside the step.
         """
         if self.reports and (other := self.reports[-1].metrics.keys() ^ report.metrics.keys()):
             raise ValueError(
-                f"global step {self.step}: a version with other metrics ({', '.join(sorted(other))}) wrote the checkpoint inside it; "
-                "expected that version, or the name of a checkpoint before this step in checkpoints/latest"
+                f"global step {self.step}: its updates have different metrics ({', '.join(sorted(other))}); if another version wrote this "
+                "checkpoint, continue with that version, or write the name of a checkpoint before this step into checkpoints/latest"
             )
         self.updates += 1
         self.lags.append(lag)

@@ -31,7 +31,7 @@ def update(run: TrainingRun, under_way: StepUnderWay) -> None:
     Raises:
         StopRequested: before one of the mini-batches.
         RuntimeError: the measured lag is not the promised one.
-        ValueError: the updates that are done have other metrics.
+        ValueError: the earlier updates of this step have other metrics (see StepUnderWay.add_update).
     """
     updates = run.config.actor.updates_per_step
     batch = None if under_way.updates == updates else run.buffer.due(under_way.step)

@@ -121,9 +121,10 @@ def replay(base: Path, name: str, publish_how: str) -> list[dict[str, Any]]:
             "evaluation=null",
             "checkpoint.every=1000",
             "tracking.trackers=[]",
-            "tracking.token_groups=0",  # the actor below shows no tokens to the loss
+            "tracking.token_groups=0",  # SleepingActor never calls the loss, which would record them
             "rollout.servers=0",
-            f"rollout.endpoints=[{', '.join(f'http://127.0.0.1:{1 + server}' for server in range(SERVERS))}]",  # the run folder says which
+            # Placeholders: ENDPOINTS_FILE has the real ones.
+            f"rollout.endpoints=[{', '.join(f'http://127.0.0.1:{1 + server}' for server in range(SERVERS))}]",
             "rollout.weight_sync=disk",
             f"rollout.prompts_per_step={PROMPTS}",
             f"rollout.group_size={GROUP}",
@@ -181,7 +182,7 @@ class SleepingActor:
             self._tensors = {name: reader.read(name) for name in reader.names}
 
     def logprobs(self, sequences: Sequence[TokenSequence], *, entropies: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """What the stand-ins say. entropies: get zeros."""
+        """The stand-in servers' log-probs; `entropies` gets zeros."""
         time.sleep(SCORE_S)
         if entropies is not None:
             entropies += [torch.zeros(sequence.num_positions) for sequence in sequences]

@@ -46,14 +46,14 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
             failed.append(name)
-        write(rows, out)  # now: what is measured is not lost when a later one fails
+        write(rows, out)  # after each benchmark: a later failure loses nothing
     print(table(rows))
     if failed:
-        sys.exit(f"without rows, as they failed: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def write(rows: list[Row], out: Path) -> None:
-    """results.json and results.md, anew."""
+    """Overwrite results.json and results.md."""
     machine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts()["cpu"],

@@ -69,7 +69,7 @@ def checkpoint_rows(actor: MegatronActor, model: Path, groups: process_groups.Pr
         start = time.perf_counter()
         writer.save(actor=actor, config=config, counters=RunCounters(next_step=step), cursor={}, waiting=waiting)
         pauses.append(time.perf_counter() - start)
-        writer.wait()  # for the end of the former checkpoint, too, which cp has not to delete
+        writer.wait()  # also until the former checkpoint is deleted; writer.seconds leaves that out, as cp deletes nothing
         assert writer.seconds is not None
         saves.append(writer.seconds)
         checkpoint = directory / f"step_{step:06d}"

@@ -1,4 +1,4 @@
-"""`replay.py` with a short trace runs to its end: its actor and its servers still are what the loop wants."""
+"""`replay.py` runs a short trace to its end: its actor and servers still have the interface that the loop uses."""
 
 from __future__ import annotations
 

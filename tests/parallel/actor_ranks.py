@@ -374,11 +374,11 @@ def train(fixture: Path, out: Path, layout: ParallelLayout, groups: process_grou
 
 
 def refuse_pairs(name: str) -> Callable[..., Any]:
-    """A function of torch.distributed that sends or receives, but only over groups that are gloo beside GPUs too."""
+    """torch.distributed's `send` or `recv`; fails over a group that would be NCCL on GPUs."""
     function = getattr(dist, name)
 
     def over_gloo(*arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
-        gloo = [found for kind, found in vars(parallel_state).items() if kind.endswith("_GLOO")]
+        gloo = [found for name_of_group, found in vars(parallel_state).items() if name_of_group.endswith("_GLOO")]
         assert group in gloo, "NCCL makes a communicator of two ranks for a single send or receive"
         return function(*arguments, group=group, **options)
 
@@ -393,6 +393,7 @@ def main() -> None:
         os.environ["MASTER_PORT"] = str(request["port"])
         layout = ParallelLayout(**request["layout"])
         groups = process_groups.initialize(layout, backend="gloo", seed=0, timeout_s=90)
+        # Not isend and irecv: batch_isend_irecv wants them as they are.
         with mock.patch.multiple(dist, **{name: refuse_pairs(name) for name in ("send", "recv")}):
             for name, run in request["runs"].items():
                 train(fixture, out / request["name"] / name, layout, groups, run)
